@@ -1,0 +1,210 @@
+"""The pooled adapter: a LoRA whose input is summed over each quantisation group, held and saved by PEFT.
+
+On disk it is a PEFT adapter folder whose ``peft_type`` is ``QALORA``. Stock PEFT does not know that type and refuses it
+(``KeyError: 'QALORA'``) instead of loading it as a LoRA, or as its own ``use_qalora``, which pools by ``sum·K/g²`` and
+would scale it wrongly. In memory the type is ``LORA``, so everything that PEFT does for LoRA works.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .adapter_folder import ADAPTER_FORMAT, PEFT_TYPE, POOLING, AdapterFolder, check_pooling
+from .errors import QALoraError
+from .kernels.linear import linear, pool
+from .quant.linear import QuantLinear
+
+logger = logging.getLogger(__name__)
+
+_MUST_BE_UNSET = {
+    "use_dora": "DoRA scales whole columns, which no group-wise offset can express",
+    "use_qalora": "it is PEFT's own pooling, scaled differently; this adapter pools already",
+    "modules_to_save": "a dense copy of a layer cannot be merged into an INT4 base",
+    "target_parameters": "only linear layers have quantisation groups",
+    "layer_replication": "a merged checkpoint has the base's layers",
+    "trainable_token_indices": "embeddings are not quantised, so changes to them cannot be merged",
+    "lora_bias": "the merged checkpoint keeps the base's biases",
+    "fan_in_fan_out": "GPTQ linears have one orientation",
+}
+
+
+@dataclass
+class QALoraConfig(LoraConfig):
+    """``LoraConfig`` plus what ties an adapter to its base.
+
+    Attributes:
+        qalora: ``format_version``, ``pooling`` (``"sum"``), ``group_size`` (None if it differs between layers) and
+            ``base_fingerprint``. Filled by :func:`bind_config`.
+    """
+
+    qalora: dict[str, Any] | None = field(
+        default=None, metadata={"help": "What the adapter was trained on: pooling, group size, base fingerprint."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, why in _MUST_BE_UNSET.items():
+            if getattr(self, name, None):
+                raise QALoraError(f"{name} cannot be combined with QA-LoRA: {why}. Remove it.")
+        if self.bias != "none":
+            raise QALoraError(f"bias={self.bias!r}: a merged checkpoint keeps the base's biases. Use bias='none'.")
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise QALoraError(
+                f"init_lora_weights={self.init_lora_weights!r} changes the base weight, which stays packed. "
+                "Use true, false or 'gaussian'."
+            )
+        if self.qalora is not None:
+            check_pooling(self.qalora, "this adapter")
+        self._register_custom_module({QuantLinear: QALoraLayer})
+
+    def to_dict(self) -> dict:
+        """As saved: ``peft_type`` is ``QALORA``."""
+        return {**super().to_dict(), "peft_type": PEFT_TYPE}
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = QALoraConfig
+
+
+class QALoraLayer(nn.Module, LoraLayer):
+    """``y = base(x) + α/R · P(x)·Aᵀ·Bᵀ`` over a :class:`QuantLinear`; A is ``[R, G]``, B ``[N, R]``.
+
+    One active adapter without dropout runs folded into the base's GEMM; otherwise each adapter adds a second path.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: QALoraConfig, r: int, lora_alpha: int, **kwargs):
+        super().__init__()
+        LoraLayer.__init__(self, base_layer, **kwargs)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        """What A reads is the pooled input: G numbers, not K."""
+        return module.groups, module.out_features
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: QALoraConfig, **kwargs) -> None:
+        trained_on, found = (config.qalora or {}).get("group_size"), self.get_base_layer().group_size
+        if trained_on not in (None, found):
+            raise QALoraError(
+                f"the adapter was trained with group size {trained_on}, {kwargs.get('target_name')} of this base has "
+                f"{found}. Load it on the base it was trained on."
+            )
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``[..., K] → [..., N]``."""
+        base = self.get_base_layer()
+        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
+        if self.merged or not active:
+            return base(x)
+        if len(active) == 1 and not self._drops(active[0]):
+            name = active[0]
+            return linear(x, base, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+        y = base(x)
+        for name in active:
+            lora_a, lora_b = self.lora_A[name], self.lora_B[name]
+            pooled = pool(self.lora_dropout[name](x), base).to(lora_a.weight.dtype)
+            y = y + (lora_b(lora_a(pooled)) * self.scaling[name]).to(y.dtype)
+        return y
+
+    def _drops(self, name: str) -> bool:
+        dropout = self.lora_dropout[name]
+        return self.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """In-memory merging would lose the link to the base's files; merging is done checkpoint to checkpoint."""
+        raise QALoraError(
+            "a QA-LoRA adapter is merged on disk, without loading the model: save it, then call "
+            "qalora_plugin.merge(base, adapter, out) or run `qalora merge`."
+        )
+
+    def unmerge(self) -> None:
+        raise QALoraError("nothing was merged in memory: a QA-LoRA adapter is merged on disk (`qalora merge`).")
+
+    def __repr__(self) -> str:
+        return "qalora." + super().__repr__()
+
+
+def add_adapter(model: PreTrainedModel, config: LoraConfig | None = None, **lora_kwargs: Any) -> PeftModel:
+    """Wrap a model loaded by :func:`load_base` with a trainable pooled adapter.
+
+    Args:
+        model: from :func:`load_base`.
+        config: a ``LoraConfig`` (or :class:`QALoraConfig`); or pass its fields as ``lora_kwargs``
+            (``r``, ``lora_alpha``, ``target_modules="all-linear"`` …).
+
+    Raises:
+        QALoraError: an option that cannot be merged, or targets that are not quantised.
+    """
+    return get_peft_model(model, bind_config(model, config or QALoraConfig(**{"task_type": "CAUSAL_LM", **lora_kwargs})))
+
+
+def bind_config(model: PreTrainedModel, config: LoraConfig) -> QALoraConfig:
+    """``config`` as a :class:`QALoraConfig` that names the base of ``model`` and targets only its quantised linears."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    if not layers or not hasattr(quantizer, "fingerprint"):
+        raise QALoraError(
+            f"this {type(model).__name__} was not loaded by qalora_plugin.load_base: it has no packed GPTQ linear. "
+            "Load the base with load_base(path), then add the adapter."
+        )
+    fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    for name in ("peft_type", "runtime_config", "qalora"):
+        fields.pop(name, None)
+    bound = QALoraConfig(**fields)
+    targets = _restrict_to_quantised(model, bound, layers)
+    group_sizes = {layers[name].group_size for name in targets}
+    bound.qalora = {
+        "format_version": ADAPTER_FORMAT,
+        "pooling": POOLING,
+        "group_size": group_sizes.pop() if len(group_sizes) == 1 else None,
+        "base_fingerprint": quantizer.fingerprint(),
+    }
+    return bound
+
+
+def _restrict_to_quantised(model: PreTrainedModel, config: QALoraConfig, layers: dict[str, QuantLinear]) -> list[str]:
+    """Exclude the dense linears that the target patterns also match; returns the quantised ones that they match."""
+    if config.target_modules == "all-linear":
+        head = model.get_output_embeddings()
+        config.target_modules = {name.rsplit(".", 1)[-1] for name, layer in layers.items() if layer is not head}
+    matched = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, QuantLinear)) and check_target_module_exists(config, name)
+    }
+    quantised = [name for name in layers if name in matched]
+    dense = sorted(matched - set(quantised))
+    if not quantised:
+        raise QALoraError(
+            f"target_modules {config.target_modules!r} match no quantised linear of this base (they match "
+            f"{', '.join(dense[:3]) or 'nothing'}). Quantised here are: "
+            f"{', '.join(sorted({name.rsplit('.', 1)[-1] for name in layers}))}."
+        )
+    if dense and isinstance(config.exclude_modules, str):
+        raise QALoraError(
+            f"the targets also match linears that this base leaves dense ({', '.join(dense[:3])}). "
+            "Give the excluded modules as a list instead of a pattern, or name the targets more narrowly."
+        )
+    if dense:
+        config.exclude_modules = sorted({*(config.exclude_modules or ()), *dense})
+        logger.warning("%d targeted linears are left dense by this base and get no adapter: %s …", len(dense), dense[0])
+    return quantised
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool = False, **kwargs: Any) -> PeftModel:
+    """Put a saved adapter on a model loaded by :func:`load_base`.
+
+    Raises:
+        QALoraError: no adapter of ours, or one of another base.
+    """
+    adapter = AdapterFolder.open(folder)
+    adapter.require_base(model.hf_quantizer.fingerprint(), str(model.hf_quantizer.checkpoint.folder))
+    return PeftModel.from_pretrained(model, folder, is_trainable=is_trainable, **kwargs)

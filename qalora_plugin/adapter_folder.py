@@ -1,0 +1,144 @@
+"""A saved adapter, opened without the model: what merge and verify need from it."""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import QALoraError
+from .quant.checkpoint import open_shard, read_json
+from .quant.modules import QuantizedModule
+from .quant.reference import adapter_offsets
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PEFT_TYPE = "QALORA"
+ADAPTER_FORMAT = 1
+POOLING = "sum"
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
+
+
+def check_pooling(qalora: dict, what: str) -> None:
+    """Refuse an adapter that this version would scale wrongly."""
+    for key, expected in {"pooling": POOLING, "format_version": ADAPTER_FORMAT}.items():
+        if qalora.get(key) != expected:
+            raise QALoraError(
+                f"{what} has {key} {qalora.get(key)!r}, expected {expected!r}: it would be scaled wrongly. "
+                "Train it with this version of qalora."
+            )
+
+
+@dataclass
+class AdapterFolder:
+    """Config and tensor names of one adapter of ours.
+
+    Attributes:
+        folder: where it lies.
+        config: content of ``adapter_config.json``.
+        modules: names of the adapted linears, in the base checkpoint's naming.
+    """
+
+    folder: Path
+    config: dict
+    modules: list[str]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "AdapterFolder":
+        """
+        Raises:
+            QALoraError: no adapter, not one of ours, pickled, incomplete or damaged.
+        """
+        folder = Path(folder).expanduser()
+        if not folder.is_dir():
+            raise QALoraError(f"the adapter folder {folder} does not exist. Pass the training run's output folder.")
+        config = read_json(folder / CONFIG_NAME)
+        if config.get("peft_type") != PEFT_TYPE:
+            pooled = " with use_qalora, which pools sum·K/g² instead of the sum" if config.get("use_qalora") else ""
+            raise QALoraError(
+                f"{folder} is a PEFT {config.get('peft_type')} adapter{pooled}; expected a QA-LoRA adapter of this project "
+                f"(peft_type {PEFT_TYPE}). Merging it would scale it wrongly. Train with `adapter: qalora`."
+            )
+        check_pooling(config.get("qalora") or {}, str(folder))
+        if not (folder / WEIGHTS_NAME).is_file():
+            pickled = " (adapter_model.bin is a pickle and is never read)" if (folder / "adapter_model.bin").exists() else ""
+            raise QALoraError(f"{folder} has no {WEIGHTS_NAME}{pickled}. Save the adapter again with safetensors.")
+        found: dict[str, set[str]] = {}
+        for key in open_shard(folder / WEIGHTS_NAME).keys():  # noqa: SIM118 (not a dict)
+            match = _KEY.fullmatch(key)
+            if match is None:
+                raise QALoraError(
+                    f"{folder / WEIGHTS_NAME} holds {key!r}, which is no pooled adapter weight and cannot be merged. "
+                    "Train without modules_to_save and with `adapter: qalora` alone."
+                )
+            found.setdefault(match["module"], set()).add(match["part"])
+        half = [module for module, parts in found.items() if len(parts) < 2]
+        if half or not found:
+            raise QALoraError(f"{folder / WEIGHTS_NAME} lacks A or B of {half[0] if half else 'every layer'}. Save it again.")
+        return cls(folder, config, sorted(found))
+
+    @property
+    def base_fingerprint(self) -> str | None:
+        return self.config["qalora"].get("base_fingerprint")
+
+    def digest(self) -> str:
+        """``"sha256:…"`` of the adapter's weights file."""
+        with open(self.folder / WEIGHTS_NAME, "rb") as file:
+            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+    def require_base(self, fingerprint: str, base: str | Path) -> None:
+        """Refuse a base other than the one trained on."""
+        if self.base_fingerprint != fingerprint:
+            raise QALoraError(
+                f"the adapter {self.folder} was trained on another base: it records {self.base_fingerprint}, {base} is "
+                f"{fingerprint}. Use the base it was trained on ({self.config.get('base_model_name_or_path')})."
+            )
+
+    def scaling(self, module: str) -> float:
+        """``α/R`` of one linear (``α/√R`` with rsLoRA), rank and alpha patterns applied as PEFT does."""
+        rank = self.rank(module)
+        alpha = self._patterned("alpha_pattern", module, self.config["lora_alpha"])
+        return alpha / rank**0.5 if self.config.get("use_rslora") else alpha / rank
+
+    def rank(self, module: str) -> int:
+        return self._patterned("rank_pattern", module, self.config["r"])
+
+    def _patterned(self, name: str, module: str, default: int) -> int:
+        from peft.utils.other import get_pattern_key
+
+        pattern = self.config.get(name) or {}
+        return pattern.get(get_pattern_key(pattern.keys(), module), default)
+
+    def check_fits(self, base_modules: dict[str, QuantizedModule]) -> None:
+        """Refuse an adapter whose modules, rank or group count are not those of its config and base."""
+        handle = open_shard(self.folder / WEIGHTS_NAME)
+        for name in self.modules:
+            spec = base_modules.get(name)
+            if spec is None:
+                raise QALoraError(f"{self.folder} adapts {name}, which the base does not quantise. Use its own base.")
+            rank = self.rank(name)
+            for part, expected in (("A", (rank, spec.groups)), ("B", (spec.out_features, rank))):
+                found = tuple(handle.get_slice(_key(name, part)).get_shape())
+                if found != expected:
+                    raise QALoraError(
+                        f"{self.folder}: lora_{part} of {name} is {found}, expected {expected} (rank {rank}, "
+                        f"{spec.groups} groups of {spec.group_size}). The adapter belongs to a base with another group "
+                        "size, or its config was edited."
+                    )
+
+    def offsets(self) -> Iterator[tuple[str, Tensor]]:
+        """What merging adds, linear by linear: ``α/R·(B·A)ᵀ`` [G, N] in float64, in weight units."""
+        handle = open_shard(self.folder / WEIGHTS_NAME)
+        for name in self.modules:
+            lora_a, lora_b = (handle.get_tensor(_key(name, part)) for part in "AB")
+            delta = adapter_offsets(lora_a, lora_b, self.scaling(name))
+            if not torch.isfinite(delta).all():
+                raise QALoraError(f"{self.folder}: the adapter of {name} holds NaN or Inf. The training diverged.")
+            yield name, delta
+
+
+def _key(module: str, part: str) -> str:
+    return f"base_model.model.{module}.lora_{part}.weight"

@@ -1,0 +1,114 @@
+"""GPTQ bit layouts ↔ integer codes. Plain torch, no other dependency: training and serving both use it.
+
+A tensor of codes is a little-endian bit stream in 32-bit words: code ``i`` holds bits ``i·b … i·b + b − 1``. For
+b = 2, 4, 8 a word holds 32/b whole codes; for b = 3 a period of three words holds 32 codes, two of which straddle words.
+``qweight`` streams along K (dim 0), ``qzeros`` along N (dim 1). Layout as written by AutoGPTQ and GPTQModel.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+SUPPORTED_BITS = (2, 3, 4, 8)
+
+
+def codes_per_period(bits: int) -> int:
+    """Number of codes in the shortest run of whole 32-bit words (16, 32, 8, 4 for b = 2, 3, 4, 8)."""
+    return 32 // math.gcd(32, bits)
+
+
+def words_per_period(bits: int) -> int:
+    """Number of 32-bit words in that run (3 for b = 3, else 1)."""
+    return codes_per_period(bits) * bits // 32
+
+
+def code_plane(words: Tensor, bits: int, j: int) -> Tensor:
+    """Code ``j`` of every period: rows ``j::codes_per_period`` of the unpacked tensor.
+
+    Args:
+        words: int32 ``[W, N]``, packed along dim 0.
+        j: position inside the period, ``0 … codes_per_period − 1``.
+
+    Returns:
+        int32 ``[W / words_per_period, N]``, values ``0 … 2^b − 1``.
+    """
+    word, shift = divmod(j * bits, 32)
+    stride = words_per_period(bits)
+    mask = (1 << bits) - 1
+    low = words[word::stride] >> shift
+    in_first = 32 - shift
+    if in_first >= bits:
+        return low & mask
+    low = low & ((1 << in_first) - 1)
+    high = words[word + 1 :: stride] & ((1 << (bits - in_first)) - 1)
+    return low | (high << in_first)
+
+
+def unpack_rows(words: Tensor, bits: int) -> Tensor:
+    """int32 ``[K·b/32, N]`` → uint8 codes ``[K, N]`` (the layout of ``qweight``)."""
+    period = codes_per_period(bits)
+    rows = words.shape[0] // words_per_period(bits) * period
+    codes = torch.empty(rows, words.shape[1], dtype=torch.uint8, device=words.device)
+    for j in range(period):
+        codes[j::period] = code_plane(words, bits, j).to(torch.uint8)
+    return codes
+
+
+def unpack_cols(words: Tensor, bits: int) -> Tensor:
+    """int32 ``[G, N·b/32]`` → uint8 codes ``[G, N]`` (the layout of ``qzeros``)."""
+    return unpack_rows(words.t(), bits).t().contiguous()
+
+
+def pack_rows(codes: Tensor, bits: int) -> Tensor:
+    """Codes ``[K, N]`` (any integer dtype, values ``0 … 2^b − 1``) → int32 ``[K·b/32, N]``."""
+    period, stride = codes_per_period(bits), words_per_period(bits)
+    if codes.shape[0] % period:
+        raise ValueError(f"{codes.shape[0]} rows cannot be packed at {bits} bits: not a multiple of {period}")
+    codes = codes.to(torch.int64)
+    words = torch.zeros(codes.shape[0] // period * stride, codes.shape[1], dtype=torch.int64, device=codes.device)
+    for j in range(period):
+        word, shift = divmod(j * bits, 32)
+        plane = codes[j::period]
+        words[word::stride] |= (plane << shift) & 0xFFFFFFFF
+        if shift + bits > 32:
+            words[word + 1 :: stride] |= plane >> (32 - shift)
+    return _to_int32(words)
+
+
+def pack_cols(codes: Tensor, bits: int) -> Tensor:
+    """Codes ``[G, N]`` → int32 ``[G, N·b/32]``."""
+    return pack_rows(codes.t(), bits).t().contiguous()
+
+
+def read_zeros(qzeros: Tensor, bits: int, checkpoint_format: str) -> Tensor:
+    """Integer zero-points ``[G, N]`` (uint8) of a checkpoint.
+
+    ``gptq_v2`` stores the zeros. ``gptq`` (v1) stores zeros − 1, subtracted from the whole 32-bit *word*, so that a
+    zero of 0 borrows from its neighbour; adding 1 back per word undoes that exactly, per field it would not. At 3 bits,
+    where fields straddle words, v1 is per field modulo 8. (GPTQModel ``utils/model.py``,
+    ``convert_gptq_v1_to_v2_format_module``.)
+    """
+    if checkpoint_format == "gptq_v2":
+        return unpack_cols(qzeros, bits)
+    if bits == 3:
+        return (unpack_cols(qzeros, bits) + 1) & 7
+    return unpack_cols(_to_int32(qzeros.to(torch.int64) + _one_in_every_field(bits)), bits)
+
+
+def write_zeros(zeros: Tensor, bits: int, checkpoint_format: str) -> Tensor:
+    """Inverse of :func:`read_zeros`: ``[G, N]`` → int32 ``[G, N·b/32]``."""
+    if checkpoint_format == "gptq_v2":
+        return pack_cols(zeros, bits)
+    if bits == 3:
+        return pack_cols((zeros.to(torch.int64) - 1) & 7, bits)
+    return _to_int32(pack_cols(zeros, bits).to(torch.int64) - _one_in_every_field(bits))
+
+
+def _one_in_every_field(bits: int) -> int:
+    return sum(1 << shift for shift in range(0, 32, bits))
+
+
+def _to_int32(words: Tensor) -> Tensor:
+    """int64 → int32 modulo 2^32 (two's complement)."""
+    return (((words & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000).to(torch.int32)

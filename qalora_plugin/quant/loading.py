@@ -1,0 +1,147 @@
+"""Loading through transformers: ``quant_method: qalora`` (merged checkpoints) always, ``gptq`` (bases) on request.
+
+Merged checkpoints load with plain ``AutoModelForCausalLM.from_pretrained`` once this package is imported. For a GPTQ
+base transformers has a quantizer of its own (optimum + GPTQModel), which stays in place for everybody else:
+:func:`load_base` and the Axolotl plugin put ours there only while their model loads.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..errors import QALoraError
+from .checkpoint import Checkpoint, resolve
+from .fingerprint import fingerprint
+from .linear import QuantLinear
+from .modules import BASE_METHOD, MERGED_METHOD, check_values, checkpoint_format, quantized_modules, require_base
+
+
+class QALoraQuantizationConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a merged checkpoint, kept as it was read so that it saves back the same."""
+
+    def __init__(self, **fields: Any):
+        fields["quant_method"] = MERGED_METHOD
+        self.__dict__.update(fields)
+
+
+class QALoraHfQuantizer(HfQuantizer):
+    """Puts a :class:`QuantLinear` wherever the checkpoint has a ``qweight``; transformers then fills the buffers."""
+
+    requires_calibration = True  # quantising is GPTQModel's job (`qalora quantize`), never done while loading
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, checkpoint_files=None, **kwargs):
+        if not checkpoint_files:
+            raise QALoraError("a quantised model loads from safetensors files; from_config or a state_dict cannot work.")
+        self.checkpoint = checkpoint = Checkpoint.open(_folder(checkpoint_files))
+        modules = quantized_modules(checkpoint)
+        check_values(checkpoint, modules)
+        fmt = checkpoint_format(checkpoint.quantization)
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        prefix = _prefix(model, linears, modules)
+        for name, spec in modules.items():
+            name = prefix(name)
+            linear = linears.get(name)
+            if linear is None:
+                raise QALoraError(
+                    f"the checkpoint quantises {name}, but {type(model).__name__} has no such linear layer. "
+                    "Fused mixture-of-experts layers are not supported yet."
+                )
+            if (linear.in_features, linear.out_features) != (spec.in_features, spec.out_features):
+                raise QALoraError(
+                    f"{name} is {spec.in_features}×{spec.out_features} in the checkpoint, but "
+                    f"{linear.in_features}×{linear.out_features} by config.json. They do not belong together."
+                )
+            model.set_submodule(
+                name,
+                QuantLinear(
+                    spec.in_features,
+                    spec.out_features,
+                    spec.bits,
+                    spec.group_size,
+                    checkpoint_format=fmt,
+                    bias=spec.bias_dtype is not None,
+                    offset_dtype=spec.offset_dtype,
+                    scale_dtype=spec.scale_dtype,
+                    bias_dtype=spec.bias_dtype,
+                    store_g_idx=spec.has_g_idx,
+                    device="meta",
+                ),
+            )
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
+        for module in model.modules():
+            if isinstance(module, QuantLinear):
+                module.finalize()
+        return model
+
+    def fingerprint(self) -> str:
+        """Fingerprint of the checkpoint this model was loaded from."""
+        return fingerprint(self.checkpoint)
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def is_serializable(self) -> bool:
+        return self.quantization_config.quant_method == MERGED_METHOD
+
+
+def register() -> None:
+    """Make transformers load and save ``quant_method: qalora``. Safe to call again (reload, double import)."""
+    if MERGED_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(MERGED_METHOD)(QALoraHfQuantizer)
+    if MERGED_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(MERGED_METHOD)(QALoraQuantizationConfig)
+
+
+@contextmanager
+def gptq_loads_trainable() -> Iterator[None]:
+    """Inside, transformers loads GPTQ checkpoints with :class:`QuantLinear`; outside, as it always did."""
+    theirs = AUTO_QUANTIZER_MAPPING[BASE_METHOD]
+    AUTO_QUANTIZER_MAPPING[BASE_METHOD] = QALoraHfQuantizer
+    try:
+        yield
+    finally:
+        AUTO_QUANTIZER_MAPPING[BASE_METHOD] = theirs
+
+
+def load_base(path: str | Path, revision: str | None = None, **kwargs: Any) -> PreTrainedModel:
+    """Load a GPTQ checkpoint for training: packed weights, no optimum, no GPTQModel.
+
+    Args:
+        path: local folder or Hub id.
+        revision: Hub revision.
+        kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``device_map``, ``attn_implementation`` …).
+
+    Raises:
+        QALoraError: not a usable GPTQ base; the message says why.
+    """
+    folder = resolve(path, revision)
+    require_base(Checkpoint.open(folder))
+    with gptq_loads_trainable():
+        return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+
+
+def _folder(checkpoint_files: list[str]) -> Path:
+    """The model folder of transformers' resolved shard paths (in the Hub cache, links inside a snapshot folder)."""
+    return Path(checkpoint_files[0]).parent
+
+
+def _prefix(model: PreTrainedModel, linears: dict, modules: dict):
+    """Checkpoint name → module name: the identity, or without the base-model prefix for a headless ``AutoModel``."""
+    head = f"{model.base_model_prefix}."
+    bare = bool(modules) and not any(name in linears for name in modules)
+    return (lambda name: name.removeprefix(head)) if bare else (lambda name: name)

@@ -1,0 +1,191 @@
+"""Which linears of a checkpoint are quantised, and how: read off the tensors themselves, then held against the config.
+
+The shapes say everything (bits, group size, sizes), so ``dynamic``, ``modules_to_not_convert`` and a dense ``lm_head``
+need no rules of their own: what has a ``qweight`` is quantised.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import QALoraError
+from .checkpoint import Checkpoint
+from .layout import SUPPORTED_BITS, codes_per_period, read_zeros
+
+BASE_METHOD = "gptq"
+MERGED_METHOD = "qalora"
+CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
+FORMAT_VERSION = 1
+_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+@dataclass(frozen=True)
+class QuantizedModule:
+    """Shape and storage of one quantised linear, in this project's letters."""
+
+    name: str
+    in_features: int
+    out_features: int
+    bits: int
+    group_size: int
+    scale_dtype: torch.dtype
+    bias_dtype: torch.dtype | None
+    offset_dtype: torch.dtype | None
+    has_g_idx: bool
+
+    @property
+    def groups(self) -> int:
+        return self.in_features // self.group_size
+
+
+def checkpoint_format(quantization: dict) -> str:
+    """``"gptq"`` (zeros stored minus one) or ``"gptq_v2"``; AutoGPTQ's configs, which name none, are v1."""
+    found = quantization.get("checkpoint_format") or quantization.get("format") or "gptq"
+    if found not in CHECKPOINT_FORMATS:
+        raise QALoraError(
+            f"checkpoint_format is {found!r}, expected one of {', '.join(CHECKPOINT_FORMATS)}. "
+            "Save the checkpoint again with GPTQModel in one of these formats."
+        )
+    return found
+
+
+def require_base(checkpoint: Checkpoint) -> dict[str, QuantizedModule]:
+    """Quantised linears of a GPTQ base.
+
+    Raises:
+        QALoraError: not a GPTQ checkpoint, or one that breaks a rule of the format.
+    """
+    method = checkpoint.method
+    if method != BASE_METHOD:
+        raise QALoraError(f"{checkpoint.folder} cannot be a base: {_why_not_base(checkpoint)}")
+    return quantized_modules(checkpoint)
+
+
+def _why_not_base(checkpoint: Checkpoint) -> str:
+    method = checkpoint.method
+    make_one = "Make a GPTQ checkpoint of the original 16-bit model: qalora quantize MODEL OUT."
+    if method is None:
+        return f"it is dense (config.json has no quantization_config). {make_one}"
+    if method == MERGED_METHOD:
+        return (
+            "it is already a merged QA-LoRA checkpoint. Train on the GPTQ base it was merged from"
+            f" ({checkpoint.quantization.get('base_model', 'see its README.md')}); to go on training an adapter, "
+            "set lora_model_dir."
+        )
+    return f"its quant_method is {method!r}, expected 'gptq'. {make_one}"
+
+
+def quantized_modules(checkpoint: Checkpoint) -> dict[str, QuantizedModule]:
+    """Every quantised linear by name, in checkpoint order, shapes and values checked.
+
+    Raises:
+        QALoraError: no quantised linear, tensors missing, of the wrong shape or at odds with the config, bad scales.
+    """
+    if checkpoint.method == MERGED_METHOD and checkpoint.quantization.get("format_version") != FORMAT_VERSION:
+        raise QALoraError(
+            f"{checkpoint.folder}: format_version is {checkpoint.quantization.get('format_version')!r}, this version "
+            f"of qalora reads {FORMAT_VERSION}. Update qalora, or merge again."
+        )
+    checkpoint_format(checkpoint.quantization)
+    names = [name.removesuffix(".qweight") for name in checkpoint.tensors if name.endswith(".qweight")]
+    if not names:
+        raise QALoraError(f"{checkpoint.folder} holds no quantised linear (no *.qweight). Is it the right folder?")
+    return {name: _module(checkpoint, name) for name in names}
+
+
+def _module(checkpoint: Checkpoint, name: str) -> QuantizedModule:
+    def fail(problem: str) -> QALoraError:
+        return QALoraError(f"{checkpoint.folder}: {name}: {problem} The checkpoint is damaged or not in GPTQ layout.")
+
+    parts = {
+        part: checkpoint.tensors.get(f"{name}.{part}")
+        for part in ("qweight", "qzeros", "scales", "g_idx", "bias", "offsets")
+    }
+    for part in ("qweight", "qzeros", "scales"):
+        if parts[part] is None:
+            raise fail(f"the tensor {part} is missing.")
+        if len(parts[part].shape) != 2:
+            raise fail(f"{part} has shape {parts[part].shape}, expected two dimensions.")
+    for part in ("qweight", "qzeros"):
+        if parts[part].dtype != "I32":
+            raise fail(f"{part} is {parts[part].dtype}, expected int32 words.")
+    if parts["scales"].dtype not in _FLOATS:
+        raise fail(f"scales are {parts['scales'].dtype}, expected a float type.")
+    groups, out_features = parts["scales"].shape
+    bits = parts["qzeros"].shape[1] * 32 / out_features
+    if bits not in SUPPORTED_BITS or parts["qzeros"].shape[0] != groups:
+        raise fail(f"qzeros {parts['qzeros'].shape} do not fit scales {parts['scales'].shape}.")
+    bits = int(bits)
+    in_features = parts["qweight"].shape[0] * 32 // bits
+    if parts["qweight"].shape[1] != out_features or in_features % codes_per_period(bits):
+        raise fail(f"qweight {parts['qweight'].shape} does not fit scales {parts['scales'].shape} at {bits} bits.")
+    for part, shape in {"g_idx": (in_features,), "bias": (out_features,), "offsets": (groups, out_features)}.items():
+        if parts[part] is not None and parts[part].shape != shape:
+            raise fail(f"{part} has shape {parts[part].shape}, expected {shape}.")
+    _check_against_config(checkpoint, name, bits, in_features, groups)
+
+    def float_dtype(part: str) -> torch.dtype | None:
+        return None if parts[part] is None else _FLOATS[parts[part].dtype]
+
+    return QuantizedModule(
+        name=name,
+        in_features=in_features,
+        out_features=out_features,
+        bits=bits,
+        group_size=in_features // groups,
+        scale_dtype=float_dtype("scales"),
+        bias_dtype=float_dtype("bias"),
+        offset_dtype=float_dtype("offsets"),
+        has_g_idx=parts["g_idx"] is not None,
+    )
+
+
+def _check_against_config(checkpoint: Checkpoint, name: str, bits: int, in_features: int, groups: int) -> None:
+    quantization = checkpoint.quantization
+    group_size = quantization.get("group_size")
+    if in_features % groups or (
+        not quantization.get("dynamic") and group_size not in (None, -1) and in_features != groups * group_size
+    ):
+        raise QALoraError(
+            f"{checkpoint.folder}: {name}: group size {group_size} does not divide in_features {in_features} "
+            f"({groups} groups are stored). Pooling needs whole groups: quantise the base again with a group size that "
+            f"divides {in_features}."
+        )
+    if not quantization.get("dynamic") and quantization.get("bits") not in (None, bits):
+        raise QALoraError(
+            f"{checkpoint.folder}: {name} is stored at {bits} bits, config.json says {quantization['bits']}. "
+            "One of the two is from another checkpoint."
+        )
+
+
+def check_values(checkpoint: Checkpoint, modules: dict[str, QuantizedModule]) -> None:
+    """Refuse NaN or Inf in scales, zero-size groups and an act-order index out of range. Reads 1/g of the checkpoint."""
+    for name, module in modules.items():
+        if not torch.isfinite(checkpoint.tensor(f"{name}.scales")).all():
+            raise QALoraError(
+                f"{checkpoint.folder}: {name}.scales holds NaN or Inf. The quantisation of this layer failed: "
+                "quantise again (more calibration data, or a higher damp_percent)."
+            )
+        if module.has_g_idx:
+            counts = torch.bincount(checkpoint.tensor(f"{name}.g_idx").long().clamp(min=-1) + 1)
+            if counts.tolist() != [0] + [module.group_size] * module.groups:
+                raise QALoraError(
+                    f"{checkpoint.folder}: {name}.g_idx does not put exactly {module.group_size} columns into each of "
+                    f"{module.groups} groups. The checkpoint is damaged."
+                )
+
+
+def is_act_order(checkpoint: Checkpoint, module: QuantizedModule) -> bool:
+    """True if the columns of this linear were quantised out of order (``desc_act``)."""
+    if not module.has_g_idx:
+        return False
+    in_order = torch.arange(module.in_features, dtype=torch.int32) // module.group_size
+    return not torch.equal(checkpoint.tensor(f"{module.name}.g_idx"), in_order)
+
+
+def is_symmetric(checkpoint: Checkpoint, module: QuantizedModule) -> bool:
+    """True if every zero-point is 2^(b−1): read off the zeros, since configs are known to be wrong about it."""
+    zeros = read_zeros(
+        checkpoint.tensor(f"{module.name}.qzeros"), module.bits, checkpoint_format(checkpoint.quantization)
+    )
+    return bool((zeros == 1 << (module.bits - 1)).all())
