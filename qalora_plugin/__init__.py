@@ -17,8 +17,8 @@ _LAZY = {
     "QALoraPlugin": ".plugin",
     "add_adapter": ".adapter",
     "load_adapter": ".adapter",
-    "merge": ".merge",
-    "verify": ".verify",
+    "merge": ".merging",
+    "verify": ".verifying",
 }
 __all__ = ["QALoraError", "load_base", *_LAZY]
 
