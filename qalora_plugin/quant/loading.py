@@ -8,11 +8,10 @@ base transformers has a quantizer of its own (optimum + GPTQModel), which stays 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -28,6 +27,9 @@ from .fingerprint import fingerprint
 from .linear import QuantLinear
 from .modules import BASE_METHOD, MERGED_METHOD, check_values, checkpoint_format, quantized_modules, require_base
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class QALoraQuantizationConfig(QuantizationConfigMixin):
     """``quantization_config`` of a merged checkpoint, kept as it was read so that it saves back the same."""
@@ -42,7 +44,7 @@ class QALoraHfQuantizer(HfQuantizer):
 
     requires_calibration = True  # quantising is GPTQModel's job (`qalora quantize`), never done while loading
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, checkpoint_files=None, **kwargs):
+    def _process_model_before_weight_loading(self, model: "PreTrainedModel", checkpoint_files=None, **kwargs):
         if not checkpoint_files:
             raise QALoraError("a quantised model loads from safetensors files; from_config or a state_dict cannot work.")
         self.checkpoint = checkpoint = Checkpoint.open(_folder(checkpoint_files))
@@ -81,7 +83,7 @@ class QALoraHfQuantizer(HfQuantizer):
                 ),
             )
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs):
         for module in model.modules():
             if isinstance(module, QuantLinear):
                 module.finalize()
@@ -118,7 +120,7 @@ def gptq_loads_trainable() -> Iterator[None]:
         AUTO_QUANTIZER_MAPPING[BASE_METHOD] = theirs
 
 
-def load_base(path: str | Path, revision: str | None = None, **kwargs: Any) -> PreTrainedModel:
+def load_base(path: str | Path, revision: str | None = None, **kwargs: Any) -> "PreTrainedModel":
     """Load a GPTQ checkpoint for training: packed weights, no optimum, no GPTQModel.
 
     Args:
@@ -129,6 +131,8 @@ def load_base(path: str | Path, revision: str | None = None, **kwargs: Any) -> P
     Raises:
         QALoraError: not a usable GPTQ base; the message says why.
     """
+    from transformers import AutoModelForCausalLM  # not at import: vLLM's environment imports this package too
+
     folder = resolve(path, revision)
     require_base(Checkpoint.open(folder))
     with gptq_loads_trainable():
@@ -140,7 +144,7 @@ def _folder(checkpoint_files: list[str]) -> Path:
     return Path(checkpoint_files[0]).parent
 
 
-def _prefix(model: PreTrainedModel, linears: dict, modules: dict):
+def _prefix(model: "PreTrainedModel", linears: dict, modules: dict):
     """Checkpoint name → module name: the identity, or without the base-model prefix for a headless ``AutoModel``."""
     head = f"{model.base_model_prefix}."
     bare = bool(modules) and not any(name in linears for name in modules)
