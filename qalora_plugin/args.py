@@ -1,0 +1,105 @@
+"""The YAML keys. Axolotl mixes :class:`QALoraArgs` into its own config model, so its validator sees every key."""
+
+import difflib
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from .errors import QALoraError
+
+ADAPTER = "qalora"
+
+_REFUSED = {
+    "lora_mlp_kernel": "the fused LoRA kernels would bypass the pooling",
+    "lora_qkv_kernel": "the fused LoRA kernels would bypass the pooling",
+    "lora_o_kernel": "the fused LoRA kernels would bypass the pooling",
+    "lora_embedding_kernel": "the fused LoRA kernels would bypass the pooling",
+    "lora_modules_to_save": "a dense copy of a layer cannot be merged into an INT4 base",
+    "lora_target_parameters": "only linear layers have quantisation groups",
+    "lora_fan_in_fan_out": "GPTQ linears have one orientation",
+    "peft_use_dora": "DoRA scales whole columns, which no group-wise offset can express",
+    "peft_layer_replication": "a merged checkpoint has the base's layers",
+    "peft_trainable_token_indices": "embeddings are not quantised, so changes to them cannot be merged",
+    "peft": "LoftQ rewrites the base weight, which stays packed",
+    "unfrozen_parameters": "base weights that train cannot be merged",
+    "load_in_4bit": "the base is GPTQ already; bitsandbytes would quantise it twice",
+    "load_in_8bit": "the base is GPTQ already; bitsandbytes would quantise it twice",
+    "qat": "the base is quantised already",
+    "fsdp": "sharding packed weights is not supported yet; use DDP (the default with several GPUs)",
+    "fsdp_config": "sharding packed weights is not supported yet; use DDP (the default with several GPUs)",
+    "deepspeed": "sharding packed weights is not supported yet; use DDP (the default with several GPUs)",
+}
+_REQUIRED = ("base_model", "lora_r", "lora_alpha")
+
+
+class QALoraBlock(BaseModel):
+    """The ``qalora:`` block. The group size is not here: it is the base's."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    merge: bool = Field(default=True, description="Merge into an INT4 checkpoint at the end of training.")
+    merge_dir: str | None = Field(
+        default=None, description="Where the merged checkpoint goes; default: `merged` inside output_dir."
+    )
+    offset_dtype: Literal["float16", "float32"] = Field(
+        default="float16",
+        description="How the merged offsets are stored: float16 (exact to 0.03 % of the adapter) or float32.",
+    )
+    copy_base: bool = Field(
+        default=False, description="Copy the base's shards into the merged checkpoint even where a hard link would do."
+    )
+    verify: bool = Field(
+        default=True, description="After merging, compare base + adapter with the merged checkpoint and report."
+    )
+    verify_tokens: int = Field(default=2048, gt=0, description="How many tokens of real data that comparison uses.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def name_the_nearest_key(cls, data: Any) -> Any:
+        for key in data or {}:
+            if key not in cls.model_fields:
+                near = difflib.get_close_matches(key, cls.model_fields, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise QALoraError(f"unknown key {key!r} in qalora:.{hint} Known keys: {', '.join(cls.model_fields)}.")
+        return data
+
+
+class QALoraArgs(BaseModel):
+    """What the plugin adds to Axolotl's config."""
+
+    qalora: QALoraBlock | None = Field(default=None, description="Options of `adapter: qalora`.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_qalora(cls, data: Any) -> Any:
+        if data.get("adapter") != ADAPTER:
+            if data.get("qalora"):
+                raise QALoraError(
+                    f"there is a qalora: block, but adapter is {data.get('adapter')!r}. Set `adapter: qalora`."
+                )
+            return data
+        refuse_unmergeable(data)
+        if data.get("qalora") is None:
+            data["qalora"] = {}
+        return data
+
+
+def refuse_unmergeable(cfg: dict) -> None:
+    """Refuse keys that would train something a merge cannot hold, and missing ones.
+
+    Raises:
+        QALoraError: names the key, why it is refused, and what to do.
+    """
+    for key, why in _REFUSED.items():
+        if cfg.get(key):
+            raise QALoraError(f"{key} cannot be combined with adapter: qalora: {why}. Remove {key}.")
+    if cfg.get("peft_init_lora_weights") not in (None, True, False, "gaussian"):
+        raise QALoraError(
+            f"peft_init_lora_weights: {cfg['peft_init_lora_weights']} rewrites the base weight, which stays packed. "
+            "Use true, false or gaussian."
+        )
+    missing = [key for key in _REQUIRED if not cfg.get(key)]
+    if missing and not cfg.get("lora_model_dir"):
+        raise QALoraError(f"adapter: qalora needs {', '.join(missing)}. Set them as for a LoRA.")
+    if not (cfg.get("lora_target_linear") or cfg.get("lora_target_modules") or cfg.get("lora_model_dir")):
+        raise QALoraError("adapter: qalora needs lora_target_linear: true or a list of lora_target_modules.")

@@ -1,0 +1,135 @@
+"""Axolotl's hooks, in the order in which Axolotl calls them. Each is one line or a call.
+
+Nothing but this file knows Axolotl. Imports are inside the hooks: Axolotl swallows an ImportError of a plugin module
+and then only says that the adapter is "not registered", so the module itself must import under all circumstances.
+"""
+
+import logging
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+
+from .args import ADAPTER
+from .errors import QALoraError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+LOG = logging.getLogger("axolotl.qalora")
+
+
+class QALoraPlugin(BasePlugin):
+    """``plugins: [qalora_plugin.QALoraPlugin]`` with ``adapter: qalora``."""
+
+    def __init__(self):
+        super().__init__()
+        self._loading = ExitStack()
+        self._samples: list[list[int]] = []
+
+    def register(self, cfg: dict) -> None:
+        """First look at the raw YAML: refuse a bad base or output before datasets are prepared."""
+        if cfg.get("adapter") != ADAPTER:
+            return
+        try:
+            from . import adapter, merging, preflight
+        except ImportError as error:  # as an ImportError it would be swallowed
+            raise QALoraError(f"qalora_plugin cannot be imported: {error}. Install it with: pip install qalora") from error
+        del adapter, merging
+        if cfg.get("merge_lora"):
+            cfg["merge_method"] = "legacy"  # the only path of `axolotl merge-lora` that asks the model itself
+        preflight.check_axolotl(cfg)
+
+    def get_input_args(self) -> str:
+        return "qalora_plugin.QALoraArgs"
+
+    def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
+        return [AdapterCapabilities(name=ADAPTER, lora_like=True)]
+
+    def pre_model_load(self, cfg: Any) -> None:
+        """While this model loads, GPTQ checkpoints come in as trainable packed linears."""
+        if cfg.adapter == ADAPTER:
+            from .quant.loading import gptq_loads_trainable
+
+            self._loading.enter_context(gptq_loads_trainable())
+
+    def post_model_build(self, cfg: Any, model: "PreTrainedModel") -> None:
+        self._loading.close()
+
+    def load_adapter(
+        self, model: "PreTrainedModel", cfg: Any, inference: bool = False, config_only: bool = False
+    ) -> tuple | None:
+        if cfg.adapter != ADAPTER:
+            return None
+        from axolotl.loaders.adapter import _build_peft_lora_config  # maps every lora_* and peft_* key
+        from peft import get_peft_model
+
+        from .adapter import bind_config, load_adapter
+
+        if cfg.lora_model_dir and not config_only:
+            peft_model = load_adapter(model, cfg.lora_model_dir, is_trainable=not inference)
+            config = peft_model.peft_config["default"]
+        else:
+            config = bind_config(model, _build_peft_lora_config(model, cfg))
+            if config_only:
+                return None, config
+            peft_model = get_peft_model(model, config)
+        peft_model.print_trainable_parameters()
+        if cfg.merge_lora:
+            peft_model.merge_and_unload = lambda **_: _MergedOnSave(peft_model, cfg)
+        return peft_model, config
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        """Keep a few token sequences for the verification after the merge."""
+        if cfg.adapter == ADAPTER and cfg.qalora.merge and cfg.qalora.verify:
+            from .tokens import sample_dataset
+
+            self._samples = sample_dataset(trainer.eval_dataset or trainer.train_dataset, cfg.qalora.verify_tokens)
+
+    def post_train_unload(self, cfg: Any) -> None:
+        """After the adapter is saved and the model gone; called once, where ``post_train`` is called twice."""
+        if cfg.adapter == ADAPTER and cfg.qalora.merge and int(os.environ.get("RANK", "0")) == 0:
+            merged = _merge(cfg, cfg.output_dir, cfg.qalora.merge_dir or Path(cfg.output_dir) / "merged")
+            if cfg.qalora.verify:
+                from .verifying import verify
+
+                report = verify(
+                    cfg.base_model,
+                    cfg.output_dir,
+                    merged,
+                    sequences=self._samples or None,
+                    max_tokens=cfg.qalora.verify_tokens,
+                    revision=cfg.revision_of_model,
+                )
+                report.print()
+
+
+class _MergedOnSave:
+    """What ``merge_and_unload`` gives to ``axolotl merge-lora``: saving it merges checkpoint to checkpoint."""
+
+    def __init__(self, model: "PeftModel", cfg: Any):
+        self.config, self.generation_config, self._cfg = model.config, model.generation_config, cfg
+
+    def to(self, *args: Any, **kwargs: Any) -> "_MergedOnSave":
+        """The merged tensors keep the base's dtypes."""
+        return self
+
+    def save_pretrained(self, folder: str, **kwargs: Any) -> None:
+        _merge(self._cfg, self._cfg.lora_model_dir, folder)
+
+
+def _merge(cfg: Any, adapter: str, out: str | Path) -> Path:
+    from .merging import is_merge_of, merge
+
+    if is_merge_of(out, cfg.base_model, adapter, cfg.revision_of_model):
+        LOG.info("%s is already the merge of this adapter into this base: nothing to do", out)
+        return Path(out)
+    options = cfg.qalora
+    result = merge(
+        cfg.base_model, adapter, out, options.offset_dtype, copy=options.copy_base, revision=cfg.revision_of_model
+    )
+    LOG.info("merged into %s: %d linears, %.1f MB new", result.folder, result.modules, result.new_bytes / 1e6)
+    return result.folder
