@@ -31,7 +31,7 @@ class QALoraPlugin(BasePlugin):
         self._samples: list[list[int]] = []
 
     def register(self, cfg: dict) -> None:
-        """First look at the raw YAML: refuse a bad base or output before datasets are prepared."""
+        """First look at the raw YAML: refuse bad keys or a bad base before datasets are prepared."""
         if cfg.get("adapter") != ADAPTER:
             return
         try:
@@ -48,6 +48,13 @@ class QALoraPlugin(BasePlugin):
 
     def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
         return [AdapterCapabilities(name=ADAPTER, lora_like=True)]
+
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
+        """The first hook that only training calls; loading stays with Axolotl."""
+        if cfg.adapter == ADAPTER and not preprocess:
+            from .preflight import check_merge_dir
+
+            check_merge_dir(cfg)
 
     def pre_model_load(self, cfg: Any) -> None:
         """While this model loads, GPTQ checkpoints come in as trainable packed linears."""
@@ -92,7 +99,9 @@ class QALoraPlugin(BasePlugin):
     def post_train_unload(self, cfg: Any) -> None:
         """After the adapter is saved and the model gone; called once, where ``post_train`` is called twice."""
         if cfg.adapter == ADAPTER and cfg.qalora.merge and int(os.environ.get("RANK", "0")) == 0:
-            merged = _merge(cfg, cfg.output_dir, cfg.qalora.merge_dir or Path(cfg.output_dir) / "merged")
+            from .preflight import merge_dir
+
+            merged = _merge(cfg, cfg.output_dir, merge_dir(cfg))
             if cfg.qalora.verify:
                 from .verifying import verify
 

@@ -1,8 +1,9 @@
-"""What can be checked before any long work: the base, and the place where the merge will go."""
+"""What Axolotl's config can be checked for before any long work: keys, base, and the place where the merge will go."""
 
 from pathlib import Path
 from typing import Any
 
+from .args import refuse_unmergeable
 from .atomic import require_absent
 from .errors import QALoraError
 from .quant.checkpoint import Checkpoint, read_json
@@ -10,22 +11,27 @@ from .quant.modules import check_values, require_base
 
 
 def check_axolotl(cfg: dict[str, Any]) -> None:
-    """Check a raw Axolotl config: the keys, the base, and that the merge will not overwrite anything.
+    """Check a raw Axolotl config: the keys and the base.
 
     Raises:
         QALoraError: with what was found, what was expected and what to do.
     """
-    from .args import refuse_unmergeable
-
     refuse_unmergeable(cfg)
     check_base(cfg["base_model"], cfg.get("revision_of_model"))
-    options = cfg.get("qalora") or {}
-    training = not cfg.get("merge_lora") and not cfg.get("inference")
-    if training and options.get("merge", True) is not False and cfg.get("output_dir"):
-        out = Path(options.get("merge_dir") or Path(cfg["output_dir"]) / "merged")
+
+
+def check_merge_dir(cfg: Any) -> None:
+    """Before training: refuse to train towards a merge whose place is taken."""
+    if cfg.qalora.merge:
         require_absent(
-            out, "It is where this run's merge would go: remove it, set qalora.merge_dir, or set qalora.merge: false."
+            merge_dir(cfg),
+            "It is where this run's merge would go: remove it, set qalora.merge_dir, or set qalora.merge: false.",
         )
+
+
+def merge_dir(cfg: Any) -> Path:
+    """Where the merge at the end of training goes."""
+    return Path(cfg.qalora.merge_dir or Path(cfg.output_dir) / "merged")
 
 
 def check_base(base: str, revision: str | None = None) -> None:

@@ -116,3 +116,16 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+
+
+def make_adapter(base: Path, folder: Path, seed: int = 0, std: float = 0.02, **lora) -> Path:
+    """Save an adapter of ``base`` whose A and B are random, as after some training."""
+    from qalora_plugin import add_adapter, load_base
+
+    model = add_adapter(load_base(base, dtype=torch.float32), **{"r": 4, "target_modules": "all-linear", **lora})
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(0, std, generator=generator)
+    model.save_pretrained(folder)
+    return folder

@@ -1,0 +1,136 @@
+"""The packed linear, forward and backward, against ``quant/reference.py``."""
+
+import pytest
+import torch
+from fabricate import quantise
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qalora_plugin.kernels.dequant import dequantize
+from qalora_plugin.kernels.linear import linear, pool
+from qalora_plugin.quant import reference
+from qalora_plugin.quant.linear import QuantLinear
+
+# Relative to the largest value of the reference. bf16 rounds the weight and every output once.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+
+
+def make_layer(in_features, out_features, bits, group_size, fmt="gptq", act_order=False, offsets=False, bias=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    layer = QuantLinear(
+        in_features, out_features, bits, group_size, fmt, bias=bias, offset_dtype=torch.float16 if offsets else None
+    )
+    for name, value in quantise(weight, bits, group_size, False, fmt, act_order, generator).items():
+        setattr(layer, name, value)
+    for name in ("offsets", "bias"):
+        if getattr(layer, name) is not None:
+            getattr(layer, name).normal_(0, 0.1, generator=generator)
+    return layer.finalize()
+
+
+def reference_weight(layer):
+    return reference.dequantize(
+        layer.qweight, layer.qzeros, layer.scales, layer.g_idx, layer.bits, layer.checkpoint_format, layer.offsets
+    )
+
+
+def adapter_for(layer, rank, dtype, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    lora_a = torch.randn(rank, layer.groups, generator=generator, dtype=torch.float64).to(dtype)
+    lora_b = torch.randn(layer.out_features, rank, generator=generator, dtype=torch.float64).to(dtype) * 0.1
+    return lora_a.requires_grad_(), lora_b.requires_grad_()
+
+
+def assert_close(found, expected, dtype):
+    assert (found.double() - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
+
+
+layers = st.tuples(
+    st.sampled_from([2, 3, 4, 8]),
+    st.sampled_from([32, 64, 128, -1]),
+    st.sampled_from(["gptq", "gptq_v2"]),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([128, 256]),
+    st.sampled_from([32, 96]),
+)
+
+
+@given(layers)
+@settings(max_examples=60, deadline=None)
+def test_dequantise_is_the_definition(shape):
+    bits, group_size, fmt, act_order, offsets, in_features, out_features = shape
+    layer = make_layer(in_features, out_features, bits, group_size, fmt, act_order, offsets)
+    expected = reference_weight(layer)
+    assert torch.equal(layer.dense_weight(torch.float64), expected)
+    assert_close(layer.dense_weight(torch.float32), expected, torch.float32)
+
+
+@given(layers, st.sampled_from(list(TOLERANCE)), st.integers(1, 5))
+@settings(max_examples=60, deadline=None)
+def test_forward_and_backward(shape, dtype, tokens):
+    bits, group_size, fmt, act_order, offsets, in_features, out_features = shape
+    layer = make_layer(in_features, out_features, bits, group_size, fmt, act_order, offsets, bias=True)
+    x = torch.randn(2, tokens, in_features, dtype=dtype, requires_grad=True)
+    lora_a, lora_b = adapter_for(layer, 4, torch.float64 if dtype == torch.float64 else torch.float32)
+    y = linear(x, layer, lora_a, lora_b, 0.5)
+    assert y.dtype == dtype
+    dy = torch.randn_like(y)
+    found = torch.autograd.grad(y, (x, lora_a, lora_b), dy)
+
+    x64, a64, b64 = (t.detach().double().requires_grad_() for t in (x, lora_a, lora_b))
+    weight, bias = reference_weight(layer), layer.bias.double()
+    y64 = reference.adapter_linear(x64, weight, layer.g_idx, a64, b64, 0.5, bias)
+    expected = torch.autograd.grad(y64, (x64, a64, b64), dy.double())
+    for pair in zip((y, *found), (y64, *expected), strict=True):
+        assert_close(*pair, dtype)
+
+
+def test_gradcheck():
+    layer = make_layer(64, 32, 4, 32, act_order=True)
+    x = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
+    lora_a, lora_b = adapter_for(layer, 2, torch.float64)
+    assert torch.autograd.gradcheck(lambda *inputs: linear(inputs[0], layer, *inputs[1:], 0.7), (x, lora_a, lora_b))
+
+
+def test_saves_only_the_pooled_input():
+    """Between forward and backward: P(x), A and B. No dense weight, no x."""
+    layer = make_layer(256, 64, 4, 32)
+    x = torch.randn(10, 256, requires_grad=True)
+    lora_a, lora_b = adapter_for(layer, 4, torch.float32)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+        linear(x, layer, lora_a, lora_b)
+    assert sorted(saved) == sorted([(10, 8), (4, 8), (64, 4)])
+
+
+def test_one_scratch_for_all_layers():
+    one, two = make_layer(128, 64, 4, 32), make_layer(64, 32, 4, 32, seed=3)
+    first = dequantize(one, torch.float32)
+    assert dequantize(two, torch.float32).data_ptr() == first.data_ptr()
+
+
+def test_autocast_decides_the_dtype():
+    layer = make_layer(64, 32, 4, 32)
+    lora_a, lora_b = adapter_for(layer, 2, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = linear(torch.randn(3, 64, requires_grad=True), layer, lora_a, lora_b)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert lora_a.grad.dtype == torch.float32
+
+
+def test_non_contiguous_and_empty_inputs():
+    layer = make_layer(64, 32, 4, 32)
+    weight = reference_weight(layer).float()
+    x = torch.randn(64, 6).t()
+    torch.testing.assert_close(layer(x), x @ weight)
+    assert layer(torch.randn(0, 64)).shape == (0, 32)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_pool_is_the_sum_over_groups(act_order):
+    layer = make_layer(128, 32, 4, 32, act_order=act_order)
+    x = torch.randn(2, 3, 128, dtype=torch.float64)
+    torch.testing.assert_close(pool(x, layer), reference.pool(x, layer.g_idx, layer.groups))

@@ -1,0 +1,211 @@
+"""Damaged and foreign checkpoints: one clear error each."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from fabricate import make_base
+from safetensors.torch import load_file, save_file
+
+from qalora_plugin.errors import QALoraError
+from qalora_plugin.quant.checkpoint import Checkpoint
+from qalora_plugin.quant.fingerprint import fingerprint
+from qalora_plugin.quant.modules import check_values, is_act_order, is_symmetric, quantized_modules, require_base
+
+
+@pytest.fixture
+def copy(base, tmp_path):
+    """A private copy of the base, single shard."""
+    return shutil.copytree(base, tmp_path / "copy")
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    return make_base(tmp_path / "sharded", shards=3)
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= changes
+    path.write_text(json.dumps(config))
+
+
+def edit_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def refuse(folder, match):
+    with pytest.raises(QALoraError, match=match):
+        checkpoint = Checkpoint.open(folder)
+        check_values(checkpoint, require_base(checkpoint))
+
+
+@pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("group_size", [32, 64, -1])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("act_order", [True, False])
+def test_facts_are_read_off_the_tensors(tmp_path, checkpoint_format, group_size, sym, act_order):
+    folder = make_base(
+        tmp_path / "m", group_size=group_size, sym=sym, checkpoint_format=checkpoint_format, act_order=act_order
+    )
+    checkpoint = Checkpoint.open(folder)
+    modules = require_base(checkpoint)
+    check_values(checkpoint, modules)
+    assert len(modules) == 14
+    module = modules["model.layers.0.mlp.down_proj"]
+    assert (module.in_features, module.out_features, module.bits) == (128, 64, 4)
+    assert module.group_size == (128 if group_size == -1 else group_size)
+    assert is_act_order(checkpoint, module) == (act_order and group_size != -1)
+    assert is_symmetric(checkpoint, module) == sym
+
+
+def test_fingerprint_ignores_sharding_but_not_content(base, copy, tmp_path):
+    expected = fingerprint(Checkpoint.open(base))
+    assert fingerprint(Checkpoint.open(copy)) == expected
+    assert fingerprint(Checkpoint.open(make_base(tmp_path / "s", shards=2))) == expected
+    edit_tensors(copy, lambda t: t["model.layers.1.mlp.up_proj.scales"].mul_(2))
+    assert fingerprint(Checkpoint.open(copy)) != expected
+    assert fingerprint(Checkpoint.open(make_base(tmp_path / "other", seed=1))) != expected
+
+
+def test_fingerprint_samples_large_tensors(tmp_path):
+    """Beyond 256 KiB only blocks are hashed, but a change of layout, start or end still shows."""
+    (tmp_path / "config.json").write_text("{}")
+
+    def value(tensor):
+        save_file({"x": tensor}, tmp_path / "model.safetensors")
+        return fingerprint(Checkpoint.open(tmp_path))
+
+    big = torch.arange(1 << 18, dtype=torch.int32)
+    first, last = big.clone(), big.clone()
+    first[0], last[-1] = 7, 7
+    assert len({value(t) for t in (big, first, last, big + 1, big.view(2, -1))}) == 5
+
+
+def test_dense(copy):
+    config = json.loads((copy / "config.json").read_text())
+    del config["quantization_config"]
+    (copy / "config.json").write_text(json.dumps(config))
+    refuse(copy, r"it is dense .* qalora quantize")
+
+
+@pytest.mark.parametrize("method", ["awq", "bitsandbytes", "fp8", "compressed-tensors"])
+def test_other_quantisation(copy, method):
+    edit_config(copy, quant_method=method)
+    refuse(copy, f"quant_method is '{method}', expected 'gptq'")
+
+
+def test_merged_is_no_base(merged):
+    refuse(merged, "already a merged QA-LoRA checkpoint")
+
+
+def test_unknown_format_version(merged, tmp_path):
+    folder = shutil.copytree(merged, tmp_path / "m")
+    edit_config(folder, format_version=2)
+    with pytest.raises(QALoraError, match="format_version is 2, this version of qalora reads 1"):
+        quantized_modules(Checkpoint.open(folder))
+
+
+def test_unknown_zero_storage(copy):
+    edit_config(copy, checkpoint_format="marlin")
+    refuse(copy, "checkpoint_format is 'marlin', expected one of gptq, gptq_v2")
+
+
+def test_missing_shard(sharded):
+    (sharded / "model-00002-of-00003.safetensors").unlink()
+    refuse(sharded, "the shard model-00002-of-00003.safetensors is missing")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 500, -1])
+def test_truncated_shard(copy, keep):
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    refuse(copy, "model.safetensors is truncated or damaged")
+
+
+def test_index_names_an_absent_tensor(sharded):
+    path = sharded / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.ghost.weight"] = "model-00001-of-00003.safetensors"
+    path.write_text(json.dumps(index))
+    refuse(sharded, "holds the tensor 'model.ghost.weight', but it does not")
+
+
+@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "model.bin", 3])
+def test_index_leaves_the_folder(sharded, file):
+    path = sharded / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["lm_head.weight"] = file
+    path.write_text(json.dumps(index))
+    refuse(sharded, "inside the folder itself")
+
+
+def test_pickles_are_never_read(copy):
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    refuse(copy, r"pickled weights \(pytorch_model.bin\)")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_scales(copy, bad):
+    edit_tensors(copy, lambda t: t["model.layers.0.self_attn.q_proj.scales"].view(-1)[3:4].fill_(bad))
+    refuse(copy, r"q_proj.scales holds NaN or Inf")
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "match"),
+    [
+        ("qzeros", None, "the tensor qzeros is missing"),
+        ("scales", lambda t: t[:-1].clone(), "qzeros .* do not fit scales"),
+        ("scales", lambda t: t.int(), "scales are I32, expected a float type"),
+        ("qweight", lambda t: t[:, :-1].contiguous(), "qweight .* does not fit scales"),
+        ("qweight", lambda t: t.float(), "qweight is F32, expected int32 words"),
+        ("g_idx", lambda t: t[:-1].clone(), "g_idx has shape"),
+        ("g_idx", lambda t: torch.zeros_like(t), "does not put exactly 32 columns"),
+        ("g_idx", lambda t: t - 1, "does not put exactly 32 columns"),
+    ],
+)
+def test_wrong_shapes(copy, part, change, match):
+    name = f"model.layers.1.mlp.down_proj.{part}"
+
+    def edit(tensors):
+        if change is None:
+            del tensors[name]
+        else:
+            tensors[name] = change(tensors[name])
+
+    edit_tensors(copy, edit)
+    refuse(copy, match)
+
+
+def test_group_size_that_does_not_divide_k(copy):
+    """GPTQ writes ceil(K/g) groups then."""
+
+    def edit(tensors):
+        for part in ("scales", "qzeros"):
+            name = f"model.layers.0.mlp.down_proj.{part}"
+            tensors[name] = tensors[name][:3].clone()
+
+    edit_tensors(copy, edit)
+    edit_config(copy, group_size=48)
+    refuse(copy, "group size 48 does not divide in_features")
+
+
+def test_config_at_odds_with_tensors(copy):
+    edit_config(copy, bits=8)
+    refuse(copy, "stored at 4 bits, config.json says 8")
+
+
+def test_not_a_folder(base, tmp_path):
+    refuse(base / "config.json", "is a file, expected a model folder")
+    refuse(tmp_path / "nowhere", "does not exist")
+    refuse(tmp_path, "has no config.json")
+    refuse("no-such-owner/no-such-model", "fetching it from the Hub failed")
+
+
+def test_broken_config(copy):
+    (copy / "config.json").write_text("{")
+    refuse(copy, "config.json is not valid JSON")
