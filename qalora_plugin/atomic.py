@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .errors import QALoraError
 
 _CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS}
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def require_absent(out: Path, hint: str = "Choose another name, or remove it first: nothing is overwritten.") -> None:
@@ -59,8 +62,11 @@ def new_folder(out: Path) -> Iterator[Path]:
             _flush(out.parent)
         except BaseException as error:
             shutil.rmtree(work, ignore_errors=True)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise QALoraError(f"the disk of {out.parent} is full; nothing was written. Free some space.") from error
+            if _is_out_of_space(error):
+                raise QALoraError(
+                    f"the disk of {out.parent} is full, or a size limit was reached ({error}); nothing was left behind. "
+                    "Free some space, or choose an output on another disk."
+                ) from error
             raise
     finally:
         os.close(lock)
@@ -82,6 +88,13 @@ def link_or_copy(source: Path, target: Path, copy: bool = False) -> bool:
 
 def same_disk(source: Path, parent: Path) -> bool:
     return source.resolve().stat().st_dev == parent.stat().st_dev
+
+
+def _is_out_of_space(error: BaseException) -> bool:
+    """True for ENOSPC and its kin, also where safetensors' writer wraps them as ``… (os error 28)``."""
+    if isinstance(error, OSError):
+        return error.errno in _NO_SPACE
+    return isinstance(error, SafetensorError) and any(f"(os error {code})" in str(error) for code in _NO_SPACE)
 
 
 def _clear(folder: Path) -> None:

@@ -21,7 +21,8 @@ def scratch(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> T
     """A ``[rows, cols]`` view of the one scratch buffer per device and dtype; its content lasts until the next call."""
     key, size = (device, dtype), rows * cols
     if key not in _scratch or _scratch[key].numel() < size:
-        _scratch[key] = torch.empty(size, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # a buffer born in inference mode could not be written outside it
+            _scratch[key] = torch.empty(size, dtype=dtype, device=device)
     return _scratch[key][:size].view(rows, cols)
 
 

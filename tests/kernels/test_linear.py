@@ -111,6 +111,18 @@ def test_one_scratch_for_all_layers():
     assert dequantize(two, torch.float32).data_ptr() == first.data_ptr()
 
 
+def test_scratch_born_in_inference_mode_serves_training():
+    from qalora_plugin.kernels import dequant
+
+    dequant._scratch.clear()
+    layer, x = make_layer(64, 32, 4, 32), torch.randn(3, 64, requires_grad=True)
+    with torch.inference_mode():
+        layer(x)
+    lora_a, lora_b = adapter_for(layer, 2, torch.float32)
+    linear(x, layer, lora_a, lora_b).sum().backward()
+    assert x.grad is not None
+
+
 def test_autocast_decides_the_dtype():
     layer = make_layer(64, 32, 4, 32)
     lora_a, lora_b = adapter_for(layer, 2, torch.float32)

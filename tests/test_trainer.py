@@ -1,0 +1,76 @@
+"""HF Trainer and TRL without Axolotl: the README's example, the callback, a real training run that merges."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from qalora_plugin import QALoraMergeCallback, add_adapter, load_base
+from qalora_plugin.errors import QALoraError
+from qalora_plugin.verifying import verify
+
+ROWS = [{"input_ids": list(range(4 + i, 40 + i)), "labels": list(range(4 + i, 40 + i))} for i in range(16)]
+
+
+def trainer(base, out, **options):
+    torch.manual_seed(0)
+    model = add_adapter(load_base(base, dtype=torch.float32), r=4, lora_alpha=8, target_modules="all-linear")
+    settings = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": [], "use_cpu": True}
+    arguments = TrainingArguments(str(out), **(settings | options))
+    return Trainer(model, arguments, train_dataset=ROWS, callbacks=[QALoraMergeCallback(base)])
+
+
+def test_trains_and_merges(base, tmp_path):
+    run = trainer(base, tmp_path / "out", logging_steps=1, max_steps=8)
+    run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    report = verify(
+        base, tmp_path / "out", tmp_path / "out" / "merged", [ROWS[0]["input_ids"]], device="cpu", progress=False
+    )
+    assert report.passed
+
+
+def test_resume_is_bit_identical(base, tmp_path):
+    straight = trainer(base, tmp_path / "a", save_steps=2)
+    straight.train()
+    resumed = trainer(base, tmp_path / "b")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    first, second = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab")
+    assert first == second
+
+
+def test_occupied_merge_folder_is_refused_before_training(base, tmp_path):
+    (tmp_path / "out" / "merged").mkdir(parents=True)
+    run = trainer(base, tmp_path / "out")
+    with pytest.raises(QALoraError, match="merged exists"):
+        run.train()
+    assert run.state.global_step == 0
+
+
+def test_model_without_our_adapter_is_refused(base, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    dense = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, vocab_size=128))
+    model = get_peft_model(dense, LoraConfig(target_modules=["q_proj"]))
+    run = Trainer(
+        model, TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True), train_dataset=ROWS,
+        callbacks=[QALoraMergeCallback(base)],
+    )  # fmt: skip
+    with pytest.raises(QALoraError, match="has no QA-LoRA adapter"):
+        run.train()
+
+
+def test_readme_example(base, tmp_path):
+    """The README's Python example runs as printed, with only its paths replaced, and stays under 40 lines."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(# train\.py.*?)```", readme, re.S)
+    assert code.count("\n") < 40
+    code = code.replace("./my-gptq-base", str(base)).replace("./outputs", str(tmp_path / "outputs"))
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    assert (tmp_path / "outputs" / "merged" / "offsets.safetensors").is_file()
