@@ -89,9 +89,20 @@ class QALoraPlugin(BasePlugin):
             peft_model.merge_and_unload = lambda **_: _MergedOnSave(peft_model, cfg)
         return peft_model, config
 
+    def get_training_args(self, cfg: Any) -> dict[str, Any]:
+        """Without an accelerator, say so: the Trainer then allows ``bf16``, which Axolotl has no key for on a CPU."""
+        import torch
+
+        return {} if cfg.adapter != ADAPTER or torch.accelerator.is_available() else {"use_cpu": True}
+
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Keep a few token sequences for the verification after the merge."""
-        if cfg.adapter == ADAPTER and cfg.qalora.merge and cfg.qalora.verify:
+        if cfg.adapter != ADAPTER:
+            return
+        if cfg.rl:
+            # TRL wraps the base in the adapter itself, and Axolotl then saves both: let the base save the adapter.
+            trainer.model.get_base_model().save_pretrained = trainer.model.save_pretrained
+        if cfg.qalora.merge and cfg.qalora.verify:
             from .tokens import sample_dataset
 
             self._samples = sample_dataset(trainer.eval_dataset or trainer.train_dataset, cfg.qalora.verify_tokens)
