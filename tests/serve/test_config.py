@@ -1,0 +1,81 @@
+"""What vLLM reads from a folder before it loads weights, and the errors that a bad one gives."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from serve.checkpoints import edit_quantization, make_merged
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_ext.config import QALoraConfig
+
+
+@pytest.fixture
+def merged(tmp_path):
+    return make_merged(tmp_path)
+
+
+def read(folder, **kwargs):
+    """The engine's config, as `vllm serve` makes it."""
+    return EngineArgs(model=str(folder), dtype="bfloat16", max_model_len=64, **kwargs).create_engine_config()
+
+
+def test_merged_folder_needs_no_flag(merged):
+    config = read(merged).quant_config
+    assert isinstance(config, QALoraConfig)
+    module = config.modules["model.layers.0.mlp.down_proj"]
+    assert (module.bits, module.group_size, module.offset_dtype) == (4, 32, torch.float16)
+    assert len(config.modules) == 14
+
+
+def test_dynamic_exclusions_show_in_the_tensors(tmp_path):
+    config = read(make_merged(tmp_path, dense=("down_proj",))).quant_config
+    assert config.quantization["dynamic"] == {"-:.*down_proj.*": {}}
+    assert not any("down_proj" in name for name in config.modules)
+
+
+def test_plain_gptq_base_on_request_only(merged):
+    base = merged.parent / "base"
+    assert isinstance(read(base, quantization="qalora").quant_config, QALoraConfig)
+    with pytest.raises(ValueError, match="sym=False"):  # what vLLM itself makes of an asymmetric base
+        read(base)
+
+
+def test_unknown_format_version(merged):
+    edit_quantization(merged, format_version=2)
+    with pytest.raises(ValueError, match=r"format_version is 2, this version of qalora reads 1\. Update qalora"):
+        read(merged)
+
+
+def test_unknown_checkpoint_format(merged):
+    edit_quantization(merged, checkpoint_format="marlin")
+    with pytest.raises(ValueError, match="checkpoint_format is 'marlin', expected one of gptq, gptq_v2"):
+        read(merged)
+
+
+def test_offsets_of_wrong_shape(merged):
+    offsets = load_file(merged / "offsets.safetensors")
+    offsets["model.layers.1.self_attn.q_proj.offsets"] = torch.zeros(4, 256, dtype=torch.float16)
+    save_file(offsets, merged / "offsets.safetensors")
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.self_attn\.q_proj: offsets has shape \(4, 256\), expected \(8, 256\)"
+    ):
+        read(merged)
+
+
+def test_quantised_experts(merged):
+    offsets = load_file(merged / "offsets.safetensors")
+    shard = load_file(merged / "model-00001-of-00001.safetensors")
+    dense, expert = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.experts.0.up_proj"
+    for file, tensors in {"offsets": offsets, "model-00001-of-00001": shard}.items():
+        renamed = {name.replace(dense, expert): tensor for name, tensor in tensors.items()}
+        (merged / f"{file}.safetensors").unlink()
+        save_file(renamed, merged / f"{file}.safetensors")
+    with pytest.raises(ValueError, match=r"mixture-of-experts layers \(.*experts\.0\.up_proj\)"):
+        read(merged)
+
+
+def test_importing_the_package_imports_no_vllm():
+    subprocess.run([sys.executable, "-c", "import sys, vllm_ext; assert 'vllm' not in sys.modules"], check=True)

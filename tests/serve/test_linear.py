@@ -1,0 +1,201 @@
+"""The linear method inside vLLM's own layers, loaded through their weight loaders, against ``quant/reference.py``."""
+
+import pytest
+import torch
+from fabricate import quantise
+from safetensors.torch import save_file
+from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
+
+from qalora_plugin.errors import QALoraError
+from qalora_plugin.quant import reference
+from vllm_ext.config import QALoraConfig
+from vllm_ext.linear import QALoraLinearMethod
+
+K, HEAD, HEADS, KV_HEADS = 256, 64, 4, 2
+SIZES = {"q": HEAD * HEADS, "k": HEAD * KV_HEADS, "v": HEAD * KV_HEADS}
+# Relative to the result's norm. bfloat16: rounding of scales, of the kernel's weights, of y; 2⁻⁹ each.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+def linear_tensors(n, seed, sym, checkpoint_format, group_size, bits=4, order_seed=None, offset_dtype=torch.float16):
+    """A random quantised linear ``[K, N]`` as a checkpoint stores it. ``offset_dtype`` None: not adapted."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(n, K, generator=generator) * 0.05
+    order = None if order_seed is None else torch.Generator().manual_seed(order_seed)
+    tensors = quantise(weight, bits, group_size, sym, checkpoint_format, order is not None, order)
+    if offset_dtype is not None:
+        shift = 0.5 * torch.randn(tensors["scales"].shape, generator=generator)
+        tensors["offsets"] = (tensors["scales"].float() * shift).to(offset_dtype)
+    tensors["bias"] = torch.randn(n, generator=generator)
+    return tensors
+
+
+def expected(x, tensors, checkpoint_format, bits=4):
+    """float64, from the stored tensors."""
+    names = ("qweight", "qzeros", "scales", "g_idx")
+    offsets = tensors.get("offsets")
+    weight = reference.dequantize(*(tensors[name] for name in names), bits, checkpoint_format, offsets)
+    return x.double() @ weight + tensors["bias"].double()
+
+
+def config_for(folder, modules, checkpoint_format):
+    """The vLLM config of a checkpoint that holds ``modules``."""
+    stored = {f"{name}.{part}": tensor for name, tensors in modules.items() for part, tensor in tensors.items()}
+    save_file(stored, folder / "model.safetensors")
+    quantization = {"quant_method": "qalora", "checkpoint_format": checkpoint_format, "format_version": 1}
+    config = QALoraConfig.from_config(quantization)
+    config.maybe_update_config(str(folder))
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    return config
+
+
+def load(layer, tensors, *shard):
+    """What a vLLM model's ``load_weights`` does, then the step after loading."""
+    parameters = dict(layer.named_parameters())
+    for name, tensor in tensors.items():
+        parameters[name].weight_loader(parameters[name], tensor, *shard)
+
+
+def run_qkv(folder, parts, checkpoint_format, dtype, bits=4):
+    """The fused layer's output and the reference's, for one random input."""
+    config = config_for(folder, {f"attn.{part}_proj": tensors for part, tensors in parts.items()}, checkpoint_format)
+    layer = QKVParallelLinear(
+        K, HEAD, HEADS, KV_HEADS, bias=True, params_dtype=dtype, quant_config=config, prefix="attn.qkv_proj"
+    )
+    for part, tensors in parts.items():
+        load(layer, tensors, part)
+    layer.quant_method.process_weights_after_loading(layer)
+    x = torch.randn(9, K, generator=torch.Generator().manual_seed(9)).to(dtype)
+    y = torch.cat([expected(x, tensors, checkpoint_format, bits) for tensors in parts.values()], dim=-1)
+    return layer, layer(x)[0], y
+
+
+def assert_close(found, wanted):
+    assert (found - wanted).norm() <= TOLERANCE[found.dtype] * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+@pytest.mark.parametrize("act_order", ["none", "shared", "per part"])
+@pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("sym", [True, False])
+def test_fused_qkv_equals_reference(tmp_path, sym, checkpoint_format, act_order, group_size, dtype):
+    orders = {"none": [None] * 3, "shared": [5, 5, 5], "per part": [5, 6, 7]}[act_order]
+    parts = {
+        part: linear_tensors(size, seed, sym, checkpoint_format, group_size, order_seed=order)
+        for seed, ((part, size), order) in enumerate(zip(SIZES.items(), orders, strict=True))
+    }
+    layer, y, wanted = run_qkv(tmp_path, parts, checkpoint_format, dtype)
+    assert_close(y, wanted)
+    sortable = act_order != "per part" or group_size == -1
+    assert (layer.quant_method.kernel is not None) == (dtype == torch.bfloat16 and sortable)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_other_bit_widths(tmp_path, bits, dtype):
+    parts = {
+        part: linear_tensors(size, seed, False, "gptq", 64, bits=bits)
+        for seed, (part, size) in enumerate(SIZES.items())
+    }
+    _, y, wanted = run_qkv(tmp_path, parts, "gptq", dtype, bits)
+    assert_close(y, wanted)
+
+
+@pytest.mark.parametrize("adapted", ["q", "qv", ""])
+def test_parts_without_offsets(tmp_path, adapted):
+    parts = {
+        part: linear_tensors(size, seed, False, "gptq", 32, offset_dtype=torch.float16 if part in adapted else None)
+        for seed, (part, size) in enumerate(SIZES.items())
+    }
+    layer, y, wanted = run_qkv(tmp_path, parts, "gptq", torch.bfloat16)
+    assert_close(y, wanted)
+    assert (layer.offsets is None) == (not adapted)
+
+
+def test_offsets_that_are_all_zero_cost_nothing(tmp_path):
+    parts = {part: linear_tensors(size, 0, True, "gptq", 32) for part, size in SIZES.items()}
+    for tensors in parts.values():
+        tensors["offsets"].zero_()
+    layer, y, wanted = run_qkv(tmp_path, parts, "gptq", torch.bfloat16)
+    assert layer.offsets is None
+    assert_close(y, wanted)
+
+
+def test_float32_offsets_are_not_rounded(tmp_path):
+    parts = {
+        part: linear_tensors(size, seed, True, "gptq", 32, offset_dtype=torch.float32)
+        for seed, (part, size) in enumerate(SIZES.items())
+    }
+    layer, y, wanted = run_qkv(tmp_path, parts, "gptq", torch.bfloat16)
+    assert layer.offsets.dtype == torch.float32
+    assert torch.equal(layer.offsets, torch.cat([tensors["offsets"] for tensors in parts.values()], dim=1))
+    assert_close(y, wanted)
+
+
+def test_symmetry_is_read_off_the_zeros(tmp_path):
+    """A config that claims the wrong ``sym`` (here: none at all) changes nothing: 4-bit zeros of 8 are symmetric."""
+    for sym in (True, False):
+        folder = tmp_path / str(sym)
+        folder.mkdir()
+        parts = {part: linear_tensors(size, 0, sym, "gptq", 32) for part, size in SIZES.items()}
+        layer, _, _ = run_qkv(folder, parts, "gptq", torch.bfloat16)
+        assert layer.quant_method.kernel.config.zero_points == (not sym)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_row_parallel_with_act_order_on_one_rank(tmp_path, dtype):
+    tensors = linear_tensors(128, 0, False, "gptq", 64, order_seed=3)
+    config = config_for(tmp_path, {"o_proj": tensors}, "gptq")
+    layer = RowParallelLinear(K, 128, params_dtype=dtype, quant_config=config, prefix="o_proj")
+    load(layer, tensors)
+    layer.quant_method.process_weights_after_loading(layer)
+    x = torch.randn(2, 3, K).to(dtype)
+    assert_close(layer(x)[0], expected(x, tensors, "gptq"))
+
+
+def share_of(module, k):
+    """A row-parallel layer's first rank of K/k, created as vLLM does it."""
+    layer = RowParallelLinear(K, 128, bias=False, quant_config=None)
+    layer.quant_method = QALoraLinearMethod("o_proj", [module], "gptq")
+    layer.quant_method.create_weights(layer, k, [128], K, 128, torch.bfloat16, weight_loader=layer.weight_loader_v2)
+    return layer
+
+
+def test_group_split_by_tensor_parallelism_is_refused(tmp_path):
+    config = config_for(tmp_path, {"o_proj": linear_tensors(128, 0, True, "gptq", 64)}, "gptq")
+    with pytest.raises(QALoraError, match=r"o_proj.* 32 of 256 input columns.*group size 64.*divides 4"):
+        share_of(config.modules["o_proj"], 32)
+
+
+def test_act_order_across_ranks_is_refused(tmp_path):
+    tensors = linear_tensors(128, 0, True, "gptq", 64, order_seed=3)
+    layer = share_of(config_for(tmp_path, {"o_proj": tensors}, "gptq").modules["o_proj"], 128)
+    load(layer, {"g_idx": tensors["g_idx"]})
+    with pytest.raises(QALoraError, match=r"o_proj.*act-order.*tensor-parallel-size 1"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_damaged_g_idx_is_refused(tmp_path):
+    tensors = linear_tensors(128, 0, True, "gptq", 64)
+    tensors["g_idx"][0] = 1
+    layer = share_of(config_for(tmp_path, {"o_proj": tensors}, "gptq").modules["o_proj"], K)
+    load(layer, {"g_idx": tensors["g_idx"]})
+    with pytest.raises(QALoraError, match="g_idx does not put exactly 64 columns"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_fused_parts_quantised_differently_are_refused(tmp_path):
+    parts = {
+        f"{part}_proj": linear_tensors(64, 0, True, "gptq", g) for part, g in zip("qkv", (32, 32, 64), strict=True)
+    }
+    config = config_for(tmp_path, parts, "gptq")
+    with pytest.raises(QALoraError, match=r"v_proj: 4 bits, group size 64"):
+        QKVParallelLinear(K, HEAD, HEADS, KV_HEADS, quant_config=config, prefix="qkv_proj")
+
+
+def test_fused_parts_partly_dense_are_refused(tmp_path):
+    config = config_for(tmp_path, {"q_proj": linear_tensors(64, 0, True, "gptq", 32)}, "gptq")
+    with pytest.raises(QALoraError, match="quantises only q_proj"):
+        QKVParallelLinear(K, HEAD, HEADS, KV_HEADS, quant_config=config, prefix="qkv_proj")

@@ -1,0 +1,67 @@
+"""vLLM's log-probabilities of whole models, in process, against transformers in the same dtype."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from serve.checkpoints import make_merged
+from serve.scoring import MEAN_TOLERANCE, random_tokens, score
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+pytestmark = pytest.mark.e2e
+BF16, FP32 = torch.bfloat16, torch.float32
+V2_SYM = {"sym": True, "checkpoint_format": "gptq_v2"}
+
+CASES = {
+    "asym": (BF16, {"bias": True}),
+    "asym-fp32": (FP32, {"bias": True}),
+    "sym-v2-g128": (BF16, {**V2_SYM, "group_size": 128}),
+    "sym-v2-one-group": (BF16, {**V2_SYM, "group_size": -1}),
+    "act-order": (BF16, {"act_order": True}),
+    "act-order-fp32": (FP32, {"act_order": True}),
+    "only-q-and-v": (BF16, {"targets": ("q_proj", "v_proj")}),
+    "down-proj-dense": (BF16, {"dense": ("down_proj",), "store_g_idx": False}),
+    "head-quantised": (FP32, {"quantised_head": True}),
+    "8-bit-fp32-offsets": (BF16, {"bits": 8, "offset_dtype": FP32}),
+}
+
+
+def vllm_scores(folder: Path, tokens: torch.Tensor, dtype: torch.dtype, **kwargs) -> torch.Tensor:
+    kwargs = {"enforce_eager": True, "max_model_len": 128, "max_num_seqs": 4, **kwargs}
+    llm = LLM(str(folder), dtype=str(dtype).removeprefix("torch."), enable_prefix_caching=False, **kwargs)
+    prompts = [{"prompt_token_ids": row} for row in tokens.tolist()]
+    outputs = llm.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+    del llm
+    cleanup_dist_env_and_memory()
+    return torch.tensor(
+        [
+            [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], row[1:], strict=True)]
+            for output, row in zip(outputs, tokens.tolist(), strict=True)
+        ]
+    )
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a - b).abs().mean().item()
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_merged_checkpoint(tmp_path, case):
+    dtype, kwargs = CASES[case]
+    folder, tokens = make_merged(tmp_path, **kwargs), random_tokens(3, 100)
+    wanted, base = (score(folder, tokens, dtype, with_offsets) for with_offsets in (True, False))
+    assert difference(wanted, base) > 4 * MEAN_TOLERANCE[dtype]  # or the test would not see the offsets
+    assert difference(vllm_scores(folder, tokens, dtype), wanted) <= MEAN_TOLERANCE[dtype]
+
+
+def test_under_torch_compile(tmp_path):
+    folder, tokens = make_merged(tmp_path), random_tokens(3, 100)
+    found = vllm_scores(folder, tokens, BF16, enforce_eager=False)
+    assert difference(found, score(folder, tokens, BF16)) <= MEAN_TOLERANCE[BF16]
+
+
+def test_plain_gptq_base(tmp_path):
+    base, tokens = make_merged(tmp_path).parent / "base", random_tokens(3, 100)
+    found = vllm_scores(base, tokens, BF16, quantization="qalora")
+    assert difference(found, score(base, tokens, BF16)) <= MEAN_TOLERANCE[BF16]

@@ -1,0 +1,128 @@
+"""``quantization_config`` → which linears of a vLLM model are quantised, and how.
+
+Read off the checkpoint's safetensors headers, as training and merging do (``qalora_plugin.quant.modules``): what has
+a ``qweight`` is quantised, its shapes give bits and group size. So ``dynamic``, ``modules_to_not_convert`` and a
+quantised ``lm_head`` need no rules here.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.transformers_utils.config import get_safetensors_params_metadata
+
+from qalora_plugin.errors import QALoraError
+from qalora_plugin.quant.checkpoint import Checkpoint, TensorInfo
+from qalora_plugin.quant.modules import (
+    BASE_METHOD,
+    MERGED_METHOD,
+    QuantizedModule,
+    checkpoint_format,
+    quantized_modules,
+)
+
+from .linear import QALoraLinearMethod
+
+
+@register_quantization_config(MERGED_METHOD)
+class QALoraConfig(QuantizationConfig):
+    """A merged QA-LoRA checkpoint, or (``--quantization qalora``) a plain GPTQ base, symmetric or not.
+
+    Attributes:
+        quantization: the checkpoint's ``quantization_config``.
+        modules: quantised linears by their name in the vLLM model; filled by :meth:`maybe_update_config`.
+    """
+
+    def __init__(self, quantization: dict[str, Any]):
+        super().__init__()
+        self.quantization = {"quant_method": BASE_METHOD, **quantization}
+        self.checkpoint_format = checkpoint_format(self.quantization)
+        self.modules: dict[str, QuantizedModule] = {}
+
+    def __repr__(self) -> str:
+        keys = ("quant_method", "bits", "group_size", "desc_act", "sym", "offset_dtype")
+        known = {key: self.quantization.get(key) for key in keys}
+        return f"QALoraConfig({known}, {len(self.modules)} quantised linears)"
+
+    @classmethod
+    def get_name(cls) -> str:
+        return MERGED_METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.half, torch.bfloat16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 60  # vLLM's own GPTQ asks for the same; which kernel runs is decided layer by layer
+
+    @classmethod
+    def get_config_filenames(cls) -> list[str]:
+        return ["quantize_config.json"]  # AutoGPTQ bases whose config.json has no quantization_config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "QALoraConfig":
+        return cls(config)
+
+    @classmethod
+    def override_quantization_method(cls, hf_quant_cfg, user_quant, hf_config=None) -> str | None:
+        """Take a plain GPTQ checkpoint only where the user asked for it by ``--quantization qalora``."""
+        asked = user_quant == MERGED_METHOD and hf_quant_cfg.get("quant_method") == BASE_METHOD
+        return MERGED_METHOD if asked else None
+
+    def maybe_update_config(self, model_name: str, hf_config=None, revision: str | None = None) -> None:
+        """Read the headers of the checkpoint (a folder or a Hub id) and hold them against the config.
+
+        Raises:
+            QALoraError: another ``format_version``, no or damaged tensors, or quantised experts.
+        """
+        headers = get_safetensors_params_metadata(model_name, revision=revision)
+        tensors = {
+            name: TensorInfo("", info["dtype"], tuple(info["shape"]))
+            for name, info in headers.items()
+            if "dtype" in info
+        }
+        config = {"quantization_config": self.quantization}
+        self.modules = quantized_modules(Checkpoint(Path(model_name), config, tensors, files=[]))
+        experts = next((name for name in self.modules if ".experts." in name), None)
+        if experts:
+            raise QALoraError(
+                f"{model_name} quantises mixture-of-experts layers ({experts}), which qalora cannot serve yet: vLLM "
+                "runs experts fused, where offsets have no place. Serve a model whose experts are not quantised, or a "
+                "dense architecture."
+            )
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
+        self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
+
+    @staticmethod
+    def get_checkpoint_weight_mapper():
+        """Keep ``g_idx``, which vLLM ≥ 0.32 drops by default: act-order is served."""
+        from vllm.model_executor.models.utils import WeightsMapper  # imports this module's importers
+
+        return WeightsMapper()
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if not isinstance(layer, (LinearBase, ParallelLMHead)):
+            return None
+        if parts := self._parts(prefix):
+            return QALoraLinearMethod(prefix, parts, self.checkpoint_format)
+        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+    def _parts(self, prefix: str) -> list[QuantizedModule]:
+        """Checkpoint modules behind a vLLM linear: one, several where vLLM fuses (q, k, v), none if it is dense."""
+        if prefix in self.modules:
+            return [self.modules[prefix]]
+        parent, _, leaf = prefix.rpartition(".")
+        names = [f"{parent}.{part}".lstrip(".") for part in self.packed_modules_mapping.get(leaf, ())]
+        found = [name for name in names if name in self.modules]
+        if found and len(found) < len(names):
+            raise QALoraError(
+                f"vLLM runs {', '.join(names)} as one layer, but the checkpoint quantises only {', '.join(found)}. "
+                "Quantise the base again with all of them quantised, or all of them left out."
+            )
+        return [self.modules[name] for name in found]

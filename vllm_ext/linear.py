@@ -1,0 +1,207 @@
+"""The linear of a merged checkpoint in vLLM: ``y = x·[scales·(q − zeros)] + P(x)·offsets + bias``.
+
+The first term is a kernel of vLLM's, on the base's own INT weights; the second is ``ops.add_offsets``, [G, N] wide.
+Without a kernel, ``dense`` computes both in one matmul. Whether a layer is symmetric or in act-order is read off its
+tensors once they are loaded, since configs are known to be wrong about it.
+"""
+
+from fractions import Fraction
+from functools import reduce
+
+import torch
+from torch import Tensor, nn
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    PackedColumnParameter,
+    PackedvLLMParameter,
+)
+
+from qalora_plugin.errors import QALoraError
+from qalora_plugin.quant.layout import codes_per_period, pack_rows, read_zeros, unpack_rows
+from qalora_plugin.quant.modules import QuantizedModule
+
+from .dense import dense_weight, matmul
+from .kernels import choose_kernel, hand_over
+from .ops import add_offsets
+
+logger = init_logger("vllm.qalora")
+
+
+@register_weight_loader_v2_supported_method
+class QALoraLinearMethod(LinearMethodBase):
+    """One linear of the model; vLLM may have fused several of the checkpoint's into it (q, k, v).
+
+    Args:
+        prefix: name of the layer in the vLLM model, for messages.
+        parts: the checkpoint's linears behind it, in order.
+        checkpoint_format: how ``qzeros`` is stored, ``"gptq"`` (v1) or ``"gptq_v2"``.
+    """
+
+    def __init__(self, prefix: str, parts: list[QuantizedModule], checkpoint_format: str):
+        self.prefix, self.checkpoint_format = prefix, checkpoint_format
+        kinds = {(part.bits, part.in_features, part.group_size) for part in parts}
+        if len(kinds) > 1:
+            listed = ", ".join(f"{part.name}: {part.bits} bits, group size {part.group_size}" for part in parts)
+            raise QALoraError(
+                f"vLLM runs these linears as one layer, so they must be quantised alike: {listed}. "
+                "Quantise the base again with equal settings for them."
+            )
+        ((self.bits, self.in_features, self.group_size),) = kinds
+        self.scale_dtype = reduce(torch.promote_types, [part.scale_dtype for part in parts])
+        offset_dtypes = [part.offset_dtype for part in parts if part.offset_dtype is not None]
+        self.offset_dtype = reduce(torch.promote_types, offset_dtypes) if offset_dtypes else None
+        self.has_g_idx = any(part.has_g_idx for part in parts)
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs,
+    ) -> None:
+        """Register what the checkpoint stores, in the checkpoint's dtypes, for this tensor-parallel rank.
+
+        Raises:
+            QALoraError: the layer does not fit the checkpoint, or its share would split a group or a packed word.
+        """
+        k, n = input_size_per_partition, sum(output_partition_sizes)
+        self.shape, self.full_shape = (k, n), (input_size, output_size)
+        self.output_sizes, self.act_dtype = output_partition_sizes, params_dtype
+        # One group over all of K: its scale, zero and offset hold for every rank's share of K, so each rank keeps them.
+        self.one_group = self.group_size == self.in_features
+        self.rows = k if self.one_group else self.group_size
+        self._check_sizes()
+        groups, factor = k // self.rows, Fraction(32, self.bits)
+        self.first_group = layer.tp_rank * groups if k < input_size and not self.one_group else 0
+        loader = extra_weight_attrs["weight_loader"]
+
+        def register(name: str, data: Tensor, packed_dim: int | None = None, split_k: bool = True) -> None:
+            kwargs = {"output_dim": 1, "weight_loader": loader}
+            if packed_dim is not None:
+                kwargs |= {"packed_dim": packed_dim, "packed_factor": factor}
+                kind = PackedvLLMParameter if split_k else PackedColumnParameter
+            else:
+                kind = GroupQuantScaleParameter if split_k else ChannelQuantScaleParameter
+            if split_k:
+                kwargs["input_dim"] = 0
+            layer.register_parameter(name, kind(data=data, **kwargs))
+
+        split = not self.one_group
+        register("qweight", torch.empty(int(k / factor), n, dtype=torch.int32), packed_dim=0)
+        register("qzeros", torch.empty(groups, int(n / factor), dtype=torch.int32), packed_dim=1, split_k=split)
+        register("scales", torch.empty(groups, n, dtype=self.scale_dtype), split_k=split)
+        if self.offset_dtype is not None:  # zeros: a fused layer may have an adapter on some of its parts only
+            register("offsets", torch.zeros(groups, n, dtype=self.offset_dtype), split_k=split)
+        if self.has_g_idx:
+            in_order = torch.arange(k, dtype=torch.int32) // self.rows + self.first_group
+            g_idx = in_order.repeat(len(output_partition_sizes), 1)
+            layer.register_parameter("g_idx", BasevLLMParameter(data=g_idx, weight_loader=_load_g_idx))
+
+    def _check_sizes(self) -> None:
+        k, (full_k, full_n) = self.shape[0], self.full_shape
+        if full_k != self.in_features:
+            raise QALoraError(
+                f"{self.prefix} has in_features {self.in_features} in the checkpoint, but {full_k} by config.json. "
+                "They do not belong together: merge or download the checkpoint again."
+            )
+        if k % self.rows:
+            raise QALoraError(
+                f"{self.prefix}: tensor parallelism gives each rank {k} of {full_k} input columns, which is not a "
+                f"multiple of the group size {self.group_size}: a group cannot be split. Use a tensor-parallel size "
+                f"that divides {full_k // self.group_size}, or quantise the base with a group size that divides {k}."
+            )
+        period = codes_per_period(self.bits)
+        if k % period or any(size % period for size in self.output_sizes):
+            raise QALoraError(
+                f"{self.prefix}: a rank's share is {k}×{'+'.join(map(str, self.output_sizes))} (of {full_k}×{full_n}), "
+                f"but {self.bits}-bit codes are packed in runs of {period}. Use a smaller tensor-parallel size."
+            )
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Sort act-order away, choose the kernel, hand it the weights, drop offsets that are all zero.
+
+        Raises:
+            QALoraError: act-order across tensor-parallel ranks, or a damaged ``g_idx``.
+        """
+        order = self._group_order(layer.g_idx.data) if self.has_g_idx else None
+        if order is not None:
+            layer.qweight.data = _sort_rows(layer.qweight.data, self.bits, order, self.output_sizes)
+        layer.register_buffer("input_order", order, persistent=False)
+        if self.has_g_idx:
+            del layer.g_idx
+        if self.offset_dtype is None or not layer.offsets.any():
+            layer.register_parameter("offsets", None)
+
+        zeros = read_zeros(layer.qzeros.data, self.bits, self.checkpoint_format)
+        symmetric = bool((zeros == 1 << (self.bits - 1)).all())
+        self.kernel = None
+        if order is not None and len(order) > 1:
+            logger.warning_once("qalora: fused linears differ in their act-order, using plain torch (slow) for them")
+        else:
+            group_size = -1 if self.one_group else self.group_size
+            self.kernel = choose_kernel(self.bits, symmetric, group_size, self.act_dtype, self.full_shape, self.shape)
+        if self.kernel is not None:
+            hand_over(self.kernel, layer, zeros, self.bits)
+        else:
+            layer.qzeros = nn.Parameter(zeros, requires_grad=False)
+
+    def _group_order(self, g_idx: Tensor) -> Tensor | None:
+        """Columns of x sorted by group, ``[S, K]``: S = 1 if the fused parts agree. None if they are in order."""
+        k, _ = self.shape
+        in_order = torch.arange(k, device=g_idx.device) // self.rows
+        local = g_idx - self.first_group
+        order = torch.argsort(local, dim=1, stable=True)
+        if not (local.gather(1, order) == in_order).all():
+            if k < self.in_features:
+                raise QALoraError(
+                    f"{self.prefix} was quantised with act-order (desc_act), which scatters the columns of a group "
+                    "over all tensor-parallel ranks. Serve with --tensor-parallel-size 1, or quantise the base with "
+                    "desc_act=False."
+                )
+            raise QALoraError(
+                f"{self.prefix}: g_idx does not put exactly {self.rows} columns into each group. The checkpoint is "
+                "damaged: download or merge it again."
+            )
+        if (local == in_order).all():
+            return None
+        return order[:1] if (order == order[0]).all() else order
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``[..., K] → [..., N]``."""
+        if self.kernel is None:
+            weight = dense_weight(layer.qweight, layer.qzeros, layer.scales, layer.offsets, self.bits, x.dtype)
+            y = matmul(x, weight, layer.input_order, self.output_sizes)
+            return y if bias is None else y + bias
+        if layer.input_order is not None:
+            x = x[..., layer.input_order[0]]
+        y = self.kernel.apply_weights(layer, x, bias)
+        if layer.offsets is not None:
+            add_offsets(y, x, layer.offsets)
+        return y
+
+
+def _load_g_idx(param: BasevLLMParameter, loaded: Tensor, shard_id: str | int | tuple | None = None) -> None:
+    """Weight loader of ``g_idx`` ``[S, K]``, one row a fused part (vLLM's loaders would keep the last)."""
+    k = param.data.shape[1]
+    start = param.tp_rank * k if loaded.shape[0] > k else 0
+    if shard_id is None:
+        rows = slice(None)
+    elif isinstance(shard_id, str):
+        rows = ["qkv".index(shard_id)]
+    else:
+        rows = list(shard_id) if isinstance(shard_id, tuple) else [shard_id]
+    param.data[rows] = loaded[start : start + k].to(param.data)
+
+
+def _sort_rows(qweight: Tensor, bits: int, order: Tensor, sizes: list[int]) -> Tensor:
+    """Reorder the K codes of every column; with several orders, each for its own part of the columns."""
+    codes = unpack_rows(qweight, bits)
+    parts = codes.split(sizes, dim=1) if len(order) > 1 else [codes]
+    return pack_rows(torch.cat([part[rows] for part, rows in zip(parts, order, strict=True)], dim=1), bits)
