@@ -79,7 +79,9 @@ class QALoraLayer(nn.Module, LoraLayer):
     One active adapter without dropout runs folded into the base's GEMM; otherwise each adapter adds a second path.
     """
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: QALoraConfig, r: int, lora_alpha: int, **kwargs):
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: QALoraConfig, r: int, lora_alpha: int, **kwargs
+    ):
         super().__init__()
         LoraLayer.__init__(self, base_layer, **kwargs)
         self._active_adapter = adapter_name
@@ -143,7 +145,9 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig | None = None, **lora
     Raises:
         QALoraError: an option that cannot be merged, or targets that are not quantised.
     """
-    return get_peft_model(model, bind_config(model, config or QALoraConfig(**{"task_type": "CAUSAL_LM", **lora_kwargs})))
+    return get_peft_model(
+        model, bind_config(model, config or QALoraConfig(**{"task_type": "CAUSAL_LM", **lora_kwargs}))
+    )
 
 
 def bind_config(model: PreTrainedModel, config: LoraConfig) -> QALoraConfig:

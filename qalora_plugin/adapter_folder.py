@@ -64,7 +64,9 @@ class AdapterFolder:
             )
         check_pooling(config.get("qalora") or {}, str(folder))
         if not (folder / WEIGHTS_NAME).is_file():
-            pickled = " (adapter_model.bin is a pickle and is never read)" if (folder / "adapter_model.bin").exists() else ""
+            pickled = (
+                " (adapter_model.bin is a pickle and is never read)" if (folder / "adapter_model.bin").exists() else ""
+            )
             raise QALoraError(f"{folder} has no {WEIGHTS_NAME}{pickled}. Save the adapter again with safetensors.")
         found: dict[str, set[str]] = {}
         for key in open_shard(folder / WEIGHTS_NAME).keys():  # noqa: SIM118 (not a dict)
@@ -77,7 +79,9 @@ class AdapterFolder:
             found.setdefault(match["module"], set()).add(match["part"])
         half = [module for module, parts in found.items() if len(parts) < 2]
         if half or not found:
-            raise QALoraError(f"{folder / WEIGHTS_NAME} lacks A or B of {half[0] if half else 'every layer'}. Save it again.")
+            raise QALoraError(
+                f"{folder / WEIGHTS_NAME} lacks A or B of {half[0] if half else 'every layer'}. Save it again."
+            )
         return cls(folder, config, sorted(found))
 
     @property

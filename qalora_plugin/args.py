@@ -68,6 +68,11 @@ class QALoraArgs(BaseModel):
     """What the plugin adds to Axolotl's config."""
 
     qalora: QALoraBlock | None = Field(default=None, description="Options of `adapter: qalora`.")
+    lora_exclude_modules: str | list[str] | None = Field(
+        default=None,
+        description="Linears that get no adapter, as names or a pattern. Axolotl 0.19 reads this key but drops it from "
+        "the YAML unless a plugin declares it.",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -50,7 +50,9 @@ def new_folder(out: Path) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise QALoraError(f"another process is writing {out} right now. Wait for it, or choose another name.") from None
+            raise QALoraError(
+                f"another process is writing {out} right now. Wait for it, or choose another name."
+            ) from None
         _clear(work)
         try:
             yield work

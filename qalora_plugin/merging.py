@@ -35,7 +35,15 @@ logger = logging.getLogger(__name__)
 
 OFFSET_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 SHARD_BYTES = 128 << 20
-_KEPT_KEYS = ("bits", "group_size", "desc_act", "lm_head", "modules_to_not_convert", "modules_in_block_to_quantize", "dynamic")
+_KEPT_KEYS = (
+    "bits",
+    "group_size",
+    "desc_act",
+    "lm_head",
+    "modules_to_not_convert",
+    "modules_in_block_to_quantize",
+    "dynamic",
+)
 _NOT_COPIED = {"config.json", "README.md", "quantize_config.json", "quant_log.csv", INDEX_NAME}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".msgpack", ".h5")
 _TOKENIZER_FILES = (
@@ -98,7 +106,9 @@ def merge(
             linked = link_or_copy(checkpoint.folder / file, work / name, copy) and linked
             weight_map |= {tensor: name for tensor, info in checkpoint.tensors.items() if info.file == file}
         weight_map |= _write_offsets(work, opened, shards, dtype, progress)
-        _write_json(work / INDEX_NAME, {"metadata": {"total_size": checkpoint.nbytes + new_bytes}, "weight_map": weight_map})
+        _write_json(
+            work / INDEX_NAME, {"metadata": {"total_size": checkpoint.nbytes + new_bytes}, "weight_map": weight_map}
+        )
         _copy_companions(checkpoint.folder, opened.folder, work)
         quantization = _quantization_config(checkpoint, modules) | {
             "offset_dtype": offset_dtype,

@@ -37,7 +37,9 @@ class QALoraPlugin(BasePlugin):
         try:
             from . import adapter, merging, preflight
         except ImportError as error:  # as an ImportError it would be swallowed
-            raise QALoraError(f"qalora_plugin cannot be imported: {error}. Install it with: pip install qalora") from error
+            raise QALoraError(
+                f"qalora_plugin cannot be imported: {error}. Install it with: pip install qalora"
+            ) from error
         del adapter, merging
         if cfg.get("merge_lora"):
             cfg["merge_method"] = "legacy"  # the only path of `axolotl merge-lora` that asks the model itself

@@ -1,5 +1,6 @@
 """`qalora quantize`: a 16-bit model → a GPTQ base. GPTQModel does the work; this picks data and checks the request."""
 
+import os
 import random
 from importlib.util import find_spec
 from pathlib import Path
@@ -58,6 +59,8 @@ def quantize(
         raise QALoraError(f"{model} is quantised already ({method}). Pass the original 16-bit model.")
     _check_sizes(config, group_size)
 
+    if (os.cpu_count() or 1) < 4:  # GPTQModel 7.6 gives such a machine one worker, and then asks itself for two
+        os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     from gptqmodel import GPTQModel, QuantizeConfig
     from transformers import AutoTokenizer
 

@@ -11,7 +11,18 @@ from .errors import QALoraError
 
 SEQUENCE_LENGTH = 256
 _ID_COLUMNS = ("input_ids", "chosen_ids", "chosen_input_ids", "prompt_ids", "prompt_input_ids")
-_DOCUMENTED = ("argparse", "asyncio", "collections", "datetime", "decimal", "email", "itertools", "json", "logging", "re")
+_DOCUMENTED = (
+    "argparse",
+    "asyncio",
+    "collections",
+    "datetime",
+    "decimal",
+    "email",
+    "itertools",
+    "json",
+    "logging",
+    "re",
+)
 
 
 def sample_dataset(dataset: Iterable[dict[str, Any]] | None, max_tokens: int) -> list[list[int]]:

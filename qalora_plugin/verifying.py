@@ -160,9 +160,7 @@ def _compare_weights(
     merged_modules = quantized_modules(result)
     worst, error, contribution = 0.0, 0.0, 0.0
     offsets = adapter.offsets()
-    for name, delta in track(
-        offsets, "weights", total=len(adapter.modules), disable=not progress, transient=True
-    ):
+    for name, delta in track(offsets, "weights", total=len(adapter.modules), disable=not progress, transient=True):
         if merged_modules[name].offset_dtype is None:
             raise QALoraError(f"{result.folder}: {name} has no offsets, but the adapter changes it. Merge again.")
         group = _group_of_columns(source, modules[name])

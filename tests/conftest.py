@@ -1,7 +1,6 @@
 """Shared fixtures: small bases, an adapter trained a few steps, its merge."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +8,6 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
-sys.path.insert(0, str(Path(__file__).parent))
-
 from fabricate import make_base
 
 

@@ -94,6 +94,8 @@ def test_axolotl_finds_the_command():
 
 @pytest.mark.parametrize("module", ["qalora_plugin", "vllm_ext"])
 def test_import_needs_neither_axolotl_nor_vllm(module):
-    code = f"import sys; import {module}; print([m for m in ('axolotl', 'peft', 'vllm', 'gptqmodel') if m in sys.modules])"
+    code = (
+        f"import sys; import {module}; print([m for m in ('axolotl', 'peft', 'vllm', 'gptqmodel') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -131,7 +131,13 @@ def test_another_base(adapter, tmp_path):
 
 
 def test_offset_dtype(base, adapter, tmp_path):
-    refuse("offset_dtype is 'bfloat16', expected one of float16, float32", base, adapter, tmp_path / "out", offset_dtype="bfloat16")
+    refuse(
+        "offset_dtype is 'bfloat16', expected one of float16, float32",
+        base,
+        adapter,
+        tmp_path / "out",
+        offset_dtype="bfloat16",
+    )
 
 
 def edited(adapter, folder, tensors=None, **config):

@@ -19,7 +19,13 @@ ROWS = [{"input_ids": list(range(4 + i, 40 + i)), "labels": list(range(4 + i, 40
 def trainer(base, out, **options):
     torch.manual_seed(0)
     model = add_adapter(load_base(base, dtype=torch.float32), r=4, lora_alpha=8, target_modules="all-linear")
-    settings = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": [], "use_cpu": True}
+    settings = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "use_cpu": True,
+    }
     arguments = TrainingArguments(str(out), **(settings | options))
     return Trainer(model, arguments, train_dataset=ROWS, callbacks=[QALoraMergeCallback(base)])
 

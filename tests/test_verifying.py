@@ -33,9 +33,7 @@ def test_report(base, adapter, merged):
     assert content["modules"] == 14
     assert content["tokens"] == 96
     assert 0 < content["weight_error_relative"] < 1e-3
-    assert content["merged_new_bytes"] == sum(
-        t.nbytes for t in load_file(merged / "offsets.safetensors").values()
-    )
+    assert content["merged_new_bytes"] == sum(t.nbytes for t in load_file(merged / "offsets.safetensors").values())
 
 
 def test_a_flipped_bit_in_the_base_is_found(base, adapter, merged, tmp_path):

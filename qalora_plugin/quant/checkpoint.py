@@ -127,7 +127,9 @@ def read_json(path: Path) -> dict:
 def open_shard(path: Path):
     """``safe_open`` with errors that name the file and what is wrong with it."""
     if not path.is_file():
-        raise QALoraError(f"the shard {path.name} is missing from {path.parent}. Download or copy the checkpoint again.")
+        raise QALoraError(
+            f"the shard {path.name} is missing from {path.parent}. Download or copy the checkpoint again."
+        )
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

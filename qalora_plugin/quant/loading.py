@@ -46,7 +46,9 @@ class QALoraHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", checkpoint_files=None, **kwargs):
         if not checkpoint_files:
-            raise QALoraError("a quantised model loads from safetensors files; from_config or a state_dict cannot work.")
+            raise QALoraError(
+                "a quantised model loads from safetensors files; from_config or a state_dict cannot work."
+            )
         self.checkpoint = checkpoint = Checkpoint.open(_folder(checkpoint_files))
         modules = quantized_modules(checkpoint)
         check_values(checkpoint, modules)

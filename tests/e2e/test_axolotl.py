@@ -68,7 +68,8 @@ def test_merge_lora(base, straight, tmp_path):
 
 
 def test_axolotl_qalora_is_the_same_command(base):
-    report = json.loads(command(BIN / "axolotl", "qalora", "inspect", base, "--json").split("\n{", 1)[-1].join("{ "))
+    output = command(BIN / "axolotl", "qalora", "inspect", base, "--json")
+    report, _ = json.JSONDecoder().raw_decode(output[output.index("{\n") :])
     assert report["can_be_base"]
 
 
@@ -78,10 +79,7 @@ def test_plugin_not_listed(base, tmp_path):
 
 
 def test_plugin_that_cannot_be_imported(base, tmp_path):
-    """PEFT cannot be imported: Axolotl alone would only say "not registered"."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys\nsys.modules['qalora_plugin.adapter_folder'] = None  # any import of it fails\n"
-    )
+    """A part of it fails to import: Axolotl alone would only say "not registered"."""
     config = write_config(tmp_path, base)
     code = (
         "import sys; sys.modules['qalora_plugin.adapter_folder'] = None; "

@@ -68,7 +68,9 @@ def test_sample_packing_and_merge_dir(base, tmp_path):
 def test_lora_model_dir_continues_an_adapter(base, adapter, tmp_path):
     """The adapter given by lora_model_dir is where training starts from."""
     train_here(
-        write_config(tmp_path, base, lora_model_dir=str(adapter), max_steps=1, learning_rate=1e-9, lora_r=4, lora_alpha=8)
+        write_config(
+            tmp_path, base, lora_model_dir=str(adapter), max_steps=1, learning_rate=1e-9, lora_r=4, lora_alpha=8
+        )
     )
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path / "out"))
     assert before.keys() == after.keys()

