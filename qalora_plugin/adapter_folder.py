@@ -59,8 +59,8 @@ class AdapterFolder:
         if config.get("peft_type") != PEFT_TYPE:
             pooled = " with use_qalora, which pools sum·K/g² instead of the sum" if config.get("use_qalora") else ""
             raise QALoraError(
-                f"{folder} is a PEFT {config.get('peft_type')} adapter{pooled}; expected a QA-LoRA adapter of this project "
-                f"(peft_type {PEFT_TYPE}). Merging it would scale it wrongly. Train with `adapter: qalora`."
+                f"{folder} is a PEFT {config.get('peft_type')} adapter{pooled}; expected a QA-LoRA adapter of this "
+                f"project (peft_type {PEFT_TYPE}). Merging it would scale it wrongly. Train with `adapter: qalora`."
             )
         check_pooling(config.get("qalora") or {}, str(folder))
         if not (folder / WEIGHTS_NAME).is_file():

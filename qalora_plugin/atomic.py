@@ -66,7 +66,7 @@ def new_folder(out: Path) -> Iterator[Path]:
             shutil.rmtree(work, ignore_errors=True)
             if _is_out_of_space(error):
                 raise QALoraError(
-                    f"the disk of {out.parent} is full, or a size limit was reached ({error}); nothing was left behind. "
+                    f"the disk of {out.parent} is full, or a size limit was reached ({error}). Nothing was kept. "
                     "Free some space, or choose an output on another disk."
                 ) from error
             raise

@@ -41,7 +41,7 @@ def check_base(base: str, revision: str | None = None) -> None:
         check_values(checkpoint, require_base(checkpoint))
         return
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         config = Path(hf_hub_download(base, "config.json", revision=revision))

@@ -1,4 +1,4 @@
-"""Real token sequences to compare models on: from a dataset in training, from a text file, or from Python's own docs."""
+"""Real token sequences to compare models on: from the dataset in training, a text file, or Python's own docs."""
 
 import json
 import pydoc

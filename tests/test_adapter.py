@@ -177,7 +177,7 @@ def test_dense_model_has_no_groups():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     dense = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, vocab_size=32))
-    with pytest.raises(QALoraError, match="was not loaded by qalora_plugin.load_base"):
+    with pytest.raises(QALoraError, match=r"was not loaded by qalora_plugin.load_base"):
         add_adapter(dense, r=4, target_modules="all-linear")
 
 
@@ -186,7 +186,7 @@ def test_adapter_of_another_base(adapter, tmp_path):
     with pytest.raises(QALoraError, match="trained on another base"):
         load_adapter(load_base(other), adapter)
     regrouped = make_base(tmp_path / "g64", group_size=64)
-    with pytest.raises(QALoraError, match="trained with group size 32, .* has 64"):
+    with pytest.raises(QALoraError, match=r"trained with group size 32, .* has 64"):
         PeftModel.from_pretrained(load_base(regrouped), adapter)
 
 

@@ -24,7 +24,7 @@ def test_every_key_is_described():
 
 
 def test_unknown_key_names_the_nearest():
-    with pytest.raises(ValidationError, match="unknown key 'ofset_dtype' in qalora:. Did you mean 'offset_dtype'"):
+    with pytest.raises(ValidationError, match=r"unknown key 'ofset_dtype' in qalora:. Did you mean 'offset_dtype'"):
         QALoraArgs.model_validate(GOOD | {"qalora": {"ofset_dtype": "float32"}})
 
 

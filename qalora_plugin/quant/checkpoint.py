@@ -103,7 +103,7 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
     if text.startswith(("/", ".", "~")) or text.count("/") > 1:
         raise QALoraError(f"the folder {path} does not exist. Pass a local model folder or a Hub id (owner/name).")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(text, revision=revision, allow_patterns=_HUB_PATTERNS))

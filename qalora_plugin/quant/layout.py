@@ -1,8 +1,8 @@
 """GPTQ bit layouts ↔ integer codes. Plain torch, no other dependency: training and serving both use it.
 
 A tensor of codes is a little-endian bit stream in 32-bit words: code ``i`` holds bits ``i·b … i·b + b − 1``. For
-b = 2, 4, 8 a word holds 32/b whole codes; for b = 3 a period of three words holds 32 codes, two of which straddle words.
-``qweight`` streams along K (dim 0), ``qzeros`` along N (dim 1). Layout as written by AutoGPTQ and GPTQModel.
+b = 2, 4, 8 a word holds 32/b whole codes; for b = 3 a period of three words holds 32 codes, two of which straddle
+words. ``qweight`` streams along K (dim 0), ``qzeros`` along N (dim 1). Layout as written by AutoGPTQ and GPTQModel.
 """
 
 import math

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -128,7 +127,7 @@ def load_base(path: str | Path, revision: str | None = None, **kwargs: Any) -> "
     Args:
         path: local folder or Hub id.
         revision: Hub revision.
-        kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``device_map``, ``attn_implementation`` …).
+        kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``device_map`` …).
 
     Raises:
         QALoraError: not a usable GPTQ base; the message says why.

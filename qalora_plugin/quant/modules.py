@@ -159,7 +159,7 @@ def _check_against_config(checkpoint: Checkpoint, name: str, bits: int, in_featu
 
 
 def check_values(checkpoint: Checkpoint, modules: dict[str, QuantizedModule]) -> None:
-    """Refuse NaN or Inf in scales, zero-size groups and an act-order index out of range. Reads 1/g of the checkpoint."""
+    """Refuse NaN or Inf in scales and an act-order index that is none. Reads 1/g of the checkpoint."""
     for name, module in modules.items():
         if not torch.isfinite(checkpoint.tensor(f"{name}.scales")).all():
             raise QALoraError(

@@ -1,6 +1,7 @@
 """The definition, in plain torch. Everything else (kernels, merge, vLLM, exporters) is tested against this file.
 
-Letters: ``T`` tokens, ``K`` in_features, ``N`` out_features, ``g`` group size, ``G = K/g`` groups, ``R`` rank, ``b`` bits.
+Letters: ``T`` tokens, ``K`` in_features, ``N`` out_features, ``g`` group size, ``G = K/g`` groups, ``R`` rank,
+``b`` bits.
 """
 
 import torch

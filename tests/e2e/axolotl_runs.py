@@ -1,4 +1,4 @@
-"""Axolotl configs over small bases, and two ways to run them: a real command, or in this process (no 20 s of imports)."""
+"""Axolotl configs over small bases, and two ways to run them: a real command, or in this process."""
 
 import json
 import os

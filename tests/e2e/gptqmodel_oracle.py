@@ -2,7 +2,7 @@
 
     python gptqmodel_oracle.py MODEL TEXT OUT '{"sym": …, …}'
 
-Writes the base to OUT and GPTQModel's own dequantised weights ``[K, N]`` (computed in float16) to OUT.dense.safetensors.
+Writes the base to OUT and GPTQModel's own dequantised weights ``[K, N]`` (in float16) to OUT.dense.safetensors.
 """
 
 import json

@@ -38,10 +38,14 @@ def edit_tensors(folder, change):
     save_file(tensors, folder / "model.safetensors")
 
 
+def open_base(folder):
+    checkpoint = Checkpoint.open(folder)
+    check_values(checkpoint, require_base(checkpoint))
+
+
 def refuse(folder, match):
     with pytest.raises(QALoraError, match=match):
-        checkpoint = Checkpoint.open(folder)
-        check_values(checkpoint, require_base(checkpoint))
+        open_base(folder)
 
 
 @pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])

@@ -93,7 +93,7 @@ def test_packing_a_broken_size_is_refused():
 
 @pytest.fixture(scope="module")
 def auto_gptq_linear():
-    """AutoGPTQ's ``qlinear_cuda_old.QuantLinear``, loaded by path from its wheel: the package itself no longer imports."""
+    """AutoGPTQ's ``qlinear_cuda_old.QuantLinear``, by path from its wheel: the package itself no longer imports."""
     wheels = sorted((Path(__file__).parents[2] / ".cache").glob("auto_gptq-*.whl"))
     assert wheels, "no AutoGPTQ wheel in .cache: run `make .cache/auto_gptq`"
     target = wheels[0].parent / "auto_gptq_src"

@@ -110,7 +110,7 @@ def test_quantised_tensor_without_a_linear(base, tmp_path):
     for part in ("qweight", "qzeros", "scales", "g_idx"):
         tensors[f"model.layers.0.mlp.experts.0.up_proj.{part}"] = tensors[f"model.layers.0.mlp.up_proj.{part}"].clone()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(QALoraError, match="experts.0.up_proj.* has no such linear layer"):
+    with pytest.raises(QALoraError, match=r"experts.0.up_proj.* has no such linear layer"):
         load_base(folder)
 
 
