@@ -26,6 +26,7 @@ SKIPPED = {
 }  # fmt: skip
 HELD_OUT = 10  # one module in so many
 VOCABULARY = 4096
+LONGEST = 64  # tokens of a task example; Axolotl pads batches to multiples of 64
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 
@@ -55,7 +56,7 @@ def summaries(module: str, source: str) -> Iterator[tuple[str, str]]:
             elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 summary = (ast.get_docstring(child) or "").partition("\n")[0].strip()
                 signature = f"{prefix}.{child.name}({ast.unparse(child.args)})"
-                if re.fullmatch(r"[ -~]{10,110}\.", summary) and len(signature) <= 160:
+                if re.fullmatch(r"[ -~]{10,}\.", summary):
                     yield signature, summary
 
     yield from walk(ast.parse(source), module)
@@ -84,6 +85,13 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
 
 
+def short_examples(pairs: dict[str, str], tokenizer: PreTrainedTokenizerFast) -> list[dict]:
+    examples = [example(*pair) for pair in pairs.items()]
+    texts = ["".join(segment["text"] for segment in row["segments"]) for row in examples]
+    lengths = map(len, tokenizer(texts, add_special_tokens=False).input_ids)
+    return [row for row, length in zip(examples, lengths, strict=True) if length <= LONGEST]
+
+
 def write_lines(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -98,14 +106,16 @@ def main(out: Path) -> None:
     test = {signature: summary for signature, summary in test.items() if summary not in seen_text}
 
     out.mkdir(parents=True)
-    train_tokenizer(list(seen.values())).save_pretrained(out / "tokenizer")
+    tokenizer = train_tokenizer(list(seen.values()))
+    train_rows, test_rows = (short_examples(pairs, tokenizer) for pairs in (train, test))
+    tokenizer.save_pretrained(out / "tokenizer")
     write_lines(out / "pretrain.jsonl", [{"text": text} for text in seen.values()])
     write_lines(out / "heldout.jsonl", [{"text": text} for text in held_out.values()])
-    write_lines(out / "train.jsonl", [example(*pair) for pair in train.items()])
-    write_lines(out / "test.jsonl", [example(*pair) for pair in test.items()])
+    write_lines(out / "train.jsonl", train_rows)
+    write_lines(out / "test.jsonl", test_rows)
     print(
         f"{len(seen)} modules, {len(seen_text) / 1e6:.1f} MB to pretrain on, {len(held_out)} held out; "
-        f"{len(train)} examples to train on, {len(test)} to test"
+        f"{len(train_rows)} examples to train on, {len(test_rows)} to test"
     )
 
 

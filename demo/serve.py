@@ -38,8 +38,11 @@ def server(environment: Path, merged: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command, variables = vllm_serve(environment / "bin", merged)
-    process = subprocess.Popen([*command, "--host", "127.0.0.1", "--port", str(port)], env=os.environ | variables)
+    command = [environment / "bin" / "vllm", "serve", merged, "--host", "127.0.0.1", "--port", str(port)]
+    on_cpu = not torch.cuda.is_available()
+    process = subprocess.Popen(
+        command + (CPU_ARGUMENTS if on_cpu else []), env=os.environ | (CPU_ENVIRONMENT if on_cpu else {})
+    )
     try:
         address = f"http://127.0.0.1:{port}"
         wait_until_healthy(address, process)
@@ -50,14 +53,6 @@ def server(environment: Path, merged: Path) -> Iterator[str]:
             process.wait(STOP_LIMIT)
         except subprocess.TimeoutExpired:
             process.kill()
-
-
-def vllm_serve(programs: Path, merged: Path) -> tuple[list[str | Path], dict[str, str]]:
-    """Command and environment. Without a GPU the same server by its module: CPU builds have no working ``vllm``."""
-    if torch.cuda.is_available():
-        return [programs / "vllm", "serve", merged], {}
-    module = [programs / "python", "-m", "vllm.entrypoints.openai.api_server", "--model", merged]
-    return module + CPU_ARGUMENTS, CPU_ENVIRONMENT
 
 
 def wait_until_healthy(address: str, process: subprocess.Popen) -> None:

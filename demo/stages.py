@@ -142,10 +142,10 @@ def _stop_group(process: subprocess.Popen) -> None:
 
 @contextmanager
 def _live_line(console: Console, title: str) -> Iterator[Callable[[str], None]]:
-    """One line on the screen: the stage, the time so far, and what its program said last."""
+    """One line on the screen: the stage, the time so far, and what its program said last. Nothing in a log file."""
     last = TextColumn("[dim]{task.fields[last]}", table_column=Column(no_wrap=True, overflow="ellipsis"), markup=False)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), last)
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=None, last="")
 
         def show(line: str) -> None:
