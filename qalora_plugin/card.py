@@ -30,7 +30,7 @@ tensors are unchanged, byte for byte, and the adapter is {len(adapter.modules)} 
 
 ## Use
 
-    vllm serve {name}          # with `pip install qalora` in vLLM's environment; no flag
+    vllm serve {name}          # with the qalora package in vLLM's environment; no flag
 
     import qalora_plugin       # transformers
     model = AutoModelForCausalLM.from_pretrained("{name}")

@@ -38,7 +38,7 @@ class QALoraPlugin(BasePlugin):
             from . import adapter, merging, preflight
         except ImportError as error:  # as an ImportError it would be swallowed
             raise QALoraError(
-                f"qalora_plugin cannot be imported: {error}. Install it with: pip install qalora"
+                f"qalora_plugin cannot be imported: {error}. Install the package into this environment: pip install ."
             ) from error
         del adapter, merging
         if cfg.get("merge_lora"):
@@ -98,9 +98,12 @@ class QALoraPlugin(BasePlugin):
         return {} if cfg.adapter != ADAPTER or torch.accelerator.is_available() else {"use_cpu": True}
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Keep a few token sequences for the verification after the merge."""
+        """Prepare the model for DDP, and keep a few token sequences for the verification after the merge."""
         if cfg.adapter != ADAPTER:
             return
+        from .adapter import keep_packed_weights_out_of_ddp
+
+        keep_packed_weights_out_of_ddp(trainer.model)
         if cfg.rl:
             # TRL wraps the base in the adapter itself, and Axolotl then saves both: let the base save the adapter.
             trainer.model.get_base_model().save_pretrained = trainer.model.save_pretrained
@@ -127,6 +130,11 @@ class QALoraPlugin(BasePlugin):
                     revision=cfg.revision_of_model,
                 )
                 report.print()
+                if not report.passed:
+                    raise QALoraError(
+                        f"{merged} does not meet the bars of the report above. The adapter in {cfg.output_dir} is intact: "
+                        "merge it with offset_dtype float32, and report this if the bars are still missed."
+                    )
 
 
 class _MergedOnSave:

@@ -50,7 +50,7 @@ def quantize(
         raise QALoraError(
             "GPTQModel is not installed here. It cannot share an environment with axolotl 0.19; make one for "
             "quantising and serving:\n  python -m venv .venv-serve && .venv-serve/bin/pip install torch\n"
-            "  .venv-serve/bin/pip install --no-build-isolation gptqmodel==7.6.0 qalora"
+            "  .venv-serve/bin/pip install --no-build-isolation gptqmodel==7.6.0 && .venv-serve/bin/pip install ."
         )
     folder = resolve(model, revision)
     config = read_json(folder / "config.json")

@@ -74,7 +74,7 @@ class VerifyReport:
             ("base tensors byte-identical", f"{self.tensors_identical} of {self.tensors}"),
             ("sha256 of the base's tensors", self.base_sha256),
             ("adapted linears", str(self.modules)),
-            ("weight error, float64", f"{self.weight_error_relative:.2g} of the adapter, max {self.weight_error_max:.2g}"),
+            ("weight error", f"{self.weight_error_relative:.2g} of the adapter (max {self.weight_error_max:.2g})"),
             (f"logits, {self.dtype}, {self.tokens} tokens", f"max relative difference {self.logit_difference:.3g}"),
             ("top-1 agreement", f"{self.top1_agreement:.2%}   bars: {bar}"),
             ("mean KL", f"{self.kl_mean:.3g} nats"),

@@ -87,4 +87,4 @@ def test_plugin_that_cannot_be_imported(base, tmp_path):
     )
     output = command(BIN / "python", "-c", code, code=1)
     assert "QALoraError: qalora_plugin cannot be imported" in output
-    assert "pip install qalora" in output
+    assert "pip install ." in output

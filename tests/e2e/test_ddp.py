@@ -1,0 +1,24 @@
+"""Two processes train what one process trains."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from axolotl_runs import BIN, command
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.e2e
+SCRIPT = Path(__file__).with_name("ddp_train.py")
+
+
+def test_two_processes_train_what_one_does(base, tmp_path):
+    python = BIN / "python"
+    command(python, SCRIPT, base, tmp_path / "one", "4")
+    launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29731")
+    command(python, *launch, SCRIPT, base, tmp_path / "two", "2")
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
+    assert any(tensor.abs().max() > 1e-4 for name, tensor in one.items() if "lora_B" in name)
+    assert (tmp_path / "two" / "merged" / "offsets.safetensors").is_file()
