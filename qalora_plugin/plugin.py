@@ -132,7 +132,7 @@ class QALoraPlugin(BasePlugin):
                 report.print()
                 if not report.passed:
                     raise QALoraError(
-                        f"{merged} does not meet the bars of the report above. The adapter in {cfg.output_dir} is intact: "
+                        f"{merged} misses the bars of the report above. The adapter in {cfg.output_dir} is intact: "
                         "merge it with offset_dtype float32, and report this if the bars are still missed."
                     )
 

@@ -15,7 +15,8 @@ rows = [{"input_ids": list(range(4 + i, 40 + i)), "labels": list(range(4 + i, 40
 torch.manual_seed(0)
 arguments = TrainingArguments(
     out, max_steps=4, per_device_train_batch_size=batch_size, learning_rate=0.1, optim="sgd", report_to=[],
-    use_cpu=True, ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None, max_grad_norm=0.0, lr_scheduler_type="constant",
+    use_cpu=True, max_grad_norm=0.0, lr_scheduler_type="constant",
+    ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
 )  # fmt: skip
 model = add_adapter(load_base(base, dtype=torch.float32), r=4, target_modules="all-linear")
 trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[QALoraMergeCallback(base)])
