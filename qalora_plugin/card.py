@@ -1,6 +1,14 @@
 """The README.md of a merged checkpoint."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from .adapter_folder import AdapterFolder
+
+if TYPE_CHECKING:
+    from .verifying import VerifyReport
+
+_UNVERIFIED = "not measured yet: run `qalora verify`"
 
 
 def model_card(name: str, quantization: dict, adapter: AdapterFolder, new_bytes: int, base_bytes: int) -> str:
@@ -25,8 +33,7 @@ tensors are unchanged, byte for byte, and the adapter is {len(adapter.modules)} 
 | bits · group size · symmetric · act-order | {quantization["bits"]} · {quantization.get("group_size")} · \
 {quantization["sym"]} · {quantization["desc_act"]} |
 | added | {new_bytes / 1e6:.1f} MB of {quantization["offset_dtype"]} offsets on {base_bytes / 1e6:.1f} MB |
-| exactness | the offsets are the adapter's own, rounded once to {quantization["offset_dtype"]}; \
-`qalora verify` measures it |
+| exactness | {_UNVERIFIED} |
 
 ## Use
 
@@ -35,3 +42,16 @@ tensors are unchanged, byte for byte, and the adapter is {len(adapter.modules)} 
     import qalora_plugin       # transformers
     model = AutoModelForCausalLM.from_pretrained("{name}")
 """
+
+
+def add_exactness(folder: Path, report: "VerifyReport") -> None:
+    """Put the figures of a verification into the card of the merged checkpoint in ``folder``."""
+    figures = (
+        f"{report.tensors_identical} of {report.tensors} base tensors byte-identical; weight error "
+        f"{report.weight_error_relative:.2g} of the adapter; over {report.tokens} tokens in {report.dtype}: relative "
+        f"logit difference ≤ {report.logit_difference:.2g}, KL {report.kl_mean:.2g} nats, top-1 agreement "
+        f"{report.top1_agreement:.2%}"
+    )
+    card, new = folder / "README.md", folder / ".README.md.new"
+    new.write_text(card.read_text().replace(_UNVERIFIED, figures))
+    new.rename(card)

@@ -119,6 +119,7 @@ class QALoraPlugin(BasePlugin):
 
             merged = _merge(cfg, cfg.output_dir, merge_dir(cfg))
             if cfg.qalora.verify:
+                from .card import add_exactness
                 from .verifying import verify
 
                 report = verify(
@@ -135,6 +136,7 @@ class QALoraPlugin(BasePlugin):
                         f"{merged} misses the bars of the report above. The adapter in {cfg.output_dir} is intact: "
                         "merge it with offset_dtype float32, and report this if the bars are still missed."
                     )
+                add_exactness(merged, report)
 
 
 class _MergedOnSave:

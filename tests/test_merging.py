@@ -66,7 +66,7 @@ def test_format(base, merged):
     shard = merged / "model-00001-of-00001.safetensors"
     assert shard.stat().st_ino == (base / "model.safetensors").stat().st_ino  # linked: no new bytes
     assert (merged / "tokenizer.json").is_file()
-    assert "qalora verify" in (merged / "README.md").read_text()
+    assert "not measured yet" in (merged / "README.md").read_text()
 
 
 def test_copy_shares_nothing(base, adapter, tmp_path):

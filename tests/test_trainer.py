@@ -41,6 +41,23 @@ def test_trains_and_merges(base, tmp_path):
     assert report.passed
 
 
+def test_trl_sft(base, tmp_path):
+    from datasets import Dataset
+    from fabricate import make_tokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    model = add_adapter(load_base(base, dtype=torch.float32), r=4, lora_alpha=8, target_modules="all-linear")
+    arguments = SFTConfig(str(tmp_path), max_steps=4, learning_rate=1e-2, report_to=[], use_cpu=True, logging_steps=1)
+    run = SFTTrainer(
+        model, arguments, train_dataset=Dataset.from_dict({"text": ["the same few words"] * 32}),
+        processing_class=make_tokenizer(), callbacks=[QALoraMergeCallback(base, tmp_path / "out")],
+    )  # fmt: skip
+    run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert verify(base, tmp_path, tmp_path / "out", [ROWS[0]["input_ids"]], device="cpu", progress=False).passed
+
+
 def test_resume_is_bit_identical(base, tmp_path):
     straight = trainer(base, tmp_path / "a", save_steps=2)
     straight.train()

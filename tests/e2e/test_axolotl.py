@@ -31,6 +31,7 @@ def test_accelerate_launch_trains_merges_and_proves(base, straight):
     report = verify(base, out, out / "merged", device="cpu", max_tokens=512, progress=False)
     assert report.passed
     assert report.modules == 14
+    assert "63 of 63 base tensors byte-identical" in (out / "merged" / "README.md").read_text()
 
 
 def test_merged_is_what_was_trained(base, straight):
