@@ -85,7 +85,8 @@ class QALoraPlugin(BasePlugin):
             config = bind_config(model, _build_peft_lora_config(model, cfg))
             if config_only:
                 return None, config
-            peft_model = get_peft_model(model, config)
+            options = {"autocast_adapter_dtype": cfg.peft_autocast_adapter_dtype}
+            peft_model = get_peft_model(model, config, **{k: v for k, v in options.items() if v is not None})
         peft_model.print_trainable_parameters()
         if cfg.merge_lora:
             peft_model.merge_and_unload = lambda **_: _MergedOnSave(peft_model, cfg)

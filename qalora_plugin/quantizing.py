@@ -2,8 +2,10 @@
 
 import os
 import random
+from contextlib import chdir
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -74,11 +76,12 @@ def quantize(
         desc_act=act_order,
         format=checkpoint_format or ("gptq" if sym else "gptq_v2"),
     )
-    quantised = GPTQModel.load(str(folder), quantize_config)
-    quantised.quantize(calibration, tokenizer=tokenizer)
-    with new_folder(out) as work:
-        quantised.save(str(work))
-        tokenizer.save_pretrained(work)
+    with TemporaryDirectory() as scratch, chdir(scratch):  # GPTQModel leaves a folder of logs where it runs
+        quantised = GPTQModel.load(str(folder), quantize_config)
+        quantised.quantize(calibration, tokenizer=tokenizer)
+        with new_folder(out) as work:
+            quantised.save(str(work))
+            tokenizer.save_pretrained(work)
     return out
 
 
