@@ -1,7 +1,7 @@
 """The end of the demo: one table of what the stages found, and the same as JSON."""
 
 import json
-import platform
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,15 @@ from rich.table import Table
 MEGABYTE = 1e6
 
 
+def device() -> str:
+    """What the demo runs on, in words."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+
+
 def collect(run: Path, seconds: dict[str, float]) -> dict[str, Any]:
     """Everything worth knowing of a finished run, read from what its stages wrote."""
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}",
+        "device": device(),
         "heldout_loss": json.loads((run / "losses.json").read_text()),
         "bytes": {
             "model": _weights(run / "model"),

@@ -143,7 +143,8 @@ def _stop_group(process: subprocess.Popen) -> None:
 @contextmanager
 def _live_line(console: Console, title: str) -> Iterator[Callable[[str], None]]:
     """One line on the screen: the stage, the time so far, and what its program said last. Nothing in a log file."""
-    last = TextColumn("[dim]{task.fields[last]}", table_column=Column(no_wrap=True, overflow="ellipsis"), markup=False)
+    fitted = Column(no_wrap=True, overflow="ellipsis")
+    last = TextColumn("{task.fields[last]}", style="dim", markup=False, table_column=fitted)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), last)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=None, last="")
