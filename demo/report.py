@@ -73,10 +73,10 @@ def show(report: dict[str, Any], console: Console) -> None:
     for row in (
         ("[bold]merged = base + adapter[/]", "[green]verified[/]" if proof["passed"] else "[red]NOT verified[/]"),
         ("  tensors of the base, byte-identical", f"{proof['tensors_identical']} of {proof['tensors']}"),
-        ("  error of the weights", f"{proof['weight_error_relative']:.1e} of what the adapter adds"),
+        ("  error of the weights", f"{proof['weight_error_relative']:.1e} of the adapter's part"),
         ("  largest relative difference of a logit", f"{proof['logit_difference']:.1e} in {proof['dtype']}"),
         ("  same most likely token", f"{proof['top1_agreement']:.2%} of {proof['tokens']}"),
-        ("  vLLM against transformers, log p of a token", f"{served['logprob_difference']:.3f} at most"),
+        ("  vLLM against transformers, log p", f"{served['logprob_difference']:.3f} at most"),
     ):
         table.add_row(*row)
     table.add_section()

@@ -97,16 +97,17 @@ def logprob_difference(merged: Path, choice: dict) -> float:
 
 def main(environment: Path, corpus: Path, merged: Path, out: Path) -> None:
     first = json.loads((corpus / "test.jsonl").read_text(encoding="utf-8").partition("\n")[0])
-    bos = json.loads((corpus / "tokenizer" / "tokenizer_config.json").read_text())["bos_token"]
+    special = json.loads((corpus / "tokenizer" / "tokenizer_config.json").read_text())
     prompt, written = (segment["text"] for segment in first["segments"])
+    prompt = prompt.removeprefix(special["bos_token"])  # which the tokenizer adds
     started = time.monotonic()
     with server(environment, merged) as address:
         ready = time.monotonic() - started
-        choice = complete(address, str(merged), prompt.removeprefix(bos))  # the tokenizer adds BOS
+        choice = complete(address, str(merged), prompt)
     report = {
-        "prompt": prompt.removeprefix(bos),
+        "prompt": prompt,
         "completion": choice["text"].strip(),
-        "written_by_the_author": written.strip(),
+        "written_by_the_author": written.removesuffix(special["eos_token"]).strip(),
         "seconds_until_ready": round(ready, 1),
         "logprob_difference": logprob_difference(merged, choice),
     }

@@ -64,7 +64,7 @@ def write_config(folder: Path, base: Path, **changes) -> Path:
     return path
 
 
-def command(*arguments: str | Path, code: int = 0, timeout: int = 300) -> str:
+def command(*arguments: str | Path, code: int = 0, timeout: int = 900) -> str:
     """Run a command of this environment; returns stdout and stderr together."""
     done = subprocess.run(
         [str(argument) for argument in arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=timeout

@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).with_name("ddp_train.py")
 def test_two_processes_train_what_one_does(base, tmp_path):
     python = BIN / "python"
     command(python, SCRIPT, base, tmp_path / "one", "4")
-    launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29731")
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     command(python, *launch, SCRIPT, base, tmp_path / "two", "2")
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
