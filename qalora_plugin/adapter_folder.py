@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from .errors import QALoraError
 from .quant.checkpoint import open_shard, read_json
-from .quant.modules import QuantizedModule
+from .quant.modules import QuantizedModule, all_finite
 from .quant.reference import adapter_offsets
 
 CONFIG_NAME = "adapter_config.json"
@@ -139,7 +138,7 @@ class AdapterFolder:
         for name in self.modules:
             lora_a, lora_b = (handle.get_tensor(_key(name, part)) for part in "AB")
             delta = adapter_offsets(lora_a, lora_b, self.scaling(name))
-            if not torch.isfinite(delta).all():
+            if not all_finite(delta):
                 raise QALoraError(f"{self.folder}: the adapter of {name} holds NaN or Inf. The training diverged.")
             yield name, delta
 

@@ -24,6 +24,7 @@ from .quant.modules import (
     FORMAT_VERSION,
     MERGED_METHOD,
     QuantizedModule,
+    all_finite,
     check_values,
     checkpoint_format,
     is_act_order,
@@ -34,7 +35,7 @@ from .quant.modules import (
 logger = logging.getLogger(__name__)
 
 OFFSET_DTYPES = {"float16": torch.float16, "float32": torch.float32}
-SHARD_BYTES = 128 << 20
+SHARD_BYTES = 64 << 20
 _KEPT_KEYS = (
     "bits",
     "group_size",
@@ -158,7 +159,7 @@ def _write_offsets(
         track(adapter.offsets(), "merging", total=len(names), disable=not progress, transient=True)
     ):
         stored = delta.to(dtype)
-        if not torch.isfinite(stored).all():
+        if not all_finite(stored):
             raise QALoraError(f"the offsets of {name} reach {delta.abs().max():.3g}: use offset_dtype float32.")
         pending[f"{name}.offsets"] = stored.contiguous()
         weight_map[f"{name}.offsets"] = file = shards[name]

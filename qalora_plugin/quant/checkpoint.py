@@ -4,7 +4,7 @@ Needs neither transformers nor a model class: merge, verify, inspect and the loa
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -43,7 +43,6 @@ class Checkpoint:
     config: dict
     tensors: dict[str, TensorInfo]
     files: list[str]
-    _open: dict[str, object] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, path: str | Path, revision: str | None = None) -> "Checkpoint":
@@ -56,9 +55,8 @@ class Checkpoint:
         config = read_json(folder / "config.json")
         files, listed = _shards(folder)
         tensors: dict[str, TensorInfo] = {}
-        handles = {}
         for file in files:
-            handles[file] = handle = open_shard(folder / file)
+            handle = open_shard(folder / file)
             for name in handle.keys():  # noqa: SIM118 (not a dict)
                 piece = handle.get_slice(name)
                 tensors[name] = TensorInfo(file, piece.get_dtype(), tuple(piece.get_shape()))
@@ -70,11 +68,11 @@ class Checkpoint:
                         "Download or copy the checkpoint again."
                     )
             tensors = {name: info for name, info in tensors.items() if name in listed}
-        return cls(folder, config, tensors, files, handles)
+        return cls(folder, config, tensors, files)
 
     def tensor(self, name: str) -> Tensor:
-        """Load one tensor, as stored."""
-        return self._open[self.tensors[name].file].get_tensor(name)
+        """Load one tensor, as stored. The shard is mapped for this tensor alone: memory does not grow with use."""
+        return open_shard(self.folder / self.tensors[name].file).get_tensor(name)
 
     @cached_property
     def quantization(self) -> dict:
