@@ -52,7 +52,7 @@ def stages(train: Path, serve: Path) -> list[Stage]:
                 serve / "qalora", "quantize", model, out, "--dataset", corpus / "pretrain.jsonl",
                 "--bits", "4", "--group-size", "32", "--asym", "--samples", "128", "--length", "256",
             ],
-            None, ENVIRONMENT | {"GPTQMODEL_CPU_WORKERS": cores},
+            None, ENVIRONMENT,
         ),
         Stage(
             "finetune", "Fine-tune in Axolotl (adapter: qalora), merge", tuned,

@@ -104,7 +104,7 @@ class QALoraLayer(nn.Module, LoraLayer):
         """``[..., K] → [..., N]``."""
         base = self.get_base_layer()
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
-        if self.merged or not active:
+        if not active:
             return base(x)
         if len(active) == 1 and not self._drops(active[0]):
             name = active[0]

@@ -29,7 +29,7 @@ tensors are unchanged, byte for byte, and the adapter is {len(adapter.modules)} 
 | | |
 |---|---|
 | base | `{quantization["base_model"]}` (`{quantization["base_fingerprint"]}`) |
-| adapter | rank {adapter.config["r"]}, alpha {adapter.config["lora_alpha"]} (`{adapter.digest()}`) |
+| adapter | rank {adapter.config["r"]}, alpha {adapter.config["lora_alpha"]} (`{quantization["adapter"]}`) |
 | bits · group size · symmetric · act-order | {quantization["bits"]} · {quantization.get("group_size")} · \
 {quantization["sym"]} · {quantization["desc_act"]} |
 | added | {new_bytes / 1e6:.1f} MB of {quantization["offset_dtype"]} offsets on {base_bytes / 1e6:.1f} MB |
