@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from .adapter_folder import ADAPTER_FORMAT, PEFT_TYPE, POOLING, AdapterFolder, check_pooling
 from .errors import QALoraError
-from .kernels.linear import linear, pool
+from .kernels.linear import pool
 from .quant.linear import QuantLinear
 
 logger = logging.getLogger(__name__)
@@ -108,11 +108,11 @@ class QALoraLayer(nn.Module, LoraLayer):
             return base(x)
         if len(active) == 1 and not self._drops(active[0]):
             name = active[0]
-            return linear(x, base, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+            return base(x, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
         y = base(x)
         for name in active:
             lora_a, lora_b = self.lora_A[name], self.lora_B[name]
-            pooled = pool(self.lora_dropout[name](x), base).to(lora_a.weight.dtype)
+            pooled = pool(self.lora_dropout[name](x), base.packed).to(lora_a.weight.dtype)
             y = y + (lora_b(lora_a(pooled)) * self.scaling[name]).to(y.dtype)
         return y
 

@@ -1,59 +1,63 @@
-"""Packed weight → dense weight in a shared scratch buffer, with the offsets added on the way.
+"""Packed weight → dense weight in a shared scratch buffer, offsets and adapter added on the way.
 
-Works one *plane* at a time (rows ``j::period``, one code of every word), so the temporaries are 1/period of the dense
-weight. Arithmetic is float32 (float64 on request) and rounds once to the output dtype.
+Which implementation runs is decided here: C++ on a CPU, plain torch elsewhere.
 """
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..quant.layout import code_plane, codes_per_period, read_zeros
-
-if TYPE_CHECKING:
-    from ..quant.linear import QuantLinear
+from . import cpu, planes
+from .packed import PackedWeight
 
 _scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+_views: dict[tuple[torch.device, torch.dtype, int, int], Tensor] = {}
 
 
 def scratch(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A ``[rows, cols]`` view of the one scratch buffer per device and dtype; its content lasts until the next call."""
+    view = _views.get((device, dtype, rows, cols))
+    if view is not None:
+        return view
     key, size = (device, dtype), rows * cols
-    if key not in _scratch or _scratch[key].numel() < size:
-        with torch.inference_mode(False):  # a buffer born in inference mode could not be written outside it
+    with torch.inference_mode(False):  # a buffer born in inference mode could not be written outside it
+        if key not in _scratch or _scratch[key].numel() < size:
+            for old in [known for known in _views if known[:2] == key]:
+                del _views[old]
             _scratch[key] = torch.empty(size, dtype=dtype, device=device)
-    return _scratch[key][:size].view(rows, cols)
+        view = _views[*key, rows, cols] = _scratch[key][:size].view(rows, cols)
+    return view
 
 
 @torch.no_grad()
-def dequantize(layer: "QuantLinear", dtype: torch.dtype, offsets: Tensor | None = None) -> Tensor:
-    """Dense weight ``[K, N]`` of ``layer`` in ``dtype``, in the shared scratch: use it before the next call.
+def dequantize(
+    packed: PackedWeight,
+    dtype: torch.dtype,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
+) -> Tensor:
+    """``w + offsets + scaling·(B·A)ᵀ``, dense ``[K, N]``, in the shared scratch: use it before the next call.
 
     Args:
-        layer: holds the packed tensors; its own ``offsets`` are *not* added.
-        offsets: ``[G, N]`` in weight units, or None.
+        dtype: of the result; arithmetic is float32 or better, rounded once.
+        lora_a: ``[R, G]``, lora_b: ``[N, R]``, both or neither.
     """
-    bits, group_size = layer.bits, layer.group_size
-    math_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    out = scratch(layer.in_features, layer.out_features, dtype, layer.qweight.device)
-    scales = layer.scales.to(math_dtype)
-    zeros = read_zeros(layer.qzeros, bits, layer.checkpoint_format).to(math_dtype)
-    offsets = None if offsets is None else offsets.to(math_dtype)
-    period = codes_per_period(bits)
-    aligned = not layer.act_order and group_size % period == 0
-
-    for j in range(period):
-        codes, rows = code_plane(layer.qweight, bits, j), out[j::period]
-        if aligned:  # a plane holds group_size/period consecutive rows of every group: broadcast
-            codes, rows = (t.view(layer.groups, group_size // period, -1) for t in (codes, rows))
-            s, z, o = (None if t is None else t.unsqueeze(1) for t in (scales, zeros, offsets))
-        else:
-            group = layer.g_idx[j::period].long()
-            s, z, o = (None if t is None else t[group] for t in (scales, zeros, offsets))
-        centred = codes - z
-        if o is None:
-            torch.mul(centred, s, out=rows)
-        else:
-            rows.copy_(centred.mul_(s).add_(o))
+    out = scratch(packed.in_features, packed.out_features, dtype, packed.qweight.device)
+    if cpu.takes(packed, dtype):
+        cpu.fill(packed, lora_a, lora_b, scaling, out)
+    else:
+        planes.fill(packed, effective_offsets(packed.offsets, lora_a, lora_b, scaling), out)
     return out
+
+
+def effective_offsets(
+    offsets: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float
+) -> Tensor | None:
+    """``offsets + scaling·(B·A)ᵀ`` [G, N], float32 or better."""
+    if lora_a is None:
+        return offsets
+    math_dtype = torch.promote_types(lora_a.dtype, torch.float32)
+    lora_a, lora_b = lora_a.t().to(math_dtype), lora_b.t().to(math_dtype)
+    if offsets is None:
+        return (lora_a * scaling) @ lora_b
+    return torch.addmm(offsets.to(math_dtype), lora_a, lora_b, alpha=scaling)

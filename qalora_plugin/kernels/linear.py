@@ -8,29 +8,25 @@ Between the two only ``P(x)`` is saved, 1/g of ``x``. The weight multiplied here
 offsets, the one that the merged checkpoint serves.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dequant import dequantize
-
-if TYPE_CHECKING:
-    from ..quant.linear import QuantLinear
+from .packed import PackedWeight
 
 
-def pool(x: Tensor, layer: "QuantLinear") -> Tensor:
-    """``P(x)``: x summed over each quantisation group of ``layer``, ``[..., K] → [..., G]``."""
-    if layer.act_order:
-        x = x.index_select(-1, layer.group_order)
-    return x.unflatten(-1, (layer.groups, layer.group_size)).sum(-1)
+def pool(x: Tensor, packed: PackedWeight) -> Tensor:
+    """``P(x)``: x summed over each quantisation group, ``[..., K] → [..., G]``."""
+    if packed.group_order is not None:
+        x = x.index_select(-1, packed.group_order)
+    return x.unflatten(-1, (packed.groups, packed.group_size)).sum(-1)
 
 
 def linear(
-    x: Tensor, layer: "QuantLinear", lora_a: Tensor | None = None, lora_b: Tensor | None = None, scaling: float = 1.0
+    x: Tensor, packed: PackedWeight, lora_a: Tensor | None = None, lora_b: Tensor | None = None, scaling: float = 1.0
 ) -> Tensor:
-    """``x·w + P(x)·offsets + scaling·P(x)·Aᵀ·Bᵀ + bias`` in the dtype of x (the autocast dtype under autocast).
+    """``x·w + P(x)·offsets + scaling·P(x)·Aᵀ·Bᵀ`` in the dtype of x (the autocast dtype under autocast).
 
     Args:
         x: ``[..., K]``. lora_a: ``[R, G]``, lora_b: ``[N, R]``, both or neither.
@@ -40,43 +36,115 @@ def linear(
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    y = _PackedLinear.apply(x, lora_a, lora_b, scaling, layer)
-    return y if layer.bias is None else y + layer.bias.to(y.dtype)
-
-
-def _effective_offsets(
-    layer: "QuantLinear", lora_a: Tensor | None, lora_b: Tensor | None, scaling: float
-) -> Tensor | None:
-    """``offsets + scaling·(B·A)ᵀ`` [G, N], float32 or better."""
-    if lora_a is None:
-        return layer.offsets
-    math_dtype = torch.promote_types(lora_a.dtype, torch.float32)
-    adapter = scaling * (lora_a.to(math_dtype).t() @ lora_b.to(math_dtype).t())
-    return adapter if layer.offsets is None else adapter + layer.offsets
+    return _PackedLinear.apply(x, lora_a, lora_b, scaling, packed)
 
 
 class _PackedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, layer: "QuantLinear"):
-        ctx.layer, ctx.scaling = layer, scaling
-        pooled = pool(x, layer) if lora_a is not None and any(ctx.needs_input_grad[1:3]) else None
+    def forward(ctx, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, packed: PackedWeight):
+        run = _forward_op if torch.compiler.is_compiling() else _forward
+        y, pooled = run(x, lora_a, lora_b, scaling, any(ctx.needs_input_grad[1:3]), *packed)
+        ctx.scaling, ctx.packed = scaling, packed
         ctx.save_for_backward(pooled, lora_a, lora_b)
-        with torch.autocast(x.device.type, enabled=False):
-            return x @ dequantize(layer, x.dtype, _effective_offsets(layer, lora_a, lora_b, scaling))
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        pooled, lora_a, lora_b = ctx.saved_tensors
-        layer, scaling = ctx.layer, ctx.scaling
-        dx = da = db = None
-        if ctx.needs_input_grad[0]:
-            dx = dy @ dequantize(layer, dy.dtype, _effective_offsets(layer, lora_a, lora_b, scaling)).t()
-        if pooled is not None:
-            dy, pooled = dy.flatten(0, -2), pooled.flatten(0, -2)
-            if ctx.needs_input_grad[1]:
-                da = scaling * (dy @ lora_b.to(dy.dtype)).t().to(lora_a.dtype) @ pooled.to(lora_a.dtype)
-            if ctx.needs_input_grad[2]:
-                hidden = pooled.to(lora_a.dtype) @ lora_a.t()
-                db = scaling * (dy.t() @ hidden.to(dy.dtype)).to(lora_b.dtype)
-        return dx, da, db, None, None
+        run = _backward_op if torch.compiler.is_compiling() else _backward
+        wants_dx, wants_a, wants_b = ctx.needs_input_grad[:3]
+        dx, da, db = run(dy, *ctx.saved_tensors, ctx.scaling, wants_dx, wants_a or wants_b, *ctx.packed)
+        return dx if wants_dx else None, da if wants_a else None, db if wants_b else None, None, None
+
+
+def _forward(
+    x: Tensor,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    keep_pooled: bool,
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    g_idx: Tensor | None,
+    group_order: Tensor | None,
+    bits: int,
+    group_size: int,
+    checkpoint_format: str,
+) -> tuple[Tensor, Tensor]:
+    """Returns ``y`` and ``P(x)`` (empty unless ``keep_pooled``)."""
+    packed = PackedWeight(qweight, qzeros, scales, offsets, g_idx, group_order, bits, group_size, checkpoint_format)
+    with torch.autocast(x.device.type, enabled=False):
+        pooled = pool(x, packed) if keep_pooled else x.new_empty(0)  # first, while x is still in the cache
+        return x @ dequantize(packed, x.dtype, lora_a, lora_b, scaling), pooled
+
+
+def _backward(
+    dy: Tensor,
+    pooled: Tensor,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    wants_dx: bool,
+    wants_adapter: bool,
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    g_idx: Tensor | None,
+    group_order: Tensor | None,
+    bits: int,
+    group_size: int,
+    checkpoint_format: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, A and B; empty where not wanted."""
+    packed = PackedWeight(qweight, qzeros, scales, offsets, g_idx, group_order, bits, group_size, checkpoint_format)
+    dx, da, db = (dy.new_empty(0) for _ in range(3))
+    with torch.autocast(dy.device.type, enabled=False):
+        if wants_adapter:
+            da, db = _adapter_gradients(dy.flatten(0, -2), pooled.flatten(0, -2), lora_a, lora_b, scaling)
+        if wants_dx:
+            dx = dy @ dequantize(packed, dy.dtype, lora_a, lora_b, scaling).t()
+    return dx, da, db
+
+
+# The same two as ops that torch.compile does not look into: a compiled model stays one graph.
+_forward_op = torch.library.custom_op("qalora::linear", _forward, mutates_args=())
+_backward_op = torch.library.custom_op("qalora::linear_backward", _backward, mutates_args=())
+
+
+@_forward_op.register_fake
+def _(x, lora_a, lora_b, scaling, keep_pooled, qweight, qzeros, scales, *_):
+    groups, out_features = scales.shape
+    return x.new_empty(*x.shape[:-1], out_features), x.new_empty(*x.shape[:-1], groups) if keep_pooled else x.new_empty(
+        0
+    )
+
+
+@_backward_op.register_fake
+def _(dy, pooled, lora_a, lora_b, scaling, wants_dx, wants_adapter, qweight, qzeros, scales, *rest):
+    *_, group_size, _ = rest
+    dx = dy.new_empty(*dy.shape[:-1], scales.shape[0] * group_size) if wants_dx else dy.new_empty(0)
+    da, db = (torch.empty_like(t) if wants_adapter else dy.new_empty(0) for t in (lora_a, lora_b))
+    return dx, da, db
+
+
+def _adapter_gradients(
+    dy: Tensor, pooled: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """dA ``[R, G]`` and dB ``[N, R]`` of dy ``[T, N]`` and P(x) ``[T, G]``.
+
+    Few groups: through ``dE = P(x)ᵀ·dy`` [G, N], which reads dy once. Many: factored, through ``dy·B`` and ``P(x)·Aᵀ``
+    [T, R], which reads it twice and multiplies less. These products are bound by memory: on a CPU one pass over dy still
+    wins at twice the multiplications (G = 4·R). They run in dy's dtype (GEMMs accumulate in float32) as any LoRA's do.
+    """
+    if pooled.shape[1] <= 4 * len(lora_a):
+        math_dtype = torch.promote_types(lora_a.dtype, torch.float32)
+        a, b = (scaling * t.to(math_dtype) for t in (lora_a, lora_b))
+        de = (pooled.t() @ dy).to(math_dtype)
+        da, db = b.t() @ de.t(), de.t() @ a.t()
+    else:
+        a, b = ((scaling * t).to(dy.dtype) for t in (lora_a, lora_b))
+        da, db = (dy @ b).t() @ pooled, dy.t() @ (pooled @ a.t())
+    return da.to(lora_a.dtype), db.to(lora_b.dtype)

@@ -57,7 +57,10 @@ def unpack_rows(words: Tensor, bits: int) -> Tensor:
 
 def unpack_cols(words: Tensor, bits: int) -> Tensor:
     """int32 ``[G, N·b/32]`` → uint8 codes ``[G, N]`` (the layout of ``qzeros``)."""
-    return unpack_rows(words.t(), bits).t().contiguous()
+    if bits == 3:
+        return unpack_rows(words.t(), bits).t().contiguous()
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
+    return ((words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(1).to(torch.uint8)
 
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
@@ -93,7 +96,7 @@ def read_zeros(qzeros: Tensor, bits: int, checkpoint_format: str) -> Tensor:
         return unpack_cols(qzeros, bits)
     if bits == 3:
         return (unpack_cols(qzeros, bits) + 1) & 7
-    return unpack_cols(_to_int32(qzeros.to(torch.int64) + _one_in_every_field(bits)), bits)
+    return unpack_cols(qzeros + zero_shift(bits, checkpoint_format), bits)  # int32, wraps
 
 
 def write_zeros(zeros: Tensor, bits: int, checkpoint_format: str) -> Tensor:
@@ -102,11 +105,12 @@ def write_zeros(zeros: Tensor, bits: int, checkpoint_format: str) -> Tensor:
         return pack_cols(zeros, bits)
     if bits == 3:
         return pack_cols((zeros.to(torch.int64) - 1) & 7, bits)
-    return _to_int32(pack_cols(zeros, bits).to(torch.int64) - _one_in_every_field(bits))
+    return pack_cols(zeros, bits) - zero_shift(bits, checkpoint_format)  # int32, wraps
 
 
-def _one_in_every_field(bits: int) -> int:
-    return sum(1 << shift for shift in range(0, 32, bits))
+def zero_shift(bits: int, checkpoint_format: str) -> int:
+    """What to add to every word of ``qzeros``, modulo 2^32, for true zeros: 1 in every field in ``gptq`` (not 3 bits)."""
+    return 0 if checkpoint_format == "gptq_v2" else sum(1 << shift for shift in range(0, 32, bits))
 
 
 def _to_int32(words: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from ..errors import QALoraError
 from ..kernels.dequant import dequantize
 from ..kernels.linear import linear
+from ..kernels.packed import PackedWeight
 from .layout import codes_per_period, words_per_period
 
 
@@ -88,13 +89,25 @@ class QuantLinear(nn.Module):
                 )
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., K] → [..., N]``."""
-        return linear(x, self)
+    @property
+    def packed(self) -> PackedWeight:
+        """The tensors as the kernels take them."""
+        g_idx = self.g_idx if self.act_order else None
+        return PackedWeight(
+            self.qweight, self.qzeros, self.scales, self.offsets, g_idx, self.group_order,
+            self.bits, self.group_size, self.checkpoint_format,
+        )  # fmt: skip
+
+    def forward(
+        self, x: Tensor, lora_a: Tensor | None = None, lora_b: Tensor | None = None, scaling: float = 1.0
+    ) -> Tensor:
+        """``[..., K] → [..., N]``, with an adapter folded in if one is given: A ``[R, G]``, B ``[N, R]``."""
+        y = linear(x, self.packed, lora_a, lora_b, scaling)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """A new dense ``[K, N]`` weight, offsets included. For tests, reports and exports."""
-        return dequantize(self, dtype, self.offsets).clone()
+        return dequantize(self.packed, dtype).clone()
 
     def extra_repr(self) -> str:
         return (

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qalora_plugin.kernels.dequant import dequantize
-from qalora_plugin.kernels.linear import linear, pool
+from qalora_plugin.kernels.linear import pool
 from qalora_plugin.quant import reference
 from qalora_plugin.quant.linear import QuantLinear
 
@@ -76,7 +76,7 @@ def test_forward_and_backward(shape, dtype, tokens):
     layer = make_layer(in_features, out_features, bits, group_size, fmt, act_order, offsets, bias=True)
     x = torch.randn(2, tokens, in_features, dtype=dtype, requires_grad=True)
     lora_a, lora_b = adapter_for(layer, 4, torch.float64 if dtype == torch.float64 else torch.float32)
-    y = linear(x, layer, lora_a, lora_b, 0.5)
+    y = layer(x, lora_a, lora_b, 0.5)
     assert y.dtype == dtype
     dy = torch.randn_like(y)
     found = torch.autograd.grad(y, (x, lora_a, lora_b), dy)
@@ -93,7 +93,7 @@ def test_gradcheck():
     layer = make_layer(64, 32, 4, 32, act_order=True)
     x = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
     lora_a, lora_b = adapter_for(layer, 2, torch.float64)
-    assert torch.autograd.gradcheck(lambda *inputs: linear(inputs[0], layer, *inputs[1:], 0.7), (x, lora_a, lora_b))
+    assert torch.autograd.gradcheck(lambda *inputs: layer(inputs[0], *inputs[1:], 0.7), (x, lora_a, lora_b))
 
 
 def test_saves_only_the_pooled_input():
@@ -103,25 +103,26 @@ def test_saves_only_the_pooled_input():
     lora_a, lora_b = adapter_for(layer, 4, torch.float32)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
-        linear(x, layer, lora_a, lora_b)
+        layer(x, lora_a, lora_b)
     assert sorted(saved) == sorted([(10, 8), (4, 8), (64, 4)])
 
 
 def test_one_scratch_for_all_layers():
     one, two = make_layer(128, 64, 4, 32), make_layer(64, 32, 4, 32, seed=3)
-    first = dequantize(one, torch.float32)
-    assert dequantize(two, torch.float32).data_ptr() == first.data_ptr()
+    first = dequantize(one.packed, torch.float32)
+    assert dequantize(two.packed, torch.float32).data_ptr() == first.data_ptr()
 
 
 def test_scratch_born_in_inference_mode_serves_training():
     from qalora_plugin.kernels import dequant
 
     dequant._scratch.clear()
+    dequant._views.clear()
     layer, x = make_layer(64, 32, 4, 32), torch.randn(3, 64, requires_grad=True)
     with torch.inference_mode():
         layer(x)
     lora_a, lora_b = adapter_for(layer, 2, torch.float32)
-    linear(x, layer, lora_a, lora_b).sum().backward()
+    layer(x, lora_a, lora_b).sum().backward()
     assert x.grad is not None
 
 
@@ -129,7 +130,7 @@ def test_autocast_decides_the_dtype():
     layer = make_layer(64, 32, 4, 32)
     lora_a, lora_b = adapter_for(layer, 2, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = linear(torch.randn(3, 64, requires_grad=True), layer, lora_a, lora_b)
+        y = layer(torch.randn(3, 64, requires_grad=True), lora_a, lora_b)
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert lora_a.grad.dtype == torch.float32
@@ -147,4 +148,4 @@ def test_non_contiguous_and_empty_inputs():
 def test_pool_is_the_sum_over_groups(act_order):
     layer = make_layer(128, 32, 4, 32, act_order=act_order)
     x = torch.randn(2, 3, 128, dtype=torch.float64)
-    torch.testing.assert_close(pool(x, layer), reference.pool(x, layer.g_idx, layer.groups))
+    torch.testing.assert_close(pool(x, layer.packed), reference.pool(x, layer.g_idx, layer.groups))
