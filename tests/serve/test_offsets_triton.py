@@ -1,0 +1,59 @@
+"""The Triton kernels against ``quant/reference.py`` in float64: interpreted without a GPU (``tests/conftest.py``), else compiled."""
+
+import pytest
+import torch
+
+from qalora_plugin.quant import reference
+from vllm_ext import offsets_triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+# Relative to the result's norm: float32 or tf32 (2⁻¹¹) sums, then one rounding to the dtype of y.
+TOLERANCE = {F32: 2e-6, BF16: 4e-3, F16: 8e-4}
+SIZES = {  # (N, G, g): below a tile, whole tiles, one past a tile; g no power of two; one group over all of K
+    "below": (40, 3, 8),
+    "whole": (128, 32, 32),
+    "past": (193, 17, 24),
+    "g 128": (64, 5, 128),
+    "one group": (72, 1, 688),
+}
+
+
+def check(m, size, x_dtype, offset_dtype, contiguous=True):
+    n, groups, g = SIZES[size]
+    generator = torch.Generator().manual_seed(m)
+    rows = torch.randn(m, groups * g + 8, generator=generator).to(x_dtype)
+    x = rows[:, : groups * g]
+    x = x.contiguous() if contiguous else x
+    y = torch.randn(m, n, generator=generator).to(x_dtype)
+    offsets = torch.randn(groups, n, generator=generator).to(offset_dtype)
+    g_idx = torch.arange(groups * g) // g
+    wanted = y.double() + reference.pool(x.double(), g_idx, groups) @ offsets.double()
+    found = y.to(DEVICE)
+    offsets_triton.add_offsets(found, x.to(DEVICE), offsets.to(DEVICE))
+    assert (found.cpu().double() - wanted).norm() <= TOLERANCE[x_dtype] * wanted.norm()
+
+
+@pytest.mark.parametrize("dtypes", [(BF16, F16), (F16, F16), (BF16, F32), (F32, F32)], ids=str)
+@pytest.mark.parametrize("size", list(SIZES))
+@pytest.mark.parametrize("m", [1, 3, 16, 31, 33, 130])
+def test_adds_pooled_times_offsets(m, size, dtypes):
+    check(m, size, *dtypes)
+
+
+@pytest.mark.parametrize("m", [2, 40])
+def test_rows_with_gaps_between_them(m):
+    check(m, "past", BF16, F16, contiguous=False)
+
+
+def test_no_rows():
+    y = torch.zeros(0, 8, device=DEVICE)
+    offsets_triton.add_offsets(y, torch.zeros(0, 32, device=DEVICE), torch.zeros(1, 8, device=DEVICE))
+
+
+@pytest.mark.parametrize("m", [1, 40])
+def test_float16_sums_do_not_overflow(m):
+    x = torch.full((m, 128), 6e3, dtype=F16, device=DEVICE)
+    y = torch.zeros(m, 1, dtype=F16, device=DEVICE)
+    offsets_triton.add_offsets(y, x, torch.full((1, 1), 1e-3, dtype=F16, device=DEVICE))
+    assert y[:, 0].tolist() == pytest.approx([128 * 6] * m, rel=2e-3)
