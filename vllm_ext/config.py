@@ -26,6 +26,8 @@ from qalora_plugin.quant.modules import (
 )
 
 from .linear import QALoraLinearMethod
+from .paths import PATH_KEY, forced_path
+from .versions import load_every_tensor
 
 
 @register_quantization_config(MERGED_METHOD)
@@ -41,6 +43,7 @@ class QALoraConfig(QuantizationConfig):
         super().__init__()
         self.quantization = {"quant_method": BASE_METHOD, **quantization}
         self.checkpoint_format = checkpoint_format(self.quantization)
+        self.forced_path = self.quantization.get(PATH_KEY)
         self.modules: dict[str, QuantizedModule] = {}
 
     def __repr__(self) -> str:
@@ -66,6 +69,9 @@ class QALoraConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "QALoraConfig":
+        # Into the model's config, which vLLM's cache of compiled graphs hashes: a graph belongs to its path.
+        if path := forced_path(config):
+            config[PATH_KEY] = path
         return cls(config)
 
     @classmethod
@@ -99,18 +105,13 @@ class QALoraConfig(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
         self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
 
-    @staticmethod
-    def get_checkpoint_weight_mapper():
-        """Keep ``g_idx``, which vLLM ≥ 0.32 drops by default: act-order is served."""
-        from vllm.model_executor.models.utils import WeightsMapper  # imports this module's importers
-
-        return WeightsMapper()
+    get_checkpoint_weight_mapper = staticmethod(load_every_tensor)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if not isinstance(layer, (LinearBase, ParallelLMHead)):
             return None
         if parts := self._parts(prefix):
-            return QALoraLinearMethod(prefix, parts, self.checkpoint_format)
+            return QALoraLinearMethod(prefix, parts, self.checkpoint_format, self.forced_path)
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
     def _parts(self, prefix: str) -> list[QuantizedModule]:
