@@ -66,9 +66,9 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
-    def complete(self, prompt: list[int] | str, length: int) -> tuple[list[int], list[float]]:
-        """Greedy completion: token ids and their log-probabilities."""
-        body = {"model": "merged", "prompt": prompt, "max_tokens": length, "temperature": 0, "logprobs": 1}
+    def complete(self, prompt: list[int] | str, length: int, model: str = "merged") -> tuple[list[int], list[float]]:
+        """Greedy completion: token ids and their log-probabilities. model: "merged", or the name of a LoRA module."""
+        body = {"model": model, "prompt": prompt, "max_tokens": length, "temperature": 0, "logprobs": 1}
         body |= {"return_tokens_as_token_ids": True, "ignore_eos": True}
         request = urllib.request.Request(
             f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
