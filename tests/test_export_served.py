@@ -27,9 +27,7 @@ def test_served_beside_its_base(tmp_path, case):
     prompts = torch.randint(4, 100, (3, 20), generator=torch.Generator().manual_seed(0))
     flags = ("--dtype", "bfloat16", "--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"tuned={lora}", *flags)
     with Server(SERVING, base, tmp_path / "server.log", *flags) as server:
-        answers = {
-            name: [server.complete(row, 60, name) for row in prompts.tolist()] for name in ("merged", "tuned")
-        }
+        answers = {name: [server.complete(row, 60, name) for row in prompts.tolist()] for name in ("merged", "tuned")}
     model = load_adapter(load_base(base, dtype=torch.bfloat16), adapter).eval()
     tuned, found = score(model, prompts, answers["tuned"])
     assert (tuned - found).abs().mean() <= 1e-2

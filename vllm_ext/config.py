@@ -29,6 +29,8 @@ from .linear import QALoraLinearMethod
 from .paths import PATH_KEY, forced_path
 from .versions import load_every_tensor
 
+DRAFT_PREFIX = "draft_model."  # what vLLM puts before every name of a model that drafts for another
+
 
 @register_quantization_config(MERGED_METHOD)
 class QALoraConfig(QuantizationConfig):
@@ -116,6 +118,7 @@ class QALoraConfig(QuantizationConfig):
 
     def _parts(self, prefix: str) -> list[QuantizedModule]:
         """Checkpoint modules behind a vLLM linear: one, several where vLLM fuses (q, k, v), none if it is dense."""
+        prefix = prefix.removeprefix(DRAFT_PREFIX)
         if prefix in self.modules:
             return [self.modules[prefix]]
         parent, _, leaf = prefix.rpartition(".")
