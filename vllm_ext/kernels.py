@@ -12,6 +12,7 @@ from vllm.scalar_type import scalar_types
 
 from qalora_plugin.quant.layout import pack_rows
 
+from .int4_cpu import Int4PackKernel
 from .versions import kernel_config
 
 # (bits, symmetric) → type of the codes; 2 and 3 bits have no kernel
@@ -21,6 +22,7 @@ _WEIGHT_TYPES = {
     (8, True): scalar_types.uint8b128,
     (8, False): scalar_types.uint8,
 }
+_PARAMETERS = {"w_q_param_name": "qweight", "w_s_param_name": "scales", "w_zp_param_name": "qzeros"}
 
 
 class NoKernel(Exception):
@@ -34,6 +36,11 @@ class FloatZeroKernel(MacheteLinearKernel):
     (``ops.machete_mm(b_group_zeros=…)``, Hopper, groups 64, 128 and −1); for an integer zero z, vLLM's class passes
     ``−scales·z``. By source of vLLM 0.26, 0.32 and 0.33; not yet run on hardware.
     """
+
+    @staticmethod
+    def loses_precision(symmetric: bool, act_dtype: torch.dtype) -> bool:
+        """Whether zeros are rounded that the integer path keeps; for an asymmetric base Machete rounds them anyway."""
+        return symmetric and act_dtype == torch.bfloat16
 
     def hand_over(self, layer: nn.Module, zeros: Tensor, bits: int, offsets: Tensor) -> None:
         """Give ``layer``'s loaded weights to Machete. zeros: uint8 ``[G, N]``. offsets: ``[G, N]``."""
@@ -53,19 +60,17 @@ def find_kernel(
     act_dtype: torch.dtype,
     full_shape: tuple[int, int],
     shape: tuple[int, int],
-    float_zeros: bool = False,
 ) -> MPLinearKernel:
     """The kernel that vLLM prefers for such a layer on this machine.
 
     Args:
         group_size: −1 for one group over all of K.
         full_shape: ``(K, N)`` of the whole layer. shape: of this rank's share.
-        float_zeros: the kernel shall take float zero-points (:class:`FloatZeroKernel`).
 
     Raises:
         NoKernel: there is none.
     """
-    weight_type = _WEIGHT_TYPES.get((bits, symmetric and not float_zeros))
+    weight_type = _WEIGHT_TYPES.get((bits, symmetric))
     if weight_type is None:
         raise NoKernel(f"no kernel takes {bits}-bit codes")
     if act_dtype not in (torch.float16, torch.bfloat16):  # not every kernel checks this itself
@@ -76,7 +81,7 @@ def find_kernel(
         weight_type=weight_type,
         act_type=act_dtype,
         group_size=group_size,
-        zero_points=float_zeros or not symmetric,
+        zero_points=not symmetric,
     )
     try:
         kernel_type = choose_mp_linear_kernel(config)
@@ -84,11 +89,23 @@ def find_kernel(
         raise NoKernel(" ".join(str(error).split())) from error
     if current_platform.is_cpu() and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
         raise NoKernel(f"{kernel_type.__name__} needs AVX512 or another instruction set that this CPU lacks")
-    if float_zeros:
-        if kernel_type is not MacheteLinearKernel:
-            raise NoKernel(f"{kernel_type.__name__} takes integer zero-points only (Machete, on Hopper, takes floats)")
-        kernel_type = FloatZeroKernel
-    return kernel_type(config, w_q_param_name="qweight", w_s_param_name="scales", w_zp_param_name="qzeros")
+    return kernel_type(config, **_PARAMETERS)
+
+
+def find_float_zero_kernel(
+    bits: int, group_size: int, act_dtype: torch.dtype, full_shape: tuple[int, int], shape: tuple[int, int]
+) -> FloatZeroKernel | Int4PackKernel:
+    """The kernel of this machine that takes float zero-points; arguments and errors as in :func:`find_kernel`."""
+    if current_platform.is_cpu():
+        columns = shape[0] if group_size == -1 else group_size
+        if reason := Int4PackKernel.why_not(bits, act_dtype, shape, columns):
+            raise NoKernel(reason)
+        return Int4PackKernel(shape, columns)
+    kernel = find_kernel(bits, False, group_size, act_dtype, full_shape, shape)
+    if type(kernel) is not MacheteLinearKernel:
+        name = type(kernel).__name__
+        raise NoKernel(f"{name} takes integer zero-points only (Machete, on Hopper, takes floats)")
+    return FloatZeroKernel(kernel.config, **_PARAMETERS)
 
 
 def hand_over(kernel: MPLinearKernel, layer: nn.Module, zeros: Tensor, bits: int) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from vllm.utils.torch_utils import direct_register_custom_op
 
-_NAME = "qalora_add_offsets"
+from . import int4_cpu
+
 _SMALL = 1 << 19  # multiplications
 
 
@@ -32,9 +33,10 @@ def add_offsets(y: Tensor, x: Tensor, values: Tensor, rounded: Tensor | None) ->
 
 
 def register() -> None:
-    """Define ``torch.ops.vllm.qalora_add_offsets``; again is harmless."""
-    if not hasattr(torch.ops.vllm, _NAME):
-        direct_register_custom_op(_NAME, _add_offsets, mutates_args=["y"], fake_impl=_add_offsets_fake)
+    """Define ``torch.ops.vllm.qalora_…``, opaque to torch.compile; again is harmless."""
+    if not hasattr(torch.ops.vllm, "qalora_add_offsets"):
+        direct_register_custom_op("qalora_add_offsets", _add_offsets, mutates_args=["y"], fake_impl=_add_offsets_fake)
+        direct_register_custom_op("qalora_int4_linear", int4_cpu.int4_linear, fake_impl=int4_cpu.int4_linear_fake)
 
 
 def _add_offsets(y: Tensor, x: Tensor, values: Tensor, rounded: Tensor | None) -> None:

@@ -1,14 +1,14 @@
 """Which way a layer is computed, and why.
 
-    fused-zeros       offsets inside the kernel's float zero-points: no second term at all (Machete on Hopper)
+    fused-zeros       offsets inside the kernel's float zero-points, no second term (Machete on Hopper, torch on a CPU)
     kernel+offsets    vLLM's kernel for this machine, then ``ops.add_offsets`` in place
     dense             plain torch, weights unpacked at every call: correct everywhere, slow
 
 Without a word from the user the first that is possible runs, except that fused-zeros stands back where it would cost
-precision: one rounding of ``−scales·zeros + offsets`` to bfloat16 loses about 11 % of an adapter's contribution (1.4 %
-in float16). For an asymmetric base Machete rounds the zeros like that anyway; for a symmetric one nothing else does, so
-there, in bfloat16, it runs only if forced. The environment's ``QALORA_PATH``, or ``serving_path`` in
-``quantization_config``, forces a path for every layer.
+precision: a zero-point with the offset added, rounded once to bfloat16, loses about a tenth of the contribution of an
+adapter that shifts by a tenth of a step (a hundredth in float16). It is taken where the kernel rounds the zeros anyway
+(Machete, asymmetric base) or where no zero is left to be rounded with the offset (torch's int4 kernel, symmetric base).
+The environment's ``QALORA_PATH``, or ``serving_path`` in ``quantization_config``, forces a path for every layer.
 """
 
 import os
@@ -20,8 +20,10 @@ from vllm.model_executor.kernels.linear import MPLinearKernel
 
 from qalora_plugin.errors import QALoraError
 
-from .kernels import NoKernel, find_kernel
+from .int4_cpu import Int4PackKernel
+from .kernels import FloatZeroKernel, NoKernel, find_float_zero_kernel, find_kernel
 
+Kernel = MPLinearKernel | Int4PackKernel
 logger = init_logger("vllm.qalora")  # below "vllm", whose handlers show it
 
 FUSED, SEPARATE, DENSE = PATHS = ("fused-zeros", "kernel+offsets", "dense")
@@ -71,7 +73,7 @@ def forced_path(quantization: dict) -> str | None:
     return path or None
 
 
-def choose_path(kind: LayerKind, forced: str | None) -> tuple[str, MPLinearKernel | None]:
+def choose_path(kind: LayerKind, forced: str | None) -> tuple[str, Kernel | None]:
     """The path of a layer and the kernel that it needs; logged once for each kind of layer.
 
     Raises:
@@ -88,18 +90,23 @@ def choose_path(kind: LayerKind, forced: str | None) -> tuple[str, MPLinearKerne
     return path, kernel
 
 
-def _choose(kind: LayerKind, forced: str | None) -> tuple[str, MPLinearKernel | None, str]:
+def _choose(kind: LayerKind, forced: str | None) -> tuple[str, Kernel | None, str]:
     if forced == DENSE:
         return DENSE, None, "forced"
-    why_not = "the offsets would be rounded to bfloat16 with the zeros"
-    exact = kind.act_dtype != torch.bfloat16 or not kind.symmetric
-    if kind.has_offsets and (forced == FUSED or (forced is None and exact)):
+    why_not = ""
+    if kind.has_offsets and forced in (None, FUSED):
         try:
-            return FUSED, _find(kind, float_zeros=True), "forced" if forced else "it takes float zeros"
+            kernel = _find_fused(kind)
         except NoKernel as reason:
             if forced:
                 raise _impossible(kind, forced, reason) from reason
             why_not = str(reason)
+        else:
+            if forced:
+                return FUSED, kernel, "forced"
+            if not kernel.loses_precision(kind.symmetric, kind.act_dtype):
+                return FUSED, kernel, "it takes float zeros"
+            why_not = "zero-points with offsets would be rounded"
     try:
         kernel = _find(kind)
     except NoKernel as reason:
@@ -114,12 +121,19 @@ def _choose(kind: LayerKind, forced: str | None) -> tuple[str, MPLinearKernel | 
     return SEPARATE, kernel, "forced" if forced else why_not if kind.has_offsets else "nothing to add"
 
 
-def _find(kind: LayerKind, float_zeros: bool = False) -> MPLinearKernel:
+def _find(kind: LayerKind) -> Kernel:
+    _check_sortable(kind)
+    return find_kernel(kind.bits, kind.symmetric, kind.group_size, kind.act_dtype, kind.full_shape, kind.shape)
+
+
+def _find_fused(kind: LayerKind) -> FloatZeroKernel | Int4PackKernel:
+    _check_sortable(kind)
+    return find_float_zero_kernel(kind.bits, kind.group_size, kind.act_dtype, kind.full_shape, kind.shape)
+
+
+def _check_sortable(kind: LayerKind) -> None:
     if not kind.sortable:
         raise NoKernel("fused linears differ in their act-order, and a kernel takes one order of columns")
-    return find_kernel(
-        kind.bits, kind.symmetric, kind.group_size, kind.act_dtype, kind.full_shape, kind.shape, float_zeros
-    )
 
 
 def _impossible(kind: LayerKind, forced: str, reason: NoKernel) -> QALoraError:
@@ -129,5 +143,5 @@ def _impossible(kind: LayerKind, forced: str, reason: NoKernel) -> QALoraError:
     )
 
 
-def _name(kernel: MPLinearKernel) -> str:
+def _name(kernel: Kernel) -> str:
     return type(kernel).__name__

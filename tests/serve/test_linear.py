@@ -79,7 +79,13 @@ def assert_close(found, wanted):
 
 
 # The dtype that layers compute in, and the path forced for it: none is needed where a kernel takes the dtype.
-COMPUTE = [(torch.bfloat16, None), (torch.float16, None), (torch.bfloat16, "dense"), (torch.float32, "dense")]
+COMPUTE = [
+    (torch.bfloat16, None),
+    (torch.bfloat16, "kernel+offsets"),
+    (torch.float16, None),
+    (torch.bfloat16, "dense"),
+    (torch.float32, "dense"),
+]
 
 
 @pytest.mark.parametrize("compute", COMPUTE, ids=str)
@@ -94,10 +100,14 @@ def test_fused_qkv_equals_reference(tmp_path, sym, checkpoint_format, act_order,
         part: linear_tensors(size, seed, sym, checkpoint_format, group_size, order_seed=order)
         for seed, ((part, size), order) in enumerate(zip(SIZES.items(), orders, strict=True))
     }
+    sortable = act_order != "per part" or group_size == -1
+    if path == "kernel+offsets" and not sortable:
+        with pytest.raises(QALoraError, match=r"attn\.qkv_proj cannot be served by the path kernel\+offsets"):
+            run_qkv(tmp_path, parts, checkpoint_format, dtype, path=path)
+        return
     layer, y, wanted = run_qkv(tmp_path, parts, checkpoint_format, dtype, path=path)
     assert_close(y, wanted)
-    sortable = act_order != "per part" or group_size == -1
-    assert (layer.quant_method.kernel is not None) == (path is None and sortable)
+    assert (layer.quant_method.kernel is not None) == (path != "dense" and sortable)
 
 
 @pytest.mark.parametrize("compute", [COMPUTE[0], COMPUTE[-1]], ids=str)
@@ -118,7 +128,7 @@ def test_parts_without_offsets(tmp_path, adapted):
         part: linear_tensors(size, seed, False, "gptq", 32, offset_dtype=torch.float16 if part in adapted else None)
         for seed, (part, size) in enumerate(SIZES.items())
     }
-    layer, y, wanted = run_qkv(tmp_path, parts, "gptq", torch.bfloat16)
+    layer, y, wanted = run_qkv(tmp_path, parts, "gptq", torch.bfloat16, path="kernel+offsets" if adapted else None)
     assert_close(y, wanted)
     assert (layer.offsets is None) == (not adapted)
 
@@ -137,7 +147,7 @@ def test_float32_offsets_are_not_rounded(tmp_path):
         part: linear_tensors(size, seed, True, "gptq", 32, offset_dtype=torch.float32)
         for seed, (part, size) in enumerate(SIZES.items())
     }
-    layer, y, wanted = run_qkv(tmp_path, parts, "gptq", torch.bfloat16)
+    layer, y, wanted = run_qkv(tmp_path, parts, "gptq", torch.bfloat16, path="kernel+offsets")
     assert torch.equal(layer.offsets, torch.cat([tensors["offsets"] for tensors in parts.values()], dim=1))
     assert_close(y, wanted)
 
@@ -148,7 +158,7 @@ def test_symmetry_is_read_off_the_zeros(tmp_path):
         folder = tmp_path / str(sym)
         folder.mkdir()
         parts = {part: linear_tensors(size, 0, sym, "gptq", 32) for part, size in SIZES.items()}
-        layer, _, _ = run_qkv(folder, parts, "gptq", torch.bfloat16)
+        layer, _, _ = run_qkv(folder, parts, "gptq", torch.bfloat16, path="kernel+offsets")
         assert layer.quant_method.kernel.config.zero_points == (not sym)
 
 
