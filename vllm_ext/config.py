@@ -16,7 +16,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from qalora_plugin.errors import QALoraError
-from qalora_plugin.quant.checkpoint import Checkpoint, TensorInfo
+from qalora_plugin.quant.checkpoint import INDEX_NAME, Checkpoint, TensorInfo, read_json
 from qalora_plugin.quant.modules import (
     BASE_METHOD,
     MERGED_METHOD,
@@ -86,7 +86,7 @@ class QALoraConfig(QuantizationConfig):
         """Read the headers of the checkpoint (a folder or a Hub id) and hold them against the config.
 
         Raises:
-            QALoraError: another ``format_version``, no or damaged tensors, or quantised experts.
+            QALoraError: another ``format_version``, no, missing or damaged tensors, or quantised experts.
         """
         headers = get_safetensors_params_metadata(model_name, revision=revision)
         tensors = {
@@ -96,12 +96,28 @@ class QALoraConfig(QuantizationConfig):
         }
         config = {"quantization_config": self.quantization}
         self.modules = quantized_modules(Checkpoint(Path(model_name), config, tensors, files=[]))
+        self._require_offsets(Path(model_name))
         experts = next((name for name in self.modules if ".experts." in name), None)
         if experts:
             raise QALoraError(
                 f"{model_name} quantises mixture-of-experts layers ({experts}), which qalora cannot serve yet: vLLM "
                 "runs experts fused, where offsets have no place. Serve a model whose experts are not quantised, or a "
                 "dense architecture."
+            )
+
+    def _require_offsets(self, folder: Path) -> None:
+        """Refuse a merged checkpoint whose offsets are not there: it would be served as its base."""
+        if self.quantization["quant_method"] != MERGED_METHOD:
+            return
+        found = [name for name, module in self.modules.items() if module.offset_dtype is not None]
+        index = folder / INDEX_NAME
+        listed = read_json(index).get("weight_map", {}) if index.is_file() else {}
+        missing = [name for name in listed if name.endswith(".offsets") and name.removesuffix(".offsets") not in found]
+        if missing or not found:
+            what = missing[0] if missing else "every .offsets tensor"
+            raise QALoraError(
+                f"{folder} is a merged checkpoint, but {what} is missing: "
+                "without it the base would be served. Download the folder again (offsets*.safetensors), or merge again."
             )
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:

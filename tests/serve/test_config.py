@@ -62,6 +62,24 @@ def test_offsets_of_wrong_shape(merged):
         read(merged)
 
 
+def test_offsets_file_that_is_not_there(merged):
+    (merged / "offsets.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"layers\.0\.\S+\.offsets is missing: without it the base would be served"):
+        read(merged)
+
+
+def test_merged_checkpoint_without_any_offsets(tmp_path):
+    folder = make_merged(tmp_path, targets=())
+    with pytest.raises(ValueError, match=r"every \.offsets tensor is missing"):
+        read(folder)
+
+
+def test_impossible_path_is_refused_before_loading(merged, monkeypatch):
+    monkeypatch.setenv("QALORA_PATH", "turbo")
+    with pytest.raises(ValueError, match=r"serving path .* is 'turbo', expected one of"):
+        read(merged)
+
+
 def test_quantised_experts(merged):
     offsets = load_file(merged / "offsets.safetensors")
     shard = load_file(merged / "model-00001-of-00001.safetensors")

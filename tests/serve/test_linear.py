@@ -43,7 +43,8 @@ def config_for(folder, modules, checkpoint_format, path=None):
     """The vLLM config of a checkpoint that holds ``modules``; ``path``: the serving path to force."""
     stored = {f"{name}.{part}": tensor for name, tensors in modules.items() for part, tensor in tensors.items()}
     save_file(stored, folder / "model.safetensors")
-    quantization = {"quant_method": "qalora", "checkpoint_format": checkpoint_format, "format_version": 1}
+    method = "qalora" if any(name.endswith(".offsets") for name in stored) else "gptq"
+    quantization = {"quant_method": method, "checkpoint_format": checkpoint_format, "format_version": 1}
     if path:
         quantization["serving_path"] = path
     config = QALoraConfig.from_config(quantization)
