@@ -4,6 +4,9 @@ torch's int4 product (``aten::_weight_int4pack_mm_for_cpu``, bfloat16, AVX512) t
 second term is left. Up to 128 rows run on it: one row in 0.4 of the time of vLLM's kernel, 128 rows in 1.15 of it. It
 unpacks the weight again for every few rows, so more rows run on a dense GEMM, over a weight that is unpacked once,
 offsets included, into a buffer that all layers share: 512 rows in 0.7 of that time. Measured on two cores.
+
+``scales·(8 − z) + offsets`` is rounded to bfloat16 once. For a symmetric base that rounds the offsets alone; for an
+asymmetric one z is near 8, and log-probabilities were as close to float32's as with vLLM's kernel (0.0026 both).
 """
 
 from functools import cache
@@ -25,11 +28,6 @@ class Int4PackKernel:
 
     def __init__(self, shape: tuple[int, int], group_size: int):
         self.shape, self.group_size = shape, group_size
-
-    @staticmethod
-    def loses_precision(symmetric: bool, act_dtype: torch.dtype) -> bool:
-        """Whether zeros are rounded that vLLM's kernel takes as integers; for a symmetric base only offsets are."""
-        return not symmetric
 
     @staticmethod
     def why_not(bits: int, act_dtype: torch.dtype, shape: tuple[int, int], group_size: int) -> str | None:

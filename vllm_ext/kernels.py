@@ -37,11 +37,6 @@ class FloatZeroKernel(MacheteLinearKernel):
     ``−scales·z``. By source of vLLM 0.26, 0.32 and 0.33; not yet run on hardware.
     """
 
-    @staticmethod
-    def loses_precision(symmetric: bool, act_dtype: torch.dtype) -> bool:
-        """Whether zeros are rounded that the integer path keeps; for an asymmetric base Machete rounds them anyway."""
-        return symmetric and act_dtype == torch.bfloat16
-
     def hand_over(self, layer: nn.Module, zeros: Tensor, bits: int, offsets: Tensor) -> None:
         """Give ``layer``'s loaded weights to Machete. zeros: uint8 ``[G, N]``. offsets: ``[G, N]``."""
         hand_over(self, layer, zeros, bits)

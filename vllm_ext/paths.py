@@ -4,10 +4,10 @@
     kernel+offsets    vLLM's kernel for this machine, then ``ops.add_offsets`` in place
     dense             plain torch, weights unpacked at every call: correct everywhere, slow
 
-Without a word from the user the first that is possible runs, except that fused-zeros stands back where it would cost
-precision: a zero-point with the offset added, rounded once to bfloat16, loses about a tenth of the contribution of an
-adapter that shifts by a tenth of a step (a hundredth in float16). It is taken where the kernel rounds the zeros anyway
-(Machete, asymmetric base) or where no zero is left to be rounded with the offset (torch's int4 kernel, symmetric base).
+Without a word from the user the first that is possible runs. One exception: Machete on a symmetric base in bfloat16,
+where ``−8·scales + offsets`` would be rounded to bfloat16 once and lose about a tenth of the contribution of an adapter
+that shifts by a tenth of a step (a hundredth in float16), while without offsets nothing is rounded. (The zeros of an
+asymmetric base Machete rounds anyway.) There fused-zeros has to be forced.
 The environment's ``QALORA_PATH``, or ``serving_path`` in ``quantization_config``, forces a path for every layer.
 """
 
@@ -104,9 +104,9 @@ def _choose(kind: LayerKind, forced: str | None) -> tuple[str, Kernel | None, st
         else:
             if forced:
                 return FUSED, kernel, "forced"
-            if not kernel.loses_precision(kind.symmetric, kind.act_dtype):
+            if not (isinstance(kernel, FloatZeroKernel) and kind.symmetric and kind.act_dtype == torch.bfloat16):
                 return FUSED, kernel, "it takes float zeros"
-            why_not = "zero-points with offsets would be rounded"
+            why_not = "offsets would be rounded to bfloat16 together with the zero-points"
     try:
         kernel = _find(kind)
     except NoKernel as reason:

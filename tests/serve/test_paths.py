@@ -31,7 +31,7 @@ def kind(**changes):
     ("changes", "path"),
     [
         ({}, FUSED),
-        ({"symmetric": False}, SEPARATE),
+        ({"symmetric": False}, FUSED),
         ({"act_dtype": F16}, SEPARATE),
         ({"group_size": 16}, SEPARATE),
         ({"has_offsets": False}, SEPARATE),

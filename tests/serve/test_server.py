@@ -42,7 +42,7 @@ def test_compiled_with_chunked_prefill_and_prefix_caching(tmp_path):
         assert server.metric("prefix_cache_hits") >= 64
     assert_completion_of_transformers(folder, prompt, first)
     assert_completion_of_transformers(folder, prompt, again)
-    assert "qalora: kernel+offsets (CPUWNA16LinearKernel) for 4-bit asymmetric weights" in server.log.read_text()
+    assert "qalora: fused-zeros (Int4PackKernel) for 4-bit asymmetric weights" in server.log.read_text()
 
 
 def test_two_ranks(tmp_path):
