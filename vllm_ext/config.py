@@ -96,7 +96,6 @@ class QALoraConfig(QuantizationConfig):
         }
         config = {"quantization_config": self.quantization}
         self.modules = quantized_modules(Checkpoint(Path(model_name), config, tensors, files=[]))
-        self._require_offsets(Path(model_name))
         experts = next((name for name in self.modules if ".experts." in name), None)
         if experts:
             raise QALoraError(
@@ -104,6 +103,7 @@ class QALoraConfig(QuantizationConfig):
                 "runs experts fused, where offsets have no place. Serve a model whose experts are not quantised, or a "
                 "dense architecture."
             )
+        self._require_offsets(Path(model_name))
 
     def _require_offsets(self, folder: Path) -> None:
         """Refuse a merged checkpoint whose offsets are not there: it would be served as its base."""

@@ -95,7 +95,8 @@ def dense_weight(weight: Tensor, scales_and_zeros: Tensor, group_size: int) -> T
 
 def _buffer(size: int) -> Tensor:
     if not _scratch or _scratch[0].numel() < size:
-        _scratch[0] = torch.empty(size, dtype=torch.bfloat16)
+        with torch.inference_mode(False):  # a buffer born in inference mode could not be written outside it
+            _scratch[0] = torch.empty(size, dtype=torch.bfloat16)
     return _scratch[0][:size]
 
 
