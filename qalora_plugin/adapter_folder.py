@@ -132,15 +132,19 @@ class AdapterFolder:
                         "size, or its config was edited."
                     )
 
-    def offsets(self) -> Iterator[tuple[str, Tensor]]:
-        """What merging adds, linear by linear: ``α/R·(B·A)ᵀ`` [G, N] in float64, in weight units."""
+    def factors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """``(name, A [R, G], B [N, R])`` linear by linear, as stored."""
         handle = open_shard(self.folder / WEIGHTS_NAME)
         for name in self.modules:
             lora_a, lora_b = (handle.get_tensor(_key(name, part)) for part in "AB")
-            delta = adapter_offsets(lora_a, lora_b, self.scaling(name))
-            if not all_finite(delta):
+            if not (all_finite(lora_a) and all_finite(lora_b)):
                 raise QALoraError(f"{self.folder}: the adapter of {name} holds NaN or Inf. The training diverged.")
-            yield name, delta
+            yield name, lora_a, lora_b
+
+    def offsets(self) -> Iterator[tuple[str, Tensor]]:
+        """What merging adds, linear by linear: ``α/R·(B·A)ᵀ`` [G, N] in float64, in weight units."""
+        for name, lora_a, lora_b in self.factors():
+            yield name, adapter_offsets(lora_a, lora_b, self.scaling(name))
 
 
 def _key(module: str, part: str) -> str:

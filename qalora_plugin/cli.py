@@ -96,6 +96,24 @@ def verify(
         raise typer.Exit(1)
 
 
+export = typer.Typer(no_args_is_help=True)
+app.add_typer(export, name="export", help="Write an adapter in another format.")
+
+
+@export.command()
+def lora(
+    adapter: Annotated[Path, typer.Argument(help="Folder of the trained adapter.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the PEFT LoRA.")],
+    base: Annotated[str | None, typer.Option(help="GPTQ base; default: the one that the adapter names.")] = None,
+    revision: Revision = None,
+) -> None:
+    """An ordinary PEFT LoRA, to serve unmerged beside others: vllm serve BASE --enable-lora."""
+    from .formats.lora import export_lora
+
+    result = export_lora(adapter, out, base, revision)
+    print(f"{result.folder}: {result.modules} linears; serve it with --enable-lora --max-lora-rank {result.max_rank} …")
+
+
 class _Command(typer.core.TyperGroup):
     """Shows a :class:`QALoraError` as one line instead of a traceback."""
 

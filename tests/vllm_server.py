@@ -66,13 +66,25 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
-    def complete(self, prompt: list[int] | str, length: int) -> tuple[list[int], list[float]]:
-        """Greedy completion: token ids and their log-probabilities."""
-        body = {"model": "merged", "prompt": prompt, "max_tokens": length, "temperature": 0, "logprobs": 1}
-        body |= {"return_tokens_as_token_ids": True, "ignore_eos": True}
+    def complete(self, prompt: list[int] | str, length: int, model: str = "merged") -> tuple[list[int], list[float]]:
+        """Greedy completion: token ids and their log-probabilities. model: "merged", or the name of a LoRA module."""
+        answer = self._post({"model": model, "prompt": prompt, "max_tokens": length, "ignore_eos": True})
+        return [int(token.removeprefix("token_id:")) for token in answer["tokens"]], answer["token_logprobs"]
+
+    def score(self, tokens: list[int]) -> list[float]:
+        """Log-probability of each token but the first, given those before it."""
+        return self._post({"model": "merged", "prompt": tokens, "max_tokens": 1, "echo": True})["token_logprobs"][1:-1]
+
+    def metric(self, name: str) -> float:
+        """Sum of the counter ``vllm:<name>_total``."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"vllm:{name}_total"))
+
+    def _post(self, body: dict) -> dict:
+        body |= {"temperature": 0, "logprobs": 1, "return_tokens_as_token_ids": True}
         request = urllib.request.Request(
             f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=120) as answer:
-            logprobs = json.load(answer)["choices"][0]["logprobs"]
-        return [int(token.removeprefix("token_id:")) for token in logprobs["tokens"]], logprobs["token_logprobs"]
+            return json.load(answer)["choices"][0]["logprobs"]

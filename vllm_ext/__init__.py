@@ -6,7 +6,17 @@ nothing of vLLM.
 
 
 def register() -> None:
-    """Make vLLM know ``quantization="qalora"``. vLLM calls this in every process, sometimes more than once."""
+    """Make vLLM know ``quantization="qalora"``. vLLM calls this in every process, sometimes more than once.
+
+    Under a vLLM that is too old, every other model is served as before and a qalora model is refused with the reason.
+    """
+    import vllm
+
+    from . import versions
+
+    if problem := versions.problem(vllm.__version__):
+        versions.register_refusal(problem)
+        return
     from . import config, ops  # noqa: F401 (importing config registers it)
 
     ops.register()

@@ -16,7 +16,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from qalora_plugin.errors import QALoraError
-from qalora_plugin.quant.checkpoint import Checkpoint, TensorInfo
+from qalora_plugin.quant.checkpoint import INDEX_NAME, Checkpoint, TensorInfo, read_json
 from qalora_plugin.quant.modules import (
     BASE_METHOD,
     MERGED_METHOD,
@@ -26,6 +26,10 @@ from qalora_plugin.quant.modules import (
 )
 
 from .linear import QALoraLinearMethod
+from .paths import PATH_KEY, forced_path
+from .versions import load_every_tensor
+
+DRAFT_PREFIX = "draft_model."  # what vLLM puts before every name of a model that drafts for another
 
 
 @register_quantization_config(MERGED_METHOD)
@@ -41,6 +45,7 @@ class QALoraConfig(QuantizationConfig):
         super().__init__()
         self.quantization = {"quant_method": BASE_METHOD, **quantization}
         self.checkpoint_format = checkpoint_format(self.quantization)
+        self.forced_path = self.quantization.get(PATH_KEY)
         self.modules: dict[str, QuantizedModule] = {}
 
     def __repr__(self) -> str:
@@ -66,6 +71,9 @@ class QALoraConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "QALoraConfig":
+        # Into the model's config, which vLLM's cache of compiled graphs hashes: a graph belongs to its path.
+        if path := forced_path(config):
+            config[PATH_KEY] = path
         return cls(config)
 
     @classmethod
@@ -78,7 +86,7 @@ class QALoraConfig(QuantizationConfig):
         """Read the headers of the checkpoint (a folder or a Hub id) and hold them against the config.
 
         Raises:
-            QALoraError: another ``format_version``, no or damaged tensors, or quantised experts.
+            QALoraError: another ``format_version``, no, missing or damaged tensors, or quantised experts.
         """
         headers = get_safetensors_params_metadata(model_name, revision=revision)
         tensors = {
@@ -95,26 +103,38 @@ class QALoraConfig(QuantizationConfig):
                 "runs experts fused, where offsets have no place. Serve a model whose experts are not quantised, or a "
                 "dense architecture."
             )
+        self._require_offsets(Path(model_name))
+
+    def _require_offsets(self, folder: Path) -> None:
+        """Refuse a merged checkpoint whose offsets are not there: it would be served as its base."""
+        if self.quantization["quant_method"] != MERGED_METHOD:
+            return
+        found = [name for name, module in self.modules.items() if module.offset_dtype is not None]
+        index = folder / INDEX_NAME
+        listed = read_json(index).get("weight_map", {}) if index.is_file() else {}
+        missing = [name for name in listed if name.endswith(".offsets") and name.removesuffix(".offsets") not in found]
+        if missing or not found:
+            what = missing[0] if missing else "every .offsets tensor"
+            raise QALoraError(
+                f"{folder} is a merged checkpoint, but {what} is missing: "
+                "without it the base would be served. Download the folder again (offsets*.safetensors), or merge again."
+            )
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
         self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
 
-    @staticmethod
-    def get_checkpoint_weight_mapper():
-        """Keep ``g_idx``, which vLLM ≥ 0.32 drops by default: act-order is served."""
-        from vllm.model_executor.models.utils import WeightsMapper  # imports this module's importers
-
-        return WeightsMapper()
+    get_checkpoint_weight_mapper = staticmethod(load_every_tensor)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if not isinstance(layer, (LinearBase, ParallelLMHead)):
             return None
         if parts := self._parts(prefix):
-            return QALoraLinearMethod(prefix, parts, self.checkpoint_format)
+            return QALoraLinearMethod(prefix, parts, self.checkpoint_format, self.forced_path)
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
     def _parts(self, prefix: str) -> list[QuantizedModule]:
         """Checkpoint modules behind a vLLM linear: one, several where vLLM fuses (q, k, v), none if it is dense."""
+        prefix = prefix.removeprefix(DRAFT_PREFIX)
         if prefix in self.modules:
             return [self.modules[prefix]]
         parent, _, leaf = prefix.rpartition(".")

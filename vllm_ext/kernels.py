@@ -1,19 +1,19 @@
-"""vLLM's own mixed-precision kernels, for the first term ``x·[scales·(q − zeros)]``: choose one, hand over."""
+"""vLLM's own mixed-precision kernels, for the first term ``x·[scales·(q − zeros)]``: find one, hand it the weights."""
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from vllm.logger import init_logger
-from vllm.model_executor.kernels.linear import MPLinearKernel, MPLinearLayerConfig, choose_mp_linear_kernel
+from vllm.model_executor.kernels.linear import MPLinearKernel, choose_mp_linear_kernel
+from vllm.model_executor.kernels.linear.mixed_precision.machete import MacheteLinearKernel
 from vllm.model_executor.parameter import PackedvLLMParameter
 from vllm.platforms import current_platform
 from vllm.scalar_type import scalar_types
 
 from qalora_plugin.quant.layout import pack_rows
 
-logger = init_logger("vllm.qalora")  # below "vllm", whose handlers show it
+from .int4_cpu import Int4PackKernel
+from .versions import kernel_config
 
 # (bits, symmetric) → type of the codes; 2 and 3 bits have no kernel
 _WEIGHT_TYPES = {
@@ -22,53 +22,85 @@ _WEIGHT_TYPES = {
     (8, True): scalar_types.uint8b128,
     (8, False): scalar_types.uint8,
 }
+_PARAMETERS = {"w_q_param_name": "qweight", "w_s_param_name": "scales", "w_zp_param_name": "qzeros"}
 
 
-def choose_kernel(
+class NoKernel(Exception):
+    """No kernel of vLLM runs such a layer on this machine; the message says why."""
+
+
+class FloatZeroKernel(MacheteLinearKernel):
+    """Machete with the offsets inside: ``x·(scales·q + zeros)``, zeros any float, ``−scales·z + offsets`` here.
+
+    Machete's "group zeros" are added after the multiplication by the scale and have the activations' dtype
+    (``ops.machete_mm(b_group_zeros=…)``, Hopper, groups 64, 128 and −1); for an integer zero z, vLLM's class passes
+    ``−scales·z``. By source of vLLM 0.26, 0.32 and 0.33; not yet run on hardware.
+    """
+
+    def hand_over(self, layer: nn.Module, zeros: Tensor, bits: int, offsets: Tensor) -> None:
+        """Give ``layer``'s loaded weights to Machete. zeros: uint8 ``[G, N]``. offsets: ``[G, N]``."""
+        hand_over(self, layer, zeros, bits)
+        layer.qzeros.data.copy_(float_zeros(layer.scales.data, zeros, offsets))
+
+
+def float_zeros(scales: Tensor, zeros: Tensor, offsets: Tensor) -> Tensor:
+    """``−scales·zeros + offsets`` [G, N], rounded once to the dtype of ``scales`` (those that the kernel uses)."""
+    return (offsets.float() - scales.float() * zeros.float()).to(scales.dtype)
+
+
+def find_kernel(
     bits: int,
     symmetric: bool,
     group_size: int,
     act_dtype: torch.dtype,
     full_shape: tuple[int, int],
     shape: tuple[int, int],
-) -> MPLinearKernel | None:
-    """The kernel that vLLM prefers for such a layer on this machine, or None if there is none.
+) -> MPLinearKernel:
+    """The kernel that vLLM prefers for such a layer on this machine.
 
     Args:
         group_size: −1 for one group over all of K.
         full_shape: ``(K, N)`` of the whole layer. shape: of this rank's share.
+
+    Raises:
+        NoKernel: there is none.
     """
-    kind = f"{bits}-bit {'symmetric' if symmetric else 'asymmetric'} weights, group size {group_size}, {act_dtype}"
-    try:
-        kernel = _choose(bits, symmetric, group_size, act_dtype, full_shape, shape)
-    except ValueError as error:
-        logger.warning_once("qalora: no fast kernel for %s, using plain torch (slow): %s", kind, str(error))
-        return None
-    logger.info_once("qalora: %s for %s", type(kernel).__name__, kind)
-    return kernel
-
-
-def _choose(bits, symmetric, group_size, act_dtype, full_shape, shape) -> MPLinearKernel:
     weight_type = _WEIGHT_TYPES.get((bits, symmetric))
     if weight_type is None:
-        raise ValueError(f"no kernel takes {bits}-bit codes")
+        raise NoKernel(f"no kernel takes {bits}-bit codes")
     if act_dtype not in (torch.float16, torch.bfloat16):  # not every kernel checks this itself
-        raise ValueError(f"no kernel takes {act_dtype} activations")
-    values = {
-        "full_weight_shape": full_shape,
-        "partition_weight_shape": shape,
-        "weight_type": weight_type,
-        "act_type": act_dtype,
-        "group_size": group_size,
-        "zero_points": not symmetric,
-        "has_g_idx": False,  # columns are sorted at load; only older vLLM has this field
-    }
-    known = {field.name for field in dataclasses.fields(MPLinearLayerConfig)}
-    config = MPLinearLayerConfig(**{name: value for name, value in values.items() if name in known})
-    kernel_type = choose_mp_linear_kernel(config)
+        raise NoKernel(f"no kernel takes {act_dtype} activations")
+    config = kernel_config(
+        full_weight_shape=full_shape,
+        partition_weight_shape=shape,
+        weight_type=weight_type,
+        act_type=act_dtype,
+        group_size=group_size,
+        zero_points=not symmetric,
+    )
+    try:
+        kernel_type = choose_mp_linear_kernel(config)
+    except ValueError as error:
+        raise NoKernel(" ".join(str(error).split())) from error
     if current_platform.is_cpu() and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
-        raise ValueError(f"{kernel_type.__name__} needs AVX512 or another instruction set that this CPU lacks")
-    return kernel_type(config, w_q_param_name="qweight", w_s_param_name="scales", w_zp_param_name="qzeros")
+        raise NoKernel(f"{kernel_type.__name__} needs AVX512 or another instruction set that this CPU lacks")
+    return kernel_type(config, **_PARAMETERS)
+
+
+def find_float_zero_kernel(
+    bits: int, group_size: int, act_dtype: torch.dtype, full_shape: tuple[int, int], shape: tuple[int, int]
+) -> FloatZeroKernel | Int4PackKernel:
+    """The kernel of this machine that takes float zero-points; arguments and errors as in :func:`find_kernel`."""
+    if current_platform.is_cpu():
+        columns = shape[0] if group_size == -1 else group_size
+        if reason := Int4PackKernel.why_not(bits, act_dtype, shape, columns):
+            raise NoKernel(reason)
+        return Int4PackKernel(shape, columns)
+    kernel = find_kernel(bits, False, group_size, act_dtype, full_shape, shape)
+    if type(kernel) is not MacheteLinearKernel:
+        name = type(kernel).__name__
+        raise NoKernel(f"{name} takes integer zero-points only (Machete, on Hopper, takes floats)")
+    return FloatZeroKernel(kernel.config, **_PARAMETERS)
 
 
 def hand_over(kernel: MPLinearKernel, layer: nn.Module, zeros: Tensor, bits: int) -> None:

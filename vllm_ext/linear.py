@@ -1,8 +1,8 @@
 """The linear of a merged checkpoint in vLLM: ``y = x·[scales·(q − zeros)] + P(x)·offsets + bias``.
 
-The first term is a kernel of vLLM's, on the base's own INT weights; the second is ``ops.add_offsets``, [G, N] wide.
-Without a kernel, ``dense`` computes both in one matmul. Whether a layer is symmetric or in act-order is read off its
-tensors once they are loaded, since configs are known to be wrong about it.
+The first term is a kernel of vLLM's, on the base's own INT weights; the second is ``ops.add_offsets``, [G, N] wide, or
+part of the kernel's zero-points; without a kernel, ``dense`` computes both in one matmul (``paths`` chooses). Whether a
+layer is symmetric or in act-order is read off its tensors once they are loaded, since configs are known to be wrong.
 """
 
 from fractions import Fraction
@@ -10,7 +10,6 @@ from functools import reduce
 
 import torch
 from torch import Tensor, nn
-from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
@@ -25,10 +24,9 @@ from qalora_plugin.quant.layout import codes_per_period, pack_rows, read_zeros, 
 from qalora_plugin.quant.modules import QuantizedModule
 
 from .dense import dense_weight, matmul
-from .kernels import choose_kernel, hand_over
-from .ops import add_offsets
-
-logger = init_logger("vllm.qalora")
+from .kernels import hand_over
+from .ops import add_offsets, prepare
+from .paths import FUSED, LayerKind, choose_path
 
 
 @register_weight_loader_v2_supported_method
@@ -39,10 +37,13 @@ class QALoraLinearMethod(LinearMethodBase):
         prefix: name of the layer in the vLLM model, for messages.
         parts: the checkpoint's linears behind it, in order.
         checkpoint_format: how ``qzeros`` is stored, ``"gptq"`` (v1) or ``"gptq_v2"``.
+        forced_path: one of ``paths.PATHS``, or None to choose.
     """
 
-    def __init__(self, prefix: str, parts: list[QuantizedModule], checkpoint_format: str):
-        self.prefix, self.checkpoint_format = prefix, checkpoint_format
+    def __init__(
+        self, prefix: str, parts: list[QuantizedModule], checkpoint_format: str, forced_path: str | None = None
+    ):
+        self.prefix, self.checkpoint_format, self.forced_path = prefix, checkpoint_format, forced_path
         kinds = {(part.bits, part.in_features, part.group_size) for part in parts}
         if len(kinds) > 1:
             listed = ", ".join(f"{part.name}: {part.bits} bits, group size {part.group_size}" for part in parts)
@@ -125,10 +126,10 @@ class QALoraLinearMethod(LinearMethodBase):
             )
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Sort act-order away, choose the kernel, hand it the weights, drop offsets that are all zero.
+        """Sort act-order away, choose the path, hand the kernel its weights, drop offsets that are all zero.
 
         Raises:
-            QALoraError: act-order across tensor-parallel ranks, or a damaged ``g_idx``.
+            QALoraError: act-order across tensor-parallel ranks, a damaged ``g_idx``, or no path (``paths``).
         """
         order = self._group_order(layer.g_idx.data) if self.has_g_idx else None
         if order is not None:
@@ -136,21 +137,33 @@ class QALoraLinearMethod(LinearMethodBase):
         layer.register_buffer("input_order", order, persistent=False)
         if self.has_g_idx:
             del layer.g_idx
-        if self.offset_dtype is None or not layer.offsets.any():
-            layer.register_parameter("offsets", None)
+        offsets = layer.offsets.data if self.offset_dtype is not None and layer.offsets.any() else None
+        layer.register_parameter("offsets", None)
+        layer.register_buffer("rounded_offsets", None, persistent=False)
 
         zeros = read_zeros(layer.qzeros.data, self.bits, self.checkpoint_format)
-        symmetric = bool((zeros == 1 << (self.bits - 1)).all())
-        self.kernel = None
-        if order is not None and len(order) > 1:
-            logger.warning_once("qalora: fused linears differ in their act-order, using plain torch (slow) for them")
-        else:
-            group_size = -1 if self.one_group else self.group_size
-            self.kernel = choose_kernel(self.bits, symmetric, group_size, self.act_dtype, self.full_shape, self.shape)
-        if self.kernel is not None:
-            hand_over(self.kernel, layer, zeros, self.bits)
-        else:
+        kind = LayerKind(
+            prefix=self.prefix,
+            bits=self.bits,
+            symmetric=bool((zeros == 1 << (self.bits - 1)).all()),
+            group_size=-1 if self.one_group else self.group_size,
+            act_dtype=self.act_dtype,
+            full_shape=self.full_shape,
+            shape=self.shape,
+            has_offsets=offsets is not None,
+            sortable=order is None or len(order) == 1,
+        )
+        path, self.kernel = choose_path(kind, self.forced_path)
+        if path == FUSED:
+            self.kernel.hand_over(layer, zeros, self.bits, offsets)
+            return
+        if self.kernel is None:
             layer.qzeros = nn.Parameter(zeros, requires_grad=False)
+        else:
+            hand_over(self.kernel, layer, zeros, self.bits)
+        if offsets is not None:
+            values, layer.rounded_offsets = prepare(offsets, self.act_dtype)
+            layer.offsets = nn.Parameter(values, requires_grad=False)
 
     def _group_order(self, g_idx: Tensor) -> Tensor | None:
         """Columns of x sorted by group, ``[S, K]``: S = 1 if the fused parts agree. None if they are in order."""
@@ -183,7 +196,7 @@ class QALoraLinearMethod(LinearMethodBase):
             x = x[..., layer.input_order[0]]
         y = self.kernel.apply_weights(layer, x, bias)
         if layer.offsets is not None:
-            add_offsets(y, x, layer.offsets)
+            add_offsets(y, x, layer.offsets, layer.rounded_offsets)
         return y
 
 

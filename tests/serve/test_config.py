@@ -1,8 +1,5 @@
 """What vLLM reads from a folder before it loads weights, and the errors that a bad one gives."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -65,6 +62,24 @@ def test_offsets_of_wrong_shape(merged):
         read(merged)
 
 
+def test_offsets_file_that_is_not_there(merged):
+    (merged / "offsets.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"layers\.0\.\S+\.offsets is missing: without it the base would be served"):
+        read(merged)
+
+
+def test_merged_checkpoint_without_any_offsets(tmp_path):
+    folder = make_merged(tmp_path, targets=())
+    with pytest.raises(ValueError, match=r"every \.offsets tensor is missing"):
+        read(folder)
+
+
+def test_impossible_path_is_refused_before_loading(merged, monkeypatch):
+    monkeypatch.setenv("QALORA_PATH", "turbo")
+    with pytest.raises(ValueError, match=r"serving path .* is 'turbo', expected one of"):
+        read(merged)
+
+
 def test_quantised_experts(merged):
     offsets = load_file(merged / "offsets.safetensors")
     shard = load_file(merged / "model-00001-of-00001.safetensors")
@@ -75,7 +90,3 @@ def test_quantised_experts(merged):
         save_file(renamed, merged / f"{file}.safetensors")
     with pytest.raises(ValueError, match=r"mixture-of-experts layers \(.*experts\.0\.up_proj\)"):
         read(merged)
-
-
-def test_importing_the_package_imports_no_vllm():
-    subprocess.run([sys.executable, "-c", "import sys, vllm_ext; assert 'vllm' not in sys.modules"], check=True)

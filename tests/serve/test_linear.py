@@ -14,7 +14,7 @@ from vllm_ext.linear import QALoraLinearMethod
 K, HEAD, HEADS, KV_HEADS = 256, 64, 4, 2
 SIZES = {"q": HEAD * HEADS, "k": HEAD * KV_HEADS, "v": HEAD * KV_HEADS}
 # Relative to the result's norm. bfloat16: rounding of scales, of the kernel's weights, of y; 2⁻⁹ each.
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 
@@ -39,11 +39,14 @@ def expected(x, tensors, checkpoint_format, bits=4):
     return x.double() @ weight + tensors["bias"].double()
 
 
-def config_for(folder, modules, checkpoint_format):
-    """The vLLM config of a checkpoint that holds ``modules``."""
+def config_for(folder, modules, checkpoint_format, path=None):
+    """The vLLM config of a checkpoint that holds ``modules``; ``path``: the serving path to force."""
     stored = {f"{name}.{part}": tensor for name, tensors in modules.items() for part, tensor in tensors.items()}
     save_file(stored, folder / "model.safetensors")
-    quantization = {"quant_method": "qalora", "checkpoint_format": checkpoint_format, "format_version": 1}
+    method = "qalora" if any(name.endswith(".offsets") for name in stored) else "gptq"
+    quantization = {"quant_method": method, "checkpoint_format": checkpoint_format, "format_version": 1}
+    if path:
+        quantization["serving_path"] = path
     config = QALoraConfig.from_config(quantization)
     config.maybe_update_config(str(folder))
     config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
@@ -57,9 +60,10 @@ def load(layer, tensors, *shard):
         parameters[name].weight_loader(parameters[name], tensor, *shard)
 
 
-def run_qkv(folder, parts, checkpoint_format, dtype, bits=4):
+def run_qkv(folder, parts, checkpoint_format, dtype, bits=4, path=None):
     """The fused layer's output and the reference's, for one random input."""
-    config = config_for(folder, {f"attn.{part}_proj": tensors for part, tensors in parts.items()}, checkpoint_format)
+    modules = {f"attn.{part}_proj": tensors for part, tensors in parts.items()}
+    config = config_for(folder, modules, checkpoint_format, path)
     layer = QKVParallelLinear(
         K, HEAD, HEADS, KV_HEADS, bias=True, params_dtype=dtype, quant_config=config, prefix="attn.qkv_proj"
     )
@@ -75,31 +79,47 @@ def assert_close(found, wanted):
     assert (found - wanted).norm() <= TOLERANCE[found.dtype] * wanted.norm()
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
+# The dtype that layers compute in, and the path forced for it: none is needed where a kernel takes the dtype.
+COMPUTE = [
+    (torch.bfloat16, None),
+    (torch.bfloat16, "kernel+offsets"),
+    (torch.float16, None),
+    (torch.bfloat16, "dense"),
+    (torch.float32, "dense"),
+]
+
+
+@pytest.mark.parametrize("compute", COMPUTE, ids=str)
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 @pytest.mark.parametrize("act_order", ["none", "shared", "per part"])
 @pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize("sym", [True, False])
-def test_fused_qkv_equals_reference(tmp_path, sym, checkpoint_format, act_order, group_size, dtype):
+def test_fused_qkv_equals_reference(tmp_path, sym, checkpoint_format, act_order, group_size, compute):
+    dtype, path = compute
     orders = {"none": [None] * 3, "shared": [5, 5, 5], "per part": [5, 6, 7]}[act_order]
     parts = {
         part: linear_tensors(size, seed, sym, checkpoint_format, group_size, order_seed=order)
         for seed, ((part, size), order) in enumerate(zip(SIZES.items(), orders, strict=True))
     }
-    layer, y, wanted = run_qkv(tmp_path, parts, checkpoint_format, dtype)
-    assert_close(y, wanted)
     sortable = act_order != "per part" or group_size == -1
-    assert (layer.quant_method.kernel is not None) == (dtype == torch.bfloat16 and sortable)
+    if path == "kernel+offsets" and not sortable:
+        with pytest.raises(QALoraError, match=r"attn\.qkv_proj cannot be served by the path kernel\+offsets"):
+            run_qkv(tmp_path, parts, checkpoint_format, dtype, path=path)
+        return
+    layer, y, wanted = run_qkv(tmp_path, parts, checkpoint_format, dtype, path=path)
+    assert_close(y, wanted)
+    assert (layer.quant_method.kernel is not None) == (path != "dense" and sortable)
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("compute", [COMPUTE[0], COMPUTE[-1]], ids=str)
 @pytest.mark.parametrize("bits", [2, 3, 8])
-def test_other_bit_widths(tmp_path, bits, dtype):
+def test_other_bit_widths(tmp_path, bits, compute):
+    dtype, path = compute
     parts = {
         part: linear_tensors(size, seed, False, "gptq", 64, bits=bits)
         for seed, (part, size) in enumerate(SIZES.items())
     }
-    _, y, wanted = run_qkv(tmp_path, parts, "gptq", dtype, bits)
+    _, y, wanted = run_qkv(tmp_path, parts, "gptq", dtype, bits, path)
     assert_close(y, wanted)
 
 
@@ -109,7 +129,7 @@ def test_parts_without_offsets(tmp_path, adapted):
         part: linear_tensors(size, seed, False, "gptq", 32, offset_dtype=torch.float16 if part in adapted else None)
         for seed, (part, size) in enumerate(SIZES.items())
     }
-    layer, y, wanted = run_qkv(tmp_path, parts, "gptq", torch.bfloat16)
+    layer, y, wanted = run_qkv(tmp_path, parts, "gptq", torch.bfloat16, path="kernel+offsets" if adapted else None)
     assert_close(y, wanted)
     assert (layer.offsets is None) == (not adapted)
 
@@ -128,8 +148,7 @@ def test_float32_offsets_are_not_rounded(tmp_path):
         part: linear_tensors(size, seed, True, "gptq", 32, offset_dtype=torch.float32)
         for seed, (part, size) in enumerate(SIZES.items())
     }
-    layer, y, wanted = run_qkv(tmp_path, parts, "gptq", torch.bfloat16)
-    assert layer.offsets.dtype == torch.float32
+    layer, y, wanted = run_qkv(tmp_path, parts, "gptq", torch.bfloat16, path="kernel+offsets")
     assert torch.equal(layer.offsets, torch.cat([tensors["offsets"] for tensors in parts.values()], dim=1))
     assert_close(y, wanted)
 
@@ -140,14 +159,15 @@ def test_symmetry_is_read_off_the_zeros(tmp_path):
         folder = tmp_path / str(sym)
         folder.mkdir()
         parts = {part: linear_tensors(size, 0, sym, "gptq", 32) for part, size in SIZES.items()}
-        layer, _, _ = run_qkv(folder, parts, "gptq", torch.bfloat16)
+        layer, _, _ = run_qkv(folder, parts, "gptq", torch.bfloat16, path="kernel+offsets")
         assert layer.quant_method.kernel.config.zero_points == (not sym)
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_row_parallel_with_act_order_on_one_rank(tmp_path, dtype):
+@pytest.mark.parametrize("compute", COMPUTE, ids=str)
+def test_row_parallel_with_act_order_on_one_rank(tmp_path, compute):
+    dtype, path = compute
     tensors = linear_tensors(128, 0, False, "gptq", 64, order_seed=3)
-    config = config_for(tmp_path, {"o_proj": tensors}, "gptq")
+    config = config_for(tmp_path, {"o_proj": tensors}, "gptq", path)
     layer = RowParallelLinear(K, 128, params_dtype=dtype, quant_config=config, prefix="o_proj")
     load(layer, tensors)
     layer.quant_method.process_weights_after_loading(layer)

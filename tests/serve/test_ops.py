@@ -1,41 +1,70 @@
-"""``y += P(x)·offsets`` against ``quant/reference.py`` in float64."""
+"""``y += P(x)·offsets`` as vLLM's layers call it, against ``quant/reference.py`` in float64."""
 
 import pytest
 import torch
 
 import vllm_ext
 from qalora_plugin.quant import reference
-from vllm_ext.ops import add_offsets
+from vllm_ext.ops import add_offsets, prepare
 
-# Relative to the result's norm: a float32 sum, then one rounding to the dtype of y.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+K = 256
+# Relative to the result's norm: a float32 sum, then one rounding to the dtype of y. Many rows of bfloat16 on a CPU
+# round pooled inputs and offsets as well.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256])
 @pytest.mark.parametrize("offset_dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("lead", [(7,), (2, 3)])
+@pytest.mark.parametrize("lead", [(7,), (2, 3), (3000,)], ids=str)
 def test_adds_pooled_times_offsets(dtype, offset_dtype, group_size, lead):
     torch.manual_seed(0)
-    groups = 256 // group_size
-    x, y = torch.randn(*lead, 256, dtype=dtype), torch.randn(*lead, 48, dtype=dtype)
-    offsets = torch.randn(groups, 48, dtype=offset_dtype)
-    g_idx = torch.arange(256) // group_size
+    groups = K // group_size
+    x, y = torch.randn(*lead, K).to(dtype), torch.randn(*lead, 192).to(dtype)
+    offsets = torch.randn(groups, 192).to(offset_dtype)
+    g_idx = torch.arange(K) // group_size
     expected = y.double() + reference.pool(x.double(), g_idx, groups) @ offsets.double()
-    add_offsets(y, x, offsets)
-    assert y.dtype == dtype
-    assert (y - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+    found = y.to(DEVICE)
+    add_offsets(found, x.to(DEVICE), *prepare(offsets.to(DEVICE), dtype))
+    assert found.dtype == dtype
+    assert (found.cpu() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+
+
+@pytest.mark.parametrize("rows", [1, 1 << 19])  # on a CPU: the product in float32, and the one in bfloat16
+def test_pooling_does_not_round_before_it_has_summed(rows):
+    x = torch.ones(rows, 512, dtype=torch.bfloat16, device=DEVICE)  # 256 + 1 is no bfloat16: a running sum would stay
+    y = torch.zeros(rows, 1, dtype=torch.bfloat16, device=DEVICE)
+    add_offsets(y, x, *prepare(torch.ones(1, 1, device=DEVICE), torch.bfloat16))
+    assert (y == 512).all()
 
 
 def test_float16_sums_do_not_overflow():
-    x, y = torch.full((1, 128), 6e3, dtype=torch.float16), torch.zeros(1, 1, dtype=torch.float16)
-    add_offsets(y, x, torch.full((1, 1), 1e-3, dtype=torch.float16))
+    x = torch.full((1, 128), 6e3, dtype=torch.float16, device=DEVICE)
+    y = torch.zeros(1, 1, dtype=torch.float16, device=DEVICE)
+    add_offsets(y, x, *prepare(torch.full((1, 1), 1e-3, dtype=torch.float16, device=DEVICE), torch.float16))
     assert y.item() == pytest.approx(128 * 6, rel=1e-3)
 
 
-def test_op_is_well_formed_for_torch_compile():
-    arguments = (torch.randn(3, 8), torch.randn(3, 64), torch.randn(2, 8))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_op_is_well_formed_for_torch_compile(dtype):
+    y, x = torch.randn(3, 8).to(DEVICE, dtype), torch.randn(3, 64).to(DEVICE, dtype)
+    arguments = (y, x, *prepare(torch.randn(2, 8, device=DEVICE), dtype))
     torch.library.opcheck(torch.ops.vllm.qalora_add_offsets.default, arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 40])
+def test_inside_a_cuda_graph(rows):
+    x, y = torch.randn(rows, K, device="cuda").bfloat16(), torch.zeros(rows, 192, device="cuda").bfloat16()
+    offsets = prepare(torch.randn(8, 192, device="cuda"), torch.bfloat16)
+    add_offsets(y, x, *offsets)  # compiles
+    wanted, graph = y.clone(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        add_offsets(y, x, *offsets)
+    y.zero_()
+    graph.replay()
+    assert torch.equal(y, wanted)
 
 
 def test_register_again_is_harmless():

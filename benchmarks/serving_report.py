@@ -1,0 +1,61 @@
+"""What the serving benchmarks share: what ran, results as CSV, ratios against the bars."""
+
+import csv
+import datetime
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def describe() -> dict[str, str]:
+    """Machine, versions, commit (+: with uncommitted changes) and date of this run."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    return {
+        "machine": machine(),
+        "vllm": version("vllm"),
+        "torch": torch.__version__,
+        "commit": (commit or "unknown") + ("+" if dirty else ""),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo").read_text()
+    models = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
+    return f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """One line a row, with the columns of :func:`describe`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [row | describe() for row in rows]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: _short(value) for key, value in row.items()} for row in rows)
+    print(f"\n{path}")
+
+
+def print_table(header: list[str], rows: list[list]) -> None:
+    """A Markdown table."""
+    for row in (header, ["---"] * len(header), *rows):
+        print("| " + " | ".join(str(_short(value)) for value in row) + " |")
+
+
+def verdict(value: float, bar: float, at_least: bool) -> str:
+    """The value, the bar, and whether it holds."""
+    holds = value >= bar if at_least else value <= bar
+    return f"{value:.3f} ({'≥' if at_least else '≤'} {bar}: {'yes' if holds else 'NO'})"
+
+
+def _short(value: object) -> object:
+    return float(f"{value:.4g}") if isinstance(value, float) else value

@@ -1,0 +1,84 @@
+"""The Triton kernels against ``quant/reference.py`` in float64; without a GPU interpreted (``tests/conftest.py``)."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from qalora_plugin.quant import reference
+from vllm_ext import offsets_triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+# Relative to the result's norm: float32 or tf32 (2⁻¹¹) sums, then one rounding to the dtype of y.
+TOLERANCE = {F32: 2e-6, BF16: 4e-3, F16: 8e-4}
+SIZES = {  # (N, G, g): below a tile, whole tiles, one past a tile; g no power of two; one group over all of K
+    "below": (40, 3, 8),
+    "whole": (128, 32, 32),
+    "past": (193, 17, 24),
+    "g 128": (64, 5, 128),
+    "one group": (72, 1, 688),
+}
+
+
+def check(m, size, x_dtype, offset_dtype, contiguous=True):
+    n, groups, g = SIZES[size]
+    generator = torch.Generator().manual_seed(m)
+    rows = torch.randn(m, groups * g + 8, generator=generator).to(x_dtype)
+    x = rows[:, : groups * g]
+    x = x.contiguous() if contiguous else x
+    y = torch.randn(m, n, generator=generator).to(x_dtype)
+    offsets = torch.randn(groups, n, generator=generator).to(offset_dtype)
+    g_idx = torch.arange(groups * g) // g
+    wanted = y.double() + reference.pool(x.double(), g_idx, groups) @ offsets.double()
+    found = y.to(DEVICE)
+    offsets_triton.add_offsets(found, x.to(DEVICE), offsets.to(DEVICE))
+    assert (found.cpu().double() - wanted).norm() <= TOLERANCE[x_dtype] * wanted.norm()
+
+
+@pytest.mark.parametrize("dtypes", [(BF16, F16), (F16, F16), (BF16, F32), (F32, F32)], ids=str)
+@pytest.mark.parametrize("size", list(SIZES))
+@pytest.mark.parametrize("m", [1, 3, 16, 31, 33, 130])
+def test_adds_pooled_times_offsets(m, size, dtypes):
+    check(m, size, *dtypes)
+
+
+@pytest.mark.parametrize("m", [2, 40])
+def test_rows_with_gaps_between_them(m):
+    check(m, "past", BF16, F16, contiguous=False)
+
+
+def test_no_rows():
+    y = torch.zeros(0, 8, device=DEVICE)
+    offsets_triton.add_offsets(y, torch.zeros(0, 32, device=DEVICE), torch.zeros(1, 8, device=DEVICE))
+
+
+@pytest.mark.parametrize("m", [1, 40])
+def test_float16_sums_do_not_overflow(m):
+    x = torch.full((m, 128), 6e3, dtype=F16, device=DEVICE)
+    y = torch.zeros(m, 1, dtype=F16, device=DEVICE)
+    offsets_triton.add_offsets(y, x, torch.full((1, 1), 1e-3, dtype=F16, device=DEVICE))
+    assert y[:, 0].tolist() == pytest.approx([128 * 6] * m, rel=2e-3)
+
+
+def test_compiles_for_nvidia_gpus():
+    """Triton compiles ahead of time without a GPU; in a process of its own, since this one may interpret."""
+    code = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from vllm_ext import offsets_triton
+few = {"BLOCK_M": 1, "BLOCK_N": 64, "BLOCK_G": 16, "BLOCK_I": 128, "PRECISION": "fma"}
+some = few | {"BLOCK_M": 16, "BLOCK_I": 32, "PRECISION": "tf32"}
+many = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_G": 32, "BLOCK_I": 1, "PRECISION": "tf32x3"}
+sizes = dict.fromkeys(("M", "N", "G", "g", "stride_y", "stride_x"), "i32")
+for blocks, x, offsets in ((few, "*bf16", "*fp16"), (some, "*fp16", "*fp16"), (many, "*fp32", "*fp32")):
+    types = {"y_ptr": "*bf16", "x_ptr": x, "offsets_ptr": offsets} | sizes | dict.fromkeys(blocks, "constexpr")
+    source = ASTSource(fn=offsets_triton._add_kernel, signature=types, constexprs=blocks)
+    for capability in (80, 90):
+        assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

@@ -1,0 +1,57 @@
+"""What differs between the versions of vLLM that are served, 0.26 to 0.33; nothing else in this package asks for one.
+
+Read in 0.26.0, 0.32.0 and 0.33.0: kernel choice moved ``has_g_idx`` out of ``MPLinearLayerConfig`` after 0.26, and
+weight loading drops ``*.g_idx`` by default since 0.32.
+"""
+
+import dataclasses
+import re
+from typing import Any
+
+from qalora_plugin.errors import QALoraError
+from qalora_plugin.quant.modules import MERGED_METHOD
+
+OLDEST = (0, 26)
+
+
+def problem(version: str) -> str | None:
+    """Why this version of vLLM cannot serve qalora; None if it can. Development builds ("0.1.dev…") are let through."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    if match is None or "dev" in version or tuple(map(int, match.groups())) >= OLDEST:
+        return None
+    oldest = ".".join(map(str, OLDEST))
+    return (
+        f"qalora needs vLLM {oldest} or newer, this is {version}. Update it (pip install 'vllm>={oldest}'), or serve "
+        "the adapter unmerged: qalora export lora."
+    )
+
+
+def register_refusal(problem: str) -> None:
+    """Register ``qalora`` as a method that refuses every checkpoint with ``problem``."""
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise QALoraError(problem)
+
+    names = ("get_name", "get_supported_act_dtypes", "get_min_capability", "get_config_filenames", "from_config")
+    if MERGED_METHOD not in QUANTIZATION_METHODS:
+        refusal = type("QALoraRefusal", (QuantizationConfig,), {name: classmethod(refuse) for name in names})
+        register_quantization_config(MERGED_METHOD)(refusal)
+
+
+def kernel_config(**values: Any):
+    """vLLM's ``MPLinearLayerConfig`` of these values, for columns in order."""
+    from vllm.model_executor.kernels.linear import MPLinearLayerConfig
+
+    known = {field.name for field in dataclasses.fields(MPLinearLayerConfig)}
+    if "has_g_idx" in known:
+        values["has_g_idx"] = False
+    return MPLinearLayerConfig(**values)
+
+
+def load_every_tensor():
+    """A weight mapper that drops nothing: ``g_idx``, which vLLM would drop, is needed to serve act-order."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    return WeightsMapper()
