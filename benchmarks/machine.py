@@ -30,7 +30,3 @@ def commit() -> str:
         return "unknown"
     dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
     return done.stdout.strip() + ("+" if dirty else "")
-
-
-def results_file(folder: Path, name: str, suffix: str) -> Path:
-    return folder / f"{name}.{suffix}"

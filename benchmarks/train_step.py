@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py                 on a CPU: the 99 M-parameter model; with CUDA: the 7B-shaped one
     python benchmarks/train_step.py --scenarios short --methods ours,dense
+    (once: pip install -e ".[bench]", and pip install --no-deps peft optimum where GPTQModel is)
 
 One run compares, each method in a process of its own, on the same shapes and tokens:
 
@@ -24,8 +25,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from machine import describe, results_file
+from machine import describe
 from models import write_base, write_dense
+from plot import plot
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -41,9 +43,7 @@ SCENARIOS = {
         {},
         {"checkpointing": True},
         {"batch": 1},
-        {"batch": 1, "length": 2048},
         {"rank": 64},
-        {"group_size": 128},
         {"group_size": 128, "rank": 8},
     ],
     "cuda": [
@@ -68,7 +68,7 @@ class Worker:
 
     def __init__(self, python: str, spec: dict):
         self.spec = spec
-        self.errors = tempfile.TemporaryFile("w+")
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
         self.process = subprocess.Popen(
             [python, str(HERE / "train_step_worker.py"), json.dumps(spec)],
             stdin=subprocess.PIPE,
@@ -161,9 +161,10 @@ def main() -> None:
     rows = []
     for changes in track(SCENARIOS[args.scenarios], "scenarios"):
         scenario = COMMON | changes
+        group_size = scenario["group_size"]
         common = scenario | {
             "dense": str(write_dense(args.models / f"{args.shape}-dense", args.shape)),
-            "base": str(write_base(args.models / f"{args.shape}-g{scenario['group_size']}", args.shape, scenario["group_size"])),
+            "base": str(write_base(args.models / f"{args.shape}-g{group_size}", args.shape, group_size)),
             "device": device, "threads": args.threads, "warmup": 3,
         }  # fmt: skip
         name = "{batch}×{length} R{rank} g{group_size}".format(**scenario)
@@ -174,7 +175,8 @@ def main() -> None:
             for m, result in zip(methods, results, strict=True)
         ]
     Console().print(table(rows, device))
-    save(rows, results_file(args.out, f"train_step_{device}", "csv"))
+    save(rows, path := args.out / f"train_step_{device}.csv")
+    plot(path)
 
 
 def save(rows: list[dict], path: Path) -> None:

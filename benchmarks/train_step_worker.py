@@ -1,6 +1,7 @@
 """One method of ``train_step.py`` in a process of its own: builds the model, then runs a step for every line on stdin.
 
-python train_step_worker.py '{"method": …}'        →  @@{"ready": …}, @@{"seconds": …, "loss": …} a step, @@{"peak_mb": …}
+Takes a JSON object as its argument; answers on stdout, on lines that start with @@: ``{"ready": …}``, then
+``{"seconds": …, "loss": …}`` a step, and ``{"peak_mb": …}`` when stdin closes.
 """
 
 import json

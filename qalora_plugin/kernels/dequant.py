@@ -1,6 +1,7 @@
 """Packed weight → dense weight in a shared scratch buffer, offsets and adapter added on the way.
 
-Which implementation runs is decided here: C++ on a CPU, plain torch elsewhere.
+Which implementation runs is decided here: Triton on CUDA, C++ on a CPU, plain torch for the rest (float64, other devices;
+3 bits and act-order on a CPU).
 """
 
 import torch
@@ -45,9 +46,20 @@ def dequantize(
     out = scratch(packed.in_features, packed.out_features, dtype, packed.qweight.device)
     if cpu.takes(packed, dtype):
         cpu.fill(packed, lora_a, lora_b, scaling, out)
+        return out
+    offsets = effective_offsets(packed.offsets, lora_a, lora_b, scaling)
+    if runs_triton(out):
+        from . import gpu  # Triton is not everywhere
+
+        gpu.fill(packed, offsets, out)
     else:
-        planes.fill(packed, effective_offsets(packed.offsets, lora_a, lora_b, scaling), out)
+        planes.fill(packed, offsets, out)
     return out
+
+
+def runs_triton(tensor: Tensor) -> bool:
+    """Whether the Triton kernels are for this tensor: NVIDIA, where they were written for, and not float64."""
+    return tensor.is_cuda and torch.version.cuda is not None and tensor.dtype != torch.float64
 
 
 def effective_offsets(

@@ -8,7 +8,7 @@ from ..quant.layout import read_zeros
 
 
 class PackedWeight(NamedTuple):
-    """``w[k,n] = scales[γ,n]·(q[k,n] − zeros[γ,n]) + offsets[γ,n]``; a tuple, so that it spreads into the ops' arguments.
+    """``w[k,n] = scales[γ,n]·(q[k,n] − zeros[γ,n]) + offsets[γ,n]``; a tuple, to spread into the ops' arguments.
 
     Attributes:
         qweight: int32 ``[K·b/32, N]``. qzeros: int32 ``[G, N·b/32]``. scales: ``[G, N]``.

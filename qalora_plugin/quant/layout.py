@@ -109,7 +109,7 @@ def write_zeros(zeros: Tensor, bits: int, checkpoint_format: str) -> Tensor:
 
 
 def zero_shift(bits: int, checkpoint_format: str) -> int:
-    """What to add to every word of ``qzeros``, modulo 2^32, for true zeros: 1 in every field in ``gptq`` (not 3 bits)."""
+    """What to add to every word of ``qzeros``, modulo 2^32, for true zeros: v1 needs 1 in every field (not 3 bits)."""
     return 0 if checkpoint_format == "gptq_v2" else sum(1 << shift for shift in range(0, 32, bits))
 
 

@@ -1,0 +1,106 @@
+"""The Triton kernels against ``quant/reference.py``: interpreted without a GPU, compiled with one."""
+
+import pytest
+import torch
+from layers import adapter_for, make_layer, reference_weight
+
+from qalora_plugin.kernels import gpu
+from qalora_plugin.kernels.dequant import effective_offsets
+from qalora_plugin.quant import reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Of the largest weight or output. Weights are worked out in float32 and rounded once; to bfloat16, Triton's interpreter
+# truncates instead, twice the error.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3 if DEVICE == "cuda" else 8e-3}
+
+
+def weight_and_offsets(layer, with_adapter):
+    """The reference's effective weight in float64, and the offsets that the kernels add."""
+    weight = reference_weight(layer)
+    if not with_adapter:
+        return weight, layer.offsets
+    lora_a, lora_b = (t.detach() for t in adapter_for(layer, 4, torch.float32))
+    group = layer.g_idx.long()
+    return weight + reference.adapter_offsets(lora_a, lora_b, 0.5)[group], effective_offsets(
+        layer.offsets, lora_a, lora_b, 0.5
+    )
+
+
+def assert_close(found, expected, tolerance):
+    assert (found.cpu().double() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("fmt", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("group_size", [32, 96, -1])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_fill(bits, group_size, fmt, act_order, with_adapter):
+    """192 columns and groups of 96 fill no tile evenly."""
+    layer = make_layer(192, 160, bits, group_size, fmt, act_order, offsets=with_adapter)
+    expected, offsets = weight_and_offsets(layer, with_adapter)
+    layer = layer.to(DEVICE)
+    for dtype, rows, columns in ((torch.float32, 16, 128), (torch.bfloat16, 32, 64), (torch.float16, 64, 256)):
+        out = torch.full((192, 160), float("nan"), dtype=dtype, device=DEVICE)
+        offsets = None if offsets is None else offsets.to(DEVICE)
+        gpu.launch_fill(gpu.fill_kernel, layer.packed, offsets, out, ROWS=rows, COLUMNS=columns)
+        assert_close(out, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 64])
+@pytest.mark.parametrize("shape", [(256, 96, 32), (192, 160, 96), (192, 32, -1), (64, 64, 16)])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_matmul(bits, shape, tokens):
+    in_features, out_features, group_size = shape
+    layer = make_layer(in_features, out_features, bits, group_size, offsets=True)
+    weight, offsets = weight_and_offsets(layer, True)
+    layer = layer.to(DEVICE)
+    for dtype in TOLERANCE:
+        if dtype == torch.bfloat16 and DEVICE == "cpu":
+            continue  # Triton's interpreter multiplies bfloat16's bits as if they were integers
+        x = torch.randn(tokens, in_features, generator=torch.Generator().manual_seed(2)).to(DEVICE, dtype)
+        assert gpu.takes_matmul(x, layer.packed)
+        y = gpu.matmul(x, layer.packed, offsets.to(DEVICE))
+        assert y.dtype == dtype
+        # x, y and the weights are rounded; the products add up in float32
+        assert_close(y, x.cpu().double() @ weight, 3 * TOLERANCE[dtype])
+
+
+def test_matmul_keeps_the_leading_dimensions():
+    layer = make_layer(64, 32, 4, 32).to(DEVICE)
+    x = torch.randn(2, 3, 64, device=DEVICE)
+    torch.testing.assert_close(gpu.matmul(x, layer.packed, None), layer(x), rtol=1e-5, atol=1e-5)
+    assert not gpu.takes_matmul(torch.empty(0, 64), layer.packed)
+    assert not gpu.takes_matmul(torch.empty(65, 64), layer.packed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 48, 500])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "act_order"), [(4, 32, False), (4, 128, False), (3, 32, False), (4, 32, True)]
+)
+def test_layer_on_cuda(bits, group_size, act_order, tokens):
+    """Forward and backward with an adapter, through whichever path was measured to be faster."""
+    layer = make_layer(1024, 512, bits, group_size, act_order=act_order, offsets=True)
+    weight = reference_weight(layer).cuda()
+    lora_a, lora_b = (t.detach().cuda().requires_grad_() for t in adapter_for(layer, 8, torch.float32))
+    layer, x = layer.cuda(), torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    y = layer(x, lora_a, lora_b, 0.5)
+    dy = torch.randn_like(y)
+    found = torch.autograd.grad(y, (x, lora_a, lora_b), dy)
+    x64, a64, b64 = (t.detach().double().requires_grad_() for t in (x, lora_a, lora_b))
+    y64 = reference.adapter_linear(x64, weight, layer.g_idx, a64, b64, 0.5)
+    expected = torch.autograd.grad(y64, (x64, a64, b64), dy.double())
+    for ours, theirs in zip((y, *found), (y64, *expected), strict=True):
+        assert_close(ours, theirs.cpu(), 2e-2)
+
+
+@pytest.mark.gpu
+def test_training_keeps_no_dense_weight():
+    layer = make_layer(4096, 4096, 4, 128).cuda()
+    lora_a, lora_b = (t.detach().cuda().requires_grad_() for t in adapter_for(layer, 8, torch.float32))
+    x = torch.randn(64, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    layer(x, lora_a, lora_b).sum().backward()  # scratch and tuned kernels are there from now on
+    before = torch.cuda.memory_allocated()
+    y = layer(x, lora_a, lora_b)
+    assert torch.cuda.memory_allocated() - before < 2 * y.nbytes  # y, P(x); the dense weight would be 32 MiB
