@@ -26,8 +26,8 @@ os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NO
 
 import torch
 import vllm.envs
+from report import RESULTS, print_table, verdict, write_csv
 from serving_models import quantised
-from serving_report import RESULTS, print_table, verdict, write_csv
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
@@ -174,7 +174,7 @@ def main() -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
     rows = [{name: row.get(name, "") for name in names} for row in rows]
     print_table([*names, "added by offsets"], [[*row.values(), added(row)] for row in rows])
-    write_csv(arguments.results, rows)
+    write_csv(arguments.results, rows, "vllm")
 
 
 def added(row: dict) -> str:

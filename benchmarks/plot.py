@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 
 
 def plot(path: Path) -> Path:
-    """Bars of tokens/s and of peak memory, a group a scenario and a colour a method. Returns the image beside ``path``."""
+    """Bars of tokens/s and of peak memory, scenario by scenario. Returns the image beside ``path``."""
     rows = list(csv.DictReader(path.open()))
     scenarios, methods = (list(dict.fromkeys(row[key] for row in rows)) for key in ("scenario", "method"))
     figure, axes = plt.subplots(2, 1, figsize=(1.5 + 2.2 * len(scenarios), 6), sharex=True)

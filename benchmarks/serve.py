@@ -25,8 +25,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from report import RESULTS, print_table, verdict, write_csv
 from serving_models import SHAPES, write_models
-from serving_report import RESULTS, print_table, verdict, write_csv
 
 MERGED = ("merged:fused-zeros", "merged:kernel+offsets", "merged:dense")
 BAR = 0.97 if torch.cuda.is_available() else 0.95
@@ -165,7 +165,7 @@ def main() -> None:
         for (variant, c), values in found.items()
         if c
     ]
-    write_csv(arguments.results, rows)
+    write_csv(arguments.results, rows, "vllm")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ scenario, and a plot, into ``results/``.
 """
 
 import argparse
-import csv
 import json
 import statistics
 import subprocess
@@ -25,9 +24,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from machine import describe
 from models import write_base, write_dense
 from plot import plot
+from report import RESULTS, write_csv
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -153,7 +152,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=ROOT / ".cache/benchmarks", help="where the models are made")
     parser.add_argument("--train-python", default=sys.executable)
     parser.add_argument("--gptqmodel-python", default=str(ROOT / ".venv-serve/bin/python"))
-    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
 
     pythons = dict.fromkeys(METHODS, args.train_python) | {"peft": args.gptqmodel_python}
@@ -175,21 +174,10 @@ def main() -> None:
             for m, result in zip(methods, results, strict=True)
         ]
     Console().print(table(rows, device))
-    save(rows, path := args.out / f"train_step_{device}.csv")
-    plot(path)
-
-
-def save(rows: list[dict], path: Path) -> None:
-    """One line a row, with machine, commit and date."""
     for row in rows:
-        row |= {"versions": " ".join(f"{k}={v}" for k, v in row["versions"].items())} | describe()
-        row |= {key: f"{row[key]:.4g}" for key in ("seconds", "spread", "tokens_per_second", "peak_mb", "loss")}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    print(path)
+        row["versions"] = " ".join(f"{name}={version}" for name, version in row["versions"].items())
+    write_csv(path := args.out / f"train_step_{device}.csv", rows)
+    plot(path)
 
 
 if __name__ == "__main__":

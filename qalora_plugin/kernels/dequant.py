@@ -1,7 +1,7 @@
 """Packed weight → dense weight in a shared scratch buffer, offsets and adapter added on the way.
 
-Which implementation runs is decided here: Triton on CUDA, C++ on a CPU, plain torch for the rest (float64, other devices;
-3 bits and act-order on a CPU).
+Which implementation runs is decided here: Triton on CUDA, C++ on a CPU, plain torch for the rest (float64; other
+devices; 3 bits and act-order on a CPU).
 """
 
 import torch

@@ -130,15 +130,13 @@ def launch_fill(kernel, packed: PackedWeight, offsets: Tensor | None, out: Tenso
     act_order = packed.g_idx is not None
 
     def grid(meta: dict) -> tuple[int, int]:
-        rows, columns = meta["ROWS"], meta["COLUMNS"]
-        in_order = packed.groups * triton.cdiv(packed.group_size, rows)
-        return triton.cdiv(packed.in_features, rows) if act_order else in_order, triton.cdiv(
-            packed.out_features, columns
-        )
+        parts = triton.cdiv(packed.in_features if act_order else packed.group_size, meta["ROWS"])
+        return parts * (1 if act_order else packed.groups), triton.cdiv(packed.out_features, meta["COLUMNS"])
 
     g_idx = packed.g_idx if act_order else packed.qweight  # not read
     kernel[grid](
-        packed.qweight, packed.qzeros, packed.scales, _float(offsets, packed), g_idx, out, packed.in_features, packed.out_features, packed.group_size, _shift(packed),
+        packed.qweight, packed.qzeros, packed.scales, _float(offsets, packed), g_idx, out,
+        packed.in_features, packed.out_features, packed.group_size, _shift(packed),
         HAS_OFFSETS=offsets is not None, ACT_ORDER=act_order, **_layout(packed.bits), **config,
     )  # fmt: skip
 

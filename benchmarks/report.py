@@ -1,4 +1,4 @@
-"""What the serving benchmarks share: what ran, results as CSV, ratios against the bars."""
+"""What the benchmarks share: what ran, results as CSV, ratios against the bars."""
 
 import csv
 import datetime
@@ -12,15 +12,14 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def describe() -> dict[str, str]:
-    """Machine, versions, commit (+: with uncommitted changes) and date of this run."""
+def describe(*packages: str) -> dict[str, str]:
+    """Machine, versions of torch and ``packages``, commit (+: with uncommitted changes) and date of this run."""
     git = ["git", "-C", str(Path(__file__).parent)]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
     return {
         "machine": machine(),
-        "vllm": version("vllm"),
-        "torch": torch.__version__,
+        **{package: version(package) for package in ("torch", *packages)},
         "commit": (commit or "unknown") + ("+" if dirty else ""),
         "date": datetime.date.today().isoformat(),
     }
@@ -34,10 +33,11 @@ def machine() -> str:
     return f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
+def write_csv(path: Path, rows: list[dict], *packages: str) -> None:
     """One line a row, with the columns of :func:`describe`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [row | describe() for row in rows]
+    about = describe(*packages)
+    rows = [row | about for row in rows]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
