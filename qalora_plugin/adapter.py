@@ -92,6 +92,11 @@ class QALoraLayer(nn.Module, LoraLayer):
         return module.groups, module.out_features
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: QALoraConfig, **kwargs) -> None:
+        if not isinstance(config, QALoraConfig):
+            raise QALoraError(
+                f"adapter {adapter_name!r} has a {type(config).__name__}, which says nothing of its base. Give it the "
+                'first one\'s: QALoraConfig(..., qalora=model.peft_config["default"].qalora).'
+            )
         trained_on, found = (config.qalora or {}).get("group_size"), self.get_base_layer().group_size
         if trained_on not in (None, found):
             raise QALoraError(

@@ -7,6 +7,11 @@ between 0.8 and 0.95 of the frozen dense model's speed. Without a C++ compiler :
 import ctypes
 import functools
 import logging
+import os
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -74,17 +79,29 @@ def library() -> ctypes.CDLL | None:
 
     capability = torch.backends.cpu.get_cpu_capability()
     try:
-        path = load(
-            name=f"qalora_cpu_{capability.lower()}",  # a cache in a shared home serves different machines
-            sources=[str(Path(__file__).with_suffix(".cpp"))],
-            extra_cflags=["-O3", "-fopenmp", *_FLAGS.get(capability, [])],
-            extra_ldflags=["-fopenmp"],  # the libgomp that torch has loaded: one pool of threads
-            is_python_module=False,
-        )
-    except (RuntimeError, OSError) as error:
+        with _ninja_on_path():
+            path = load(
+                name=f"qalora_cpu_{capability.lower()}",  # a cache in a shared home serves different machines
+                sources=[str(Path(__file__).with_suffix(".cpp"))],
+                extra_cflags=["-O3", "-fopenmp", *_FLAGS.get(capability, [])],
+                extra_ldflags=["-fopenmp"],  # the libgomp that torch has loaded: one pool of threads
+                is_python_module=False,
+            )
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         logger.warning(
             "qalora: could not compile the CPU kernel (%s); training works, slower. Install g++ for full speed.",
             str(error).strip().splitlines()[0],
         )
         return None
     return ctypes.CDLL(path)
+
+
+@contextmanager
+def _ninja_on_path() -> Iterator[None]:
+    """torch looks for ninja on PATH, where an environment that was not activated does not put its own."""
+    before = os.environ.get("PATH", os.defpath)
+    os.environ["PATH"] = f"{before}{os.pathsep}{sysconfig.get_path('scripts')}"
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before

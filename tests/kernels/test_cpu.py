@@ -1,0 +1,239 @@
+"""The compiled CPU kernel against ``quant/reference.py``: every variant, its limits, and life without a compiler."""
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fabricate import quantise
+
+from qalora_plugin.kernels import cpu
+from qalora_plugin.kernels.packed import PackedWeight
+from qalora_plugin.quant import reference
+from qalora_plugin.quant.layout import pack_rows, write_zeros
+from qalora_plugin.quant.linear import QuantLinear
+
+RANKS = (1, 16, 70)
+# Relative to the largest value of the float64 reference. float32 sums at most 70 products; bfloat16 is the float32
+# result rounded once, which is checked exactly below, so that its half unit is all there is to allow.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8 + 2e-6}
+
+pytestmark = pytest.mark.skipif(cpu.library() is None, reason="needs a C++ compiler")
+
+
+def make_layer(in_features, out_features, bits, group_size, fmt="gptq", act_order=False, offsets=None, seed=0):
+    """With scales of both signs and zeros over the whole range, as asymmetric and AutoRound bases have them."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    weight += torch.randn(out_features, 1, generator=generator)
+    layer = QuantLinear(in_features, out_features, bits, group_size, fmt, offset_dtype=offsets)
+    for name, value in quantise(weight, bits, group_size, False, fmt, act_order, generator).items():
+        setattr(layer, name, value)
+    layer.scales[:, ::3] *= -1
+    if offsets is not None:
+        layer.offsets.normal_(0, 0.1, generator=generator)
+    return layer.finalize()
+
+
+def adapter_for(layer, rank, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    lora_a = torch.randn(rank, layer.groups, generator=generator) / rank**0.5
+    return lora_a, torch.randn(layer.out_features, rank, generator=generator)
+
+
+def filled(layer, lora_a, lora_b, dtype, scales=torch.float16, scaling=0.5):
+    # Filled with NaN: an element that is not written shows.
+    out = torch.full((layer.in_features, layer.out_features), float("nan"), dtype=dtype)
+    packed = layer.packed._replace(scales=layer.scales.to(scales))
+    cpu.fill(packed, lora_a, lora_b, scaling, out)
+    return out
+
+
+def expected_weight(layer, lora_a, lora_b, scales=torch.float16, scaling=0.5):
+    offsets = None if layer.offsets is None else layer.offsets.double()
+    if lora_a is not None:
+        added = reference.adapter_offsets(lora_a, lora_b, scaling)
+        offsets = added if offsets is None else offsets + added
+    return reference.dequantize(
+        layer.qweight, layer.qzeros, layer.scales.to(scales), layer.g_idx, layer.bits, layer.checkpoint_format, offsets
+    )
+
+
+def assert_close(found, expected, tolerance):
+    assert (found.double() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("out_features", [32, 1000, 1024, 2816])  # below, not a multiple of, and at the strip
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_fill_is_the_definition(bits, group_size, out_features):
+    out_features += -out_features % (32 // bits)  # 1000 columns do not pack at 2 bits: 1008
+    variants = itertools.product(
+        ("gptq", "gptq_v2"), (None, torch.float16, torch.float32), (torch.float16, torch.float32, torch.bfloat16)
+    )
+    for i, (fmt, offsets, scales) in enumerate(variants):
+        layer = make_layer(384, out_features, bits, group_size, fmt, offsets=offsets, seed=i)  # 3, 6 or 12 groups, or 1
+        for rank in (None, RANKS[i % len(RANKS)]):
+            lora_a, lora_b = (None, None) if rank is None else adapter_for(layer, rank)
+            expected = expected_weight(layer, lora_a, lora_b, scales)
+            full = filled(layer, lora_a, lora_b, torch.float32, scales)
+            half = filled(layer, lora_a, lora_b, torch.bfloat16, scales)
+            assert_close(full, expected, TOLERANCE[torch.float32])
+            assert_close(half, expected, TOLERANCE[torch.bfloat16])
+            assert torch.equal(half, full.bfloat16())  # to nearest even
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_adapter_of_any_rank_and_dtype(rank, adapter_dtype):
+    layer = make_layer(256, 96, 4, 32, offsets=torch.float16)
+    lora_a, lora_b = (t.to(adapter_dtype) for t in adapter_for(layer, rank))
+    strided = lora_a.t().contiguous().t(), lora_b.t().contiguous().t()  # not contiguous
+    expected = expected_weight(layer, lora_a, lora_b, scaling=2.0)
+    for a, b in ((lora_a, lora_b), strided):
+        assert_close(filled(layer, a, b, torch.float32, scaling=2.0), expected, TOLERANCE[torch.float32])
+
+
+def test_extreme_codes_and_zeros():
+    """Every code with every zero, all words of ones among them; v1 zeros of 0 borrow from their neighbour."""
+    for bits, fmt in itertools.product((2, 4, 8), ("gptq", "gptq_v2")):
+        layer = make_layer(256, 256, bits, 256, fmt)
+        top = 2**bits
+        codes, zeros = torch.arange(256) % top, torch.arange(256) % top
+        layer.qweight = pack_rows(codes[:, None].expand(256, 256).contiguous(), bits)
+        layer.qzeros = write_zeros(zeros[None].contiguous(), bits, fmt)
+        layer.scales.fill_(1)
+        difference = (codes[:, None] - zeros[None]).float()
+        assert torch.equal(filled(layer, None, None, torch.float32), difference)
+
+
+def test_a_diverged_adapter_is_not_hidden():
+    """NaN and infinity of an adapter reach the weight in bfloat16, too, whose rounding is done on integers."""
+    layer = make_layer(128, 32, 4, 32)
+    lora_a, lora_b = adapter_for(layer, 2)
+    lora_a[:, 1], lora_a[:, 2] = float("nan"), float("inf")
+    for dtype in (torch.float32, torch.bfloat16):
+        groups = filled(layer, lora_a, lora_b.abs(), dtype).view(4, 32, 32)
+        assert groups[1].isnan().all()
+        assert groups[2].isposinf().all()
+        assert groups[[0, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_do_not_change_a_bit(dtype):
+    layer = make_layer(1024, 2816, 4, 64, offsets=torch.float16)
+    lora_a, lora_b = adapter_for(layer, 16)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            results.append(filled(layer, lora_a, lora_b, dtype))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_takes_what_it_can_and_leaves_the_rest():
+    def takes(in_features, out_features, bits, group_size, dtype=torch.bfloat16, **options):
+        return cpu.takes(make_layer(in_features, out_features, bits, group_size, **options).packed, dtype)
+
+    assert all(takes(512, 512, bits, group) for bits in (2, 4, 8) for group in (32, 128, -1))
+    assert takes(512, 512, 4, 32, torch.float32)
+    assert not takes(512, 512, 4, 32, torch.float64)
+    assert not takes(512, 512, 4, 32, torch.float16)
+    assert not takes(512, 512, 3, 32)
+    assert not takes(512, 512, 4, 32, act_order=True)
+    assert not takes(512, 480, 4, 32)  # fewer than 2^18 weights
+    assert not takes(528, 512, 2, 8)  # a word of sixteen codes spans two groups
+    assert not cpu.takes(PackedWeight(*(t.to("meta") if isinstance(t, torch.Tensor) else t for t in make_layer(
+        512, 512, 4, 32).packed)), torch.float32)  # fmt: skip
+
+
+@pytest.mark.parametrize("offsets", [None, torch.float16])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 1.2e-2)])
+def test_large_layer_forward_and_backward(dtype, tolerance, offsets):
+    """Through the module, as a model runs it; bfloat16 inputs are the same in the reference."""
+    torch.manual_seed(0)
+    layer = make_layer(512, 1024, 4, 32, offsets=offsets)
+    assert cpu.takes(layer.packed, dtype)
+    x = torch.randn(2, 24, 512, dtype=dtype, requires_grad=True)
+    lora_a, lora_b = (t.requires_grad_() for t in adapter_for(layer, 16))
+    y = layer(x, lora_a, lora_b, 0.5)
+    assert y.dtype == dtype
+    dy = torch.randn_like(y)
+    found = torch.autograd.grad(y, (x, lora_a, lora_b), dy)
+
+    x64, a64, b64 = (t.detach().double().requires_grad_() for t in (x, lora_a, lora_b))
+    y64 = reference.adapter_linear(x64, expected_weight(layer, None, None), layer.g_idx, a64, b64, 0.5)
+    expected = torch.autograd.grad(y64, (x64, a64, b64), dy.double())
+    for pair in zip((y, *found), (y64, *expected), strict=True):
+        assert_close(*pair, tolerance)
+
+
+WITHOUT_COMPILER = """
+import logging
+records = []
+class Keep(logging.Handler):
+    def emit(self, record): records.append(record.getMessage())
+logging.getLogger("qalora_plugin").addHandler(Keep())
+import torch
+from test_cpu import adapter_for, assert_close, expected_weight, make_layer
+from qalora_plugin.kernels import cpu
+assert cpu.library() is None
+for seed in range(2):  # the second layer does not try, and does not warn, again
+    layer = make_layer(512, 512, 4, 32, seed=seed)
+    assert not cpu.takes(layer.packed, torch.float32)
+    x, (lora_a, lora_b) = torch.randn(8, 512, requires_grad=True), adapter_for(layer, 16)
+    y = layer(x, lora_a.requires_grad_(), lora_b.requires_grad_(), 0.5)
+    y.sum().backward()
+    weight = expected_weight(layer, lora_a.detach(), lora_b.detach())
+    assert_close(y.detach(), x.detach().double() @ weight, 2e-6)
+    assert_close(x.grad, torch.ones(8, 512).double() @ weight.t(), 2e-6)
+    assert lora_a.grad.isfinite().all() and lora_b.grad.abs().sum() > 0
+warnings = [message for message in records if "compile" in message]
+assert len(warnings) == 1, records
+print(warnings[0])
+"""
+
+
+def in_process_with(environment, code):
+    here = Path(__file__).parent
+    paths = [str(path) for path in (here, here.parent, here.parents[1])]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {paths}\n{code}"],
+        capture_output=True, text=True, env=os.environ | environment, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("missing", ["compiler", "working compiler", "cache folder"])
+def test_without_a_compiler_training_works_and_says_so_once(missing, tmp_path):
+    (tmp_path / "file").touch()
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    extensions = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    environment = {
+        "compiler": extensions | {"CXX": "nonexistent", "PATH": ""},
+        "working compiler": extensions | {"CXX": str(broken)},  # as the stub of a Mac without its developer tools
+        "cache folder": {"TORCH_EXTENSIONS_DIR": str(tmp_path / "file" / "below")},
+    }[missing]
+    assert "Install g++" in in_process_with(environment, WITHOUT_COMPILER)
+
+
+def test_ninja_of_an_environment_that_is_not_activated(tmp_path):
+    """``.venv/bin/python train.py``: its ninja is not on PATH; the compiler is."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("c++", "g++", "cc", "as", "ld", "sh", "which"):
+        if found := shutil.which(name):
+            (tools / name).symlink_to(found)
+    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "PATH": str(tools)}
+    code = "import os; from qalora_plugin.kernels import cpu; assert cpu.library(); print(os.environ['PATH'])"
+    assert in_process_with(environment, code).strip() == str(tools)
