@@ -1,14 +1,15 @@
 """QA-LoRA for GPTQ models: train in Axolotl or with the HF Trainer, merge exactly, serve in vLLM, always INT4.
 
 Importing this package makes transformers load and save merged checkpoints (``quant_method: qalora``). Everything else
-is imported when it is first used, so that the vLLM environment needs neither axolotl nor peft.
+is imported when it is first used: the vLLM environment needs neither axolotl nor peft, and a merge not even
+transformers, which takes longer to import than a small model takes to merge.
 """
 
 from importlib import import_module
 from typing import Any
 
 from .errors import QALoraError
-from .quant.loading import load_base, register
+from .registration import register_with_transformers
 
 _LAZY = {
     "QALoraArgs": ".args",
@@ -17,12 +18,13 @@ _LAZY = {
     "QALoraPlugin": ".plugin",
     "add_adapter": ".adapter",
     "load_adapter": ".adapter",
+    "load_base": ".quant.loading",
     "merge": ".merging",
     "verify": ".verifying",
 }
-__all__ = ["QALoraError", "load_base", *_LAZY]
+__all__ = ["QALoraError", *_LAZY]
 
-register()
+register_with_transformers()
 
 
 def __getattr__(name: str) -> Any:

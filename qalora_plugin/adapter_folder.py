@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,10 +110,9 @@ class AdapterFolder:
         return self._patterned("rank_pattern", module, self.config["r"])
 
     def _patterned(self, name: str, module: str, default: int) -> int:
-        from peft.utils.other import get_pattern_key
-
-        pattern = self.config.get(name) or {}
-        return pattern.get(get_pattern_key(pattern.keys(), module), default)
+        patterns = self.config.get(name) or {}
+        key = matching_pattern(patterns, module)
+        return default if key is None else patterns[key]
 
     def check_fits(self, base_modules: dict[str, QuantizedModule]) -> None:
         """Refuse an adapter whose modules, rank or group count are not those of its config and base."""
@@ -134,8 +133,8 @@ class AdapterFolder:
 
     def factors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """``(name, A [R, G], B [N, R])`` linear by linear, as stored."""
-        handle = open_shard(self.folder / WEIGHTS_NAME)
         for name in self.modules:
+            handle = open_shard(self.folder / WEIGHTS_NAME)  # mapped for this linear alone: memory does not grow
             lora_a, lora_b = (handle.get_tensor(_key(name, part)) for part in "AB")
             if not (all_finite(lora_a) and all_finite(lora_b)):
                 raise QALoraError(f"{self.folder}: the adapter of {name} holds NaN or Inf. The training diverged.")
@@ -145,6 +144,11 @@ class AdapterFolder:
         """What merging adds, linear by linear: ``α/R·(B·A)ᵀ`` [G, N] in float64, in weight units."""
         for name, lora_a, lora_b in self.factors():
             yield name, adapter_offsets(lora_a, lora_b, self.scaling(name))
+
+
+def matching_pattern(patterns: Iterable[str], module: str) -> str | None:
+    """The first pattern that matches the end of a module's name, from a dot on. (PEFT's rule, without its import.)"""
+    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)), None)
 
 
 def _key(module: str, part: str) -> str:

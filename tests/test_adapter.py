@@ -203,3 +203,27 @@ def test_editing_the_pooling_is_noticed(adapter, tmp_path):
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(QALoraError, match="pooling 'mean', expected 'sum'"):
         PeftConfig.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("module", ["model.layers.1.mlp.up_proj", "up_proj", "model.layers.11.self_attn.q_proj"])
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        [],
+        ["up_proj"],
+        ["proj", "q_proj"],
+        [r".*\.up_proj", "up_proj"],
+        ["up_proj", r"layers\.1\.mlp\.up_proj"],
+        [r"layers\.1\..*", r"layers\.\d+\.self_attn\.[qk]_proj"],
+        ["^model.*", "q_proj|up_proj"],
+        ["mlp"],
+    ],
+    ids=str,
+)
+def test_patterns_match_as_in_peft(patterns, module):
+    from peft.utils.other import get_pattern_key
+
+    from qalora_plugin.adapter_folder import matching_pattern
+
+    theirs = get_pattern_key(patterns, module)
+    assert matching_pattern(patterns, module) == (theirs if theirs in patterns else None)

@@ -99,3 +99,28 @@ def test_import_needs_neither_axolotl_nor_vllm(module):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_merge_imports_neither_transformers_nor_peft(base, adapter, tmp_path):
+    """They take longer to import than a small model takes to merge."""
+    code = """
+import atexit, sys
+heavy = ("transformers", "peft", "huggingface_hub", "torch._dynamo")
+atexit.register(lambda: print([name for name in heavy if name in sys.modules]))
+from qalora_plugin.cli import app
+app()
+"""
+    arguments = ["merge", "--base", base, "--adapter", adapter, "--out", tmp_path / "out"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert "14 linears merged" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("first", ["qalora_plugin", "transformers.quantizers.auto", "vllm_ext, qalora_plugin.errors"])
+def test_transformers_loads_merged_checkpoints_whichever_is_imported_first(merged, first):
+    code = (
+        f"import {first}; import qalora_plugin, sys; from transformers import AutoModelForCausalLM; "
+        "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[0].mlp.up_proj).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, merged], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "QuantLinear"

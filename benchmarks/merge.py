@@ -1,0 +1,184 @@
+"""What does a merge cost, beside copying the checkpoint?
+
+    python benchmarks/merge.py                    0.1, 1 and 7 GB; a size that the disk cannot hold is skipped
+    python benchmarks/merge.py --sizes 1 --rounds 5
+
+Times whole processes, imports included, each round in another order:
+
+    cp -r          the checkpoint copied            cp -al         the same hard-linked
+    merge          ``qalora merge``, shards linked  merge --copy   the same, shards copied
+
+The base is read once beforehand, so that ``cp`` and merge alike find it in the page cache, and the disk is idle when a
+run starts. A merge flushes what it writes to disk before the folder gets its name, which ``cp`` does not. Writes one
+CSV row a size and method into ``results/``.
+"""
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from machine import describe, results_file
+from models import SHAPES, write_base
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from safetensors.torch import save_file
+
+from qalora_plugin.adapter_folder import ADAPTER_FORMAT, CONFIG_NAME, PEFT_TYPE, POOLING, WEIGHTS_NAME
+from qalora_plugin.quant.checkpoint import Checkpoint
+from qalora_plugin.quant.fingerprint import fingerprint
+from qalora_plugin.quant.modules import quantized_modules
+
+HERE = Path(__file__).parent
+METHODS = ("cp -r", "cp -al", "merge", "merge --copy")
+TIME_BARS = {"merge": 0.5, "merge --copy": 1.2}  # of the seconds of cp -r
+PEAK_BAR = 600  # MB
+# The kernel's own figure: getrusage would count the pages of this process, too, from before the exec.
+MERGE = """
+import atexit
+from pathlib import Path
+atexit.register(lambda: print("peak kB", Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]))
+from qalora_plugin.cli import app
+app()
+"""
+
+
+def write_sized_base(folder: Path, shape: str, gigabytes: float, group_size: int) -> Path:
+    """A base with as many layers of ``shape`` as come to ``gigabytes``, at least one, and a small vocabulary."""
+    one = SHAPES[shape] | {"num_hidden_layers": 1, "vocab_size": 512}
+    hidden, inner = one["hidden_size"], one["intermediate_size"]
+    kept = one["num_key_value_heads"] / one["num_attention_heads"]
+    weights = hidden * hidden * (2 + 2 * kept) + 3 * hidden * inner
+    layers = max(1, round(gigabytes * 1e9 / (weights * (0.5 + 2.5 / group_size))))  # codes; scales and zeros a group
+    name = f"{shape}-{layers}-layers"
+    SHAPES[name] = one | {"num_hidden_layers": layers}
+    return write_base(folder / f"{name}-g{group_size}", name, group_size)
+
+
+def write_adapter(folder: Path, base: Path, rank: int) -> Path:
+    """A random adapter on every linear of ``base``."""
+    checkpoint, tensors = Checkpoint.open(base), {}
+    generator = torch.Generator().manual_seed(0)
+    for name, module in quantized_modules(checkpoint).items():
+        for part, shape in {"A": (rank, module.groups), "B": (module.out_features, rank)}.items():
+            key = f"base_model.model.{name}.lora_{part}.weight"
+            tensors[key] = torch.randn(shape, generator=generator) * 0.02
+    folder.mkdir()
+    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    ours = {"pooling": POOLING, "format_version": ADAPTER_FORMAT, "base_fingerprint": fingerprint(checkpoint)}
+    config = {"peft_type": PEFT_TYPE, "r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", "qalora": ours}
+    (folder / CONFIG_NAME).write_text(json.dumps(config))
+    return folder
+
+
+def run(method: str, base: Path, adapter: Path, out: Path) -> tuple[float, float | None]:
+    """Seconds of one process that makes ``out``, which is removed again; peak memory in MB if it is a merge."""
+    if method.startswith("cp"):
+        command = [*method.split(), str(base), str(out)]
+    else:
+        command = [sys.executable, "-c", MERGE, *method.split()]
+        command += ["--base", str(base), "--adapter", str(adapter), "--out", str(out)]
+    os.sync()
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        raise SystemExit(f"{method} stopped:\n{done.stderr[-3000:]}")
+    shutil.rmtree(out)
+    peak = done.stdout.split("peak kB")[-1] if method.startswith("merge") else None
+    return seconds, peak and int(peak) / 1024
+
+
+def measure(base: Path, adapter: Path, work: Path, rounds: int) -> list[dict]:
+    """Median seconds, spread, share of ``cp -r`` and highest peak memory of every method."""
+    samples = {method: [] for method in METHODS}
+    for method in METHODS:  # a first round that does not count: page cache, bytecode
+        run(method, base, adapter, work / "out")
+    for i in track(range(rounds), base.name, transient=True):
+        for method in METHODS[:: -1 if i % 2 else 1]:
+            samples[method].append(run(method, base, adapter, work / "out"))
+    rows = []
+    for method, found in samples.items():
+        seconds, peaks = zip(*found, strict=True)
+        median = statistics.median(seconds)
+        rows.append(
+            {
+                "method": method,
+                "seconds": median,
+                "spread": (max(seconds) - min(seconds)) / median,
+                "of_cp": median / statistics.median(s for s, _ in samples["cp -r"]),
+                "peak_mb": max(peaks) if peaks[0] else None,
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict]) -> Table:
+    """A ✗ marks a missed bar."""
+    out = Table("GB", "method", "seconds", "÷ cp -r", "peak MB", title="merge")
+    for row in rows:
+        slow = " ✗" if row["of_cp"] > TIME_BARS.get(row["method"], float("inf")) else ""
+        fat = " ✗" if row["peak_mb"] and row["peak_mb"] > PEAK_BAR else ""
+        out.add_row(
+            f"{row['gigabytes']:.3g}" if row["method"] == METHODS[0] else "",
+            row["method"],
+            f"{row['seconds']:.2f}",
+            f"{row['of_cp']:.2f}{slow}",
+            f"{row['peak_mb']:.0f}{fat}" if row["peak_mb"] else "",
+        )
+    return out
+
+
+def save(rows: list[dict], path: Path) -> None:
+    """One line a row, with machine, commit and date."""
+    for row in rows:
+        row |= {key: f"{value:.4g}" for key, value in row.items() if isinstance(value, float)} | describe()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    print(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="0.1,1,7", help="GB of the base")
+    parser.add_argument("--shape", default="7b", help="whose layers the base has; see models.py")
+    parser.add_argument("--group-size", type=int, default=32)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--work", type=Path, help="where bases are made and removed; default: the temporary folder")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    args = parser.parse_args()
+
+    rows = []
+    for size in map(float, args.sizes.split(",")):
+        with tempfile.TemporaryDirectory(dir=args.work) as folder:
+            work = Path(folder)
+            free = shutil.disk_usage(work).free / 1e9
+            if free < 2.5 * size:  # the base, one copy of it, offsets
+                print(f"{size:g} GB is skipped: it needs {2.5 * size:.0f} GB of disk, {free:.0f} GB are free.")
+                continue
+            base = write_sized_base(work, args.shape, size, args.group_size)
+            adapter = write_adapter(work / "adapter", base, args.rank)
+            gigabytes = Checkpoint.open(base).nbytes / 1e9
+            settings = {"gigabytes": gigabytes, "group_size": args.group_size, "rank": args.rank}
+            rows += [settings | row for row in measure(base, adapter, work, args.rounds)]
+    if not rows:
+        raise SystemExit("Every size was skipped.")
+    Console().print(table(rows))
+    save(rows, results_file(args.out, "merge_cpu", "csv"))
+
+
+if __name__ == "__main__":
+    main()
