@@ -14,7 +14,6 @@ CSV row a size and method into ``results/``.
 """
 
 import argparse
-import csv
 import json
 import os
 import shutil
@@ -26,8 +25,8 @@ import time
 from pathlib import Path
 
 import torch
-from machine import describe, results_file
 from models import SHAPES, write_base
+from report import RESULTS, write_csv
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -38,7 +37,6 @@ from qalora_plugin.quant.checkpoint import Checkpoint
 from qalora_plugin.quant.fingerprint import fingerprint
 from qalora_plugin.quant.modules import quantized_modules
 
-HERE = Path(__file__).parent
 METHODS = ("cp -r", "cp -al", "merge", "merge --copy")
 TIME_BARS = {"merge": 0.5, "merge --copy": 1.2}  # of the seconds of cp -r
 PEAK_BAR = 600  # MB
@@ -138,18 +136,6 @@ def table(rows: list[dict]) -> Table:
     return out
 
 
-def save(rows: list[dict], path: Path) -> None:
-    """One line a row, with machine, commit and date."""
-    for row in rows:
-        row |= {key: f"{value:.4g}" for key, value in row.items() if isinstance(value, float)} | describe()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    print(path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="0.1,1,7", help="GB of the base")
@@ -158,7 +144,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--work", type=Path, help="where bases are made and removed; default: the temporary folder")
-    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
 
     rows = []
@@ -177,7 +163,7 @@ def main() -> None:
     if not rows:
         raise SystemExit("Every size was skipped.")
     Console().print(table(rows))
-    save(rows, results_file(args.out, "merge_cpu", "csv"))
+    write_csv(args.out / "merge_cpu.csv", rows)
 
 
 if __name__ == "__main__":
