@@ -16,10 +16,9 @@ from qalora_plugin.kernels import cpu
 
 STEPS, LENGTH, BATCH = 200, 48, 4
 # Rounding alone moves a run: AdamW turns the smallest gradients into full steps. So the noise is measured: how far the
-# same reference goes apart in float32 and float64. The fast path may differ this many times as much; bfloat16 rounds
-# 2^16 times more coarsely and gets a share of the loss instead.
-NOISES = 4
-BFLOAT16 = 5e-2
+# same reference goes apart in float32 and float64 (0.013 of the loss where this was written; the fast path 0.028, in
+# bfloat16 0.036). Both may differ this many times as much, or by this share of the loss, whichever is more.
+NOISES, SHARE = 4, 5e-2
 
 
 @pytest.fixture(scope="module")
@@ -85,4 +84,4 @@ def test_loss_curve_is_the_references(wide_base, batches, expected, dtype, monke
     reference, noise = expected
     found = difference(curve(model, batches, dtype), reference)
     print(f"{dtype}: {reference[0]:.3f} to {reference[-1]:.3f}, difference {found:.1e}, noise {noise:.1e}")
-    assert found <= (NOISES * noise if dtype == torch.float32 else BFLOAT16)
+    assert found <= max(NOISES * noise, SHARE)
