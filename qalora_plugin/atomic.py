@@ -13,8 +13,6 @@ from safetensors import SafetensorError
 from .errors import QALoraError
 
 _CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS}
-_CANNOT_COPY_RANGE = {errno.EXDEV, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM}
-_COPY_BYTES = 1 << 30
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -87,20 +85,8 @@ def link_or_copy(source: Path, target: Path, copy: bool = False) -> bool:
         except OSError as error:
             if error.errno not in _CANNOT_LINK:
                 raise
-    _copy(source, target)
+    shutil.copyfile(source, target)
     return False
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy inside the kernel, as `cp` does: on some file systems the two share blocks until one changes."""
-    try:
-        with open(source, "rb") as reader, open(target, "wb") as writer:
-            while os.copy_file_range(reader.fileno(), writer.fileno(), _COPY_BYTES):
-                pass
-    except OSError as error:
-        if error.errno not in _CANNOT_COPY_RANGE:
-            raise
-        shutil.copyfile(source, target)
 
 
 def same_disk(source: Path, parent: Path) -> bool:

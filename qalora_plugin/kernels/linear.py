@@ -117,9 +117,8 @@ _backward_op = torch.library.custom_op("qalora::linear_backward", _backward, mut
 @_forward_op.register_fake
 def _(x, lora_a, lora_b, scaling, keep_pooled, qweight, qzeros, scales, *_):
     groups, out_features = scales.shape
-    return x.new_empty(*x.shape[:-1], out_features), x.new_empty(*x.shape[:-1], groups) if keep_pooled else x.new_empty(
-        0
-    )
+    pooled = x.new_empty(*x.shape[:-1], groups) if keep_pooled else x.new_empty(0)
+    return x.new_empty(*x.shape[:-1], out_features), pooled
 
 
 @_backward_op.register_fake

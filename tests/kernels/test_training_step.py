@@ -355,8 +355,6 @@ def test_optimizer_trains(wide_base, tmp_path, name):
 
 def test_step_through_the_compiled_kernel(monkeypatch, model):
     """The tests above run on plain torch, too small for the compiled kernel; this step takes it, and is the same."""
-    if cpu.library() is None:
-        pytest.skip("needs a C++ compiler")
     expected, calls, fill = step(model), [], cpu.fill
     monkeypatch.setattr(cpu, "SMALLEST", 1)
     monkeypatch.setattr(cpu, "fill", lambda *arguments: calls.append(1) or fill(*arguments))
