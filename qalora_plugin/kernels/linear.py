@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import cpu
 from .dequant import dequantize, effective_offsets, runs_triton
 from .packed import PackedWeight
 
@@ -76,8 +77,11 @@ def _forward(
     """Returns ``y`` and ``P(x)`` (empty unless ``keep_pooled``)."""
     packed = PackedWeight(qweight, qzeros, scales, offsets, g_idx, group_order, bits, group_size, checkpoint_format)
     with torch.autocast(x.device.type, enabled=False):
-        pooled = pool(x, packed) if keep_pooled else x.new_empty(0)  # first, while x is still in the cache
-        return _multiply(x, packed, lora_a, lora_b, scaling), pooled
+        y = _multiply(x, packed, lora_a, lora_b, scaling)
+        # After y: allocated before it, what is kept would break up the free memory that y fits into.
+        if not keep_pooled:
+            return y, x.new_empty(0)
+        return y, cpu.pool(x, packed.groups) if cpu.multiplies(packed, x.dtype) else pool(x, packed)
 
 
 def _backward(
@@ -102,10 +106,12 @@ def _backward(
     packed = PackedWeight(qweight, qzeros, scales, offsets, g_idx, group_order, bits, group_size, checkpoint_format)
     dx, da, db = (dy.new_empty(0) for _ in range(3))
     with torch.autocast(dy.device.type, enabled=False):
-        if wants_adapter:
-            da, db = _adapter_gradients(dy.flatten(0, -2), pooled.flatten(0, -2), lora_a, lora_b, scaling)
         if wants_dx:
-            dx = dy @ dequantize(packed, dy.dtype, lora_a, lora_b, scaling).t()
+            dx = _multiply_transposed(dy, packed, lora_a, lora_b, scaling)
+        if wants_adapter:
+            da, db = _adapter_gradients(
+                dy.flatten(0, -2), pooled.flatten(0, -2), lora_a, lora_b, scaling, cpu.multiplies(packed, dy.dtype)
+            )
     return dx, da, db
 
 
@@ -130,7 +136,9 @@ def _(dy, pooled, lora_a, lora_b, scaling, wants_dx, wants_adapter, qweight, qze
 
 
 def _multiply(x: Tensor, packed: PackedWeight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float) -> Tensor:
-    """``x·w'``: through the scratch, or, for a few tokens on CUDA, without it where that was measured to be faster."""
+    """``x·w'``: through the scratch, or without it where that is faster (on CUDA for a few tokens, and measured)."""
+    if cpu.multiplies(packed, x.dtype):
+        return cpu.matmul(x, packed, lora_a, lora_b, scaling)
     if runs_triton(x):
         from . import gpu  # Triton is not everywhere
 
@@ -139,19 +147,29 @@ def _multiply(x: Tensor, packed: PackedWeight, lora_a: Tensor | None, lora_b: Te
     return x @ dequantize(packed, x.dtype, lora_a, lora_b, scaling)
 
 
+def _multiply_transposed(
+    dy: Tensor, packed: PackedWeight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float
+) -> Tensor:
+    """``dy·w'ᵀ``, likewise."""
+    if cpu.multiplies(packed, dy.dtype):
+        return cpu.matmul_transposed(dy, packed, lora_a, lora_b, scaling)
+    return dy @ dequantize(packed, dy.dtype, lora_a, lora_b, scaling).t()
+
+
 def _adapter_gradients(
-    dy: Tensor, pooled: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
+    dy: Tensor, pooled: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, compiled: bool = False
 ) -> tuple[Tensor, Tensor]:
     """dA ``[R, G]`` and dB ``[N, R]`` of dy ``[T, N]`` and P(x) ``[T, G]``.
 
     Few groups: through ``dE = P(x)ᵀ·dy`` [G, N], which reads dy once. Many: factored, through ``dy·B`` and ``P(x)·Aᵀ``
     [T, R], which reads it twice and multiplies less. These products are bound by memory: on a CPU, one pass over dy
-    still wins at twice the multiplications (G = 4·R). They run in dy's dtype (summed in float32) as any LoRA's do.
+    still wins at twice the multiplications (G = 4·R). They run in dy's dtype (summed in float32) as any LoRA's do;
+    ``compiled``: dE by the CPU kernel, which does not round it.
     """
     if pooled.shape[1] <= 4 * len(lora_a):
         math_dtype = torch.promote_types(lora_a.dtype, torch.float32)
         a, b = (scaling * t.to(math_dtype) for t in (lora_a, lora_b))
-        de = (pooled.t() @ dy).to(math_dtype)
+        de = (cpu.offset_gradient(pooled, dy) if compiled else pooled.t() @ dy).to(math_dtype)
         da, db = b.t() @ de.t(), de.t() @ a.t()
     else:
         a, b = ((scaling * t).to(dy.dtype) for t in (lora_a, lora_b))

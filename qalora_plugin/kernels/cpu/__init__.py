@@ -1,0 +1,124 @@
+"""Kernels for CPUs in C++, compiled at the first use (a few seconds, cached on disk).
+
+``fill.cpp`` unpacks a weight into a dense one in one pass where plain torch makes some fifty. ``matmul.cpp`` multiplies
+without a dense weight, as fast as oneDNN multiplies with one; it needs bfloat16 instructions (AVX512-BF16: AMD since
+Zen 4, Intel's Cooper Lake) and leaves CPUs with AMX to torch. Without a C++ compiler :mod:`..planes` does the work.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ...quant.layout import codes_per_period, zero_shift
+from ..packed import PackedWeight
+from .build import library
+
+SMALLEST = 1 << 18  # weights; a model of smaller layers is a toy, not worth the wait for the compiler
+
+
+class _Problem(ctypes.Structure):
+    """``struct Problem`` of problem.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("qweight", "qzeros", "scales", "offsets", "lora_a", "lora_b")),
+        *((name, ctypes.c_int64) for name in ("rank", "groups", "group_size", "n")),
+        ("scaling", ctypes.c_float),
+        ("zero_shift", ctypes.c_uint32),
+        *((name, ctypes.c_int32) for name in ("bits", "half_scales", "threads")),
+    )
+
+    def __init__(self, packed: PackedWeight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float):
+        half = packed.scales.dtype == torch.float16
+        scales = packed.scales if half else packed.scales.float()
+        offsets = None if packed.offsets is None else packed.offsets.float()
+        a, b = (None if t is None else t.float().contiguous() for t in (lora_a, lora_b))
+        tensors = packed.qweight, packed.qzeros, scales, offsets, a, b
+        super().__init__(
+            *(None if t is None else t.data_ptr() for t in tensors),
+            0 if a is None else len(a), packed.groups, packed.group_size, packed.out_features,
+            scaling, zero_shift(packed.bits, packed.checkpoint_format),
+            packed.bits, half, torch.get_num_threads(),
+        )  # fmt: skip
+        self.tensors = tensors  # they live as long as the pointers
+
+
+def takes(packed: PackedWeight, dtype: torch.dtype) -> bool:
+    """Whether :func:`fill` is the way for this weight: a large one on a CPU, words and groups aligned."""
+    return (
+        packed.qweight.device.type == "cpu"
+        and dtype in (torch.float32, torch.bfloat16)
+        and packed.bits != 3
+        and packed.g_idx is None
+        and packed.group_size % codes_per_period(packed.bits) == 0
+        and packed.in_features * packed.out_features >= SMALLEST
+        and library() is not None
+    )
+
+
+def multiplies(packed: PackedWeight, dtype: torch.dtype) -> bool:
+    """Whether this weight is for :func:`matmul` and the functions after it."""
+    return dtype == torch.bfloat16 and takes(packed, dtype) and library().qalora_multiplies() == 1
+
+
+def fill(packed: PackedWeight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, out: Tensor) -> None:
+    """Write the effective weight, offsets and adapter included, to ``out`` ``[K, N]``."""
+    problem = _Problem(packed, lora_a, lora_b, scaling)
+    library().qalora_fill(ctypes.byref(problem), _address(out), out.dtype == torch.bfloat16)
+
+
+def matmul(x: Tensor, packed: PackedWeight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float) -> Tensor:
+    """``x·w'``, bfloat16 ``[..., K] → [..., N]``."""
+    return _matmul(library().qalora_matmul, x, packed.out_features, _Problem(packed, lora_a, lora_b, scaling))
+
+
+def matmul_transposed(
+    dy: Tensor, packed: PackedWeight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float
+) -> Tensor:
+    """``dy·w'ᵀ``, bfloat16 ``[..., N] → [..., K]``."""
+    problem = _Problem(packed, lora_a, lora_b, scaling)
+    return _matmul(library().qalora_matmul_transposed, dy, packed.in_features, problem)
+
+
+def pool(x: Tensor, groups: int) -> Tensor:
+    """``P(x)``: bfloat16 x summed over each group, ``[..., K] → [..., G]``."""
+    x = x.contiguous()
+    group_size = x.shape[-1] // groups
+    pooled = x.new_empty(*x.shape[:-1], groups)
+    library().qalora_pool(
+        _address(x), _rows(pooled), _size(groups), _size(group_size), _address(pooled), torch.get_num_threads()
+    )
+    return pooled
+
+
+def offset_gradient(pooled: Tensor, dy: Tensor) -> Tensor:
+    """``dE = P(x)ᵀ·dy``: bfloat16 ``[T, G]`` and ``[T, N]`` → float32 ``[G, N]``."""
+    dy = dy.contiguous()
+    (tokens, groups), n = pooled.shape, dy.shape[1]
+    pooled_t = pooled.new_zeros(groups, tokens + tokens % 2)  # the kernel takes tokens in pairs
+    pooled_t[:, :tokens] = pooled.t()
+    gradient = dy.new_empty(groups, n, dtype=torch.float32)
+    library().qalora_offset_gradient(
+        _address(pooled_t), _address(dy), _size(tokens), _size(groups), _size(n), _address(gradient),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return gradient
+
+
+def _matmul(function, x: Tensor, columns: int, problem: _Problem) -> Tensor:
+    x = x.contiguous()
+    out = x.new_empty(*x.shape[:-1], columns)
+    function(ctypes.byref(problem), _address(x), _rows(x), _address(out))
+    return out
+
+
+def _address(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _size(number: int) -> ctypes.c_int64:
+    return ctypes.c_int64(number)
+
+
+def _rows(tensor: Tensor) -> ctypes.c_int64:
+    return _size(tensor.numel() // tensor.shape[-1])

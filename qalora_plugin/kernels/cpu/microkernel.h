@@ -1,0 +1,107 @@
+// A bfloat16 GEMM for CPUs with AVX512-BF16: out [T, 64] = a [T, depth] · panel [depth, 64], summed in float32.
+//
+// A *panel* holds 64 columns of the right-hand side in the order that vdpbf16ps multiplies them: word [p, c] is the pair
+// (row 2p, row 2p+1) of column c. Its caller builds it, from a packed weight say, and it stays in L2 while all rows of
+// `a` pass by; DEPTH rows of it stay in L1 while a block of them does.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int64_t COLUMNS = 64;  // of a panel: four registers of pairs
+constexpr int64_t ROWS = 6;      // of `a` at a time: 6·4 sums, 4 of the panel, 1 of `a` in 32 registers
+constexpr int64_t DEPTH = 256;   // rows of a panel that are in L1: 32 KiB
+constexpr int64_t BLOCK = 96;    // rows of `a` whose sums are in L1 or near: 24 KiB
+
+struct alignas(64) Line {
+    uint32_t words[16];
+};
+
+// A panel of `pairs` pairs, the thread's own, kept from call to call: a new one would be paged in every time.
+inline uint32_t* panel_of(int64_t pairs) {
+    static thread_local std::vector<Line> lines;
+    if (lines.size() * 16 < static_cast<size_t>(pairs * COLUMNS)) lines.resize(pairs * COLUMNS / 16);
+    return lines.data()->words;
+}
+
+// The first `count` of 16 lanes; none for count ≤ 0.
+inline __mmask16 lanes(int64_t count) { return count >= 16 ? 0xFFFF : count <= 0 ? 0 : (1u << count) - 1; }
+
+inline void store(float* out, __mmask16 mask, __m512 sums) { _mm512_mask_storeu_ps(out, mask, sums); }
+
+inline void store(uint16_t* out, __mmask16 mask, __m512 sums) {
+    _mm256_mask_storeu_epi16(out, mask, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(sums)));
+}
+
+// sums [R, 64] (+)= a [R, 2·pairs] · panel.
+template <int R>
+inline void multiply_rows(const uint16_t* a, int64_t stride, const uint32_t* panel, int64_t pairs, float* sums,
+                          bool add) {
+    __m512 sum[R][4];
+#pragma GCC unroll 6
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) sum[i][j] = add ? _mm512_load_ps(sums + i * COLUMNS + 16 * j) : _mm512_setzero_ps();
+    }
+    for (int64_t p = 0; p < pairs; ++p, panel += COLUMNS) {
+        __m512bh column[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) column[j] = reinterpret_cast<__m512bh>(_mm512_load_si512(panel + 16 * j));
+#pragma GCC unroll 6
+        for (int i = 0; i < R; ++i) {
+            int32_t pair;
+            std::memcpy(&pair, a + i * stride + 2 * p, 4);
+            const auto row = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], row, column[j]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) _mm512_store_ps(sums + i * COLUMNS + 16 * j, sum[i][j]);
+    }
+}
+
+inline void multiply_rows(int64_t rows, const uint16_t* a, int64_t stride, const uint32_t* panel, int64_t pairs,
+                          float* sums, bool add) {
+    switch (rows) {
+        case 1: return multiply_rows<1>(a, stride, panel, pairs, sums, add);
+        case 2: return multiply_rows<2>(a, stride, panel, pairs, sums, add);
+        case 3: return multiply_rows<3>(a, stride, panel, pairs, sums, add);
+        case 4: return multiply_rows<4>(a, stride, panel, pairs, sums, add);
+        case 5: return multiply_rows<5>(a, stride, panel, pairs, sums, add);
+        default: return multiply_rows<ROWS>(a, stride, panel, pairs, sums, add);
+    }
+}
+
+// out [rows, width ≤ 64], rows out_stride apart, = a [rows, depth], rows depth apart, · panel. depth is even.
+template <typename Out>
+inline void multiply_panel(const uint16_t* a, int64_t rows, int64_t depth, const uint32_t* panel, Out* out,
+                           int64_t out_stride, int64_t width) {
+    alignas(64) float sums[BLOCK * COLUMNS];
+    for (int64_t block = 0; block < rows; block += BLOCK) {
+        const int64_t height = std::min(BLOCK, rows - block);
+        for (int64_t k = 0; k < depth; k += DEPTH) {
+            const int64_t pairs = std::min(DEPTH, depth - k) / 2;
+            for (int64_t i = 0; i < height; i += ROWS) {
+                multiply_rows(std::min(ROWS, height - i), a + (block + i) * depth + k, depth, panel + k / 2 * COLUMNS,
+                              pairs, sums + i * COLUMNS, k > 0);
+            }
+        }
+        for (int64_t i = 0; i < height; ++i) {
+            for (int64_t j = 0; j < width; j += 16) {
+                store(out + (block + i) * out_stride + j, lanes(width - j), _mm512_load_ps(sums + i * COLUMNS + j));
+            }
+        }
+    }
+}
+
+}  // namespace

@@ -1,0 +1,63 @@
+// What the CPU kernels are given, and the part of a weight that all rows of a group share:
+//
+//     w'[k,n] = scales[γ,n]·(q[k,n] − zeros[γ,n]) + offsets[γ,n] + scaling·Σ_r A[r,γ]·B[n,r]
+//             = scale[n]·q[k,n] + shift[n]
+//
+// A plain C interface, called through ctypes: without torch's headers this compiles in seconds.
+
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+struct Problem {  // the tensors of packed.py, all contiguous; __init__.py mirrors this struct
+    const int32_t* qweight;
+    const int32_t* qzeros;
+    const void* scales;    // [G, N] float16 or float32
+    const float* offsets;  // [G, N] or null
+    const float* lora_a;   // [R, G]
+    const float* lora_b;   // [N, R]
+    int64_t rank, groups, group_size, n;
+    float scaling;
+    uint32_t zero_shift;  // added to a word of qzeros, gives true zeros
+    int32_t bits, half_scales, threads;
+};
+
+// B as [R, N]: along N, as everything else.
+inline std::vector<float> transposed_b(const Problem& p) {
+    std::vector<float> b(p.rank * p.n);
+#pragma omp parallel for schedule(static) num_threads(p.threads)
+    for (int64_t i = 0; i < p.n; ++i) {
+        for (int64_t r = 0; r < p.rank; ++r) b[r * p.n + i] = p.lora_b[i * p.rank + r];
+    }
+    return b;
+}
+
+// scale and shift of the columns [first, first + width) of a group; both are whole words of qzeros.
+template <int BITS>
+inline void group_terms(const Problem& p, const float* b, int64_t group, int64_t first, int64_t width, float* scale,
+                        float* shift) {
+    constexpr int64_t PERIOD = 32 / BITS;
+    const int64_t start = group * p.n + first;
+    if (p.half_scales) {
+        const auto* half = static_cast<const _Float16*>(p.scales) + start;
+        for (int64_t i = 0; i < width; ++i) scale[i] = static_cast<float>(half[i]);
+    } else {
+        const auto* full = static_cast<const float*>(p.scales) + start;
+        for (int64_t i = 0; i < width; ++i) scale[i] = full[i];
+    }
+    for (int64_t i = 0; i < width; i += PERIOD) {
+        const uint32_t word = static_cast<uint32_t>(p.qzeros[(start + i) / PERIOD]) + p.zero_shift;
+        for (int64_t j = 0; j < PERIOD; ++j) {
+            const auto zero = static_cast<int32_t>((word >> (j * BITS)) & ((1u << BITS) - 1));
+            shift[i + j] = -scale[i + j] * static_cast<float>(zero);
+        }
+    }
+    if (p.offsets) {
+        for (int64_t i = 0; i < width; ++i) shift[i] += p.offsets[start + i];
+    }
+    for (int64_t r = 0; r < p.rank; ++r) {
+        const float a = p.scaling * p.lora_a[r * p.groups + group];
+        for (int64_t i = 0; i < width; ++i) shift[i] += a * b[r * p.n + first + i];
+    }
+}
