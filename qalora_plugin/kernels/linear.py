@@ -168,9 +168,9 @@ def _adapter_gradients(
     """
     if pooled.shape[1] <= 4 * len(lora_a):
         math_dtype = torch.promote_types(lora_a.dtype, torch.float32)
-        a, b = (scaling * t.to(math_dtype) for t in (lora_a, lora_b))
+        a, b = lora_a.to(math_dtype), lora_b.to(math_dtype)
         de = (cpu.offset_gradient(pooled, dy) if compiled else pooled.t() @ dy).to(math_dtype)
-        da, db = b.t() @ de.t(), de.t() @ a.t()
+        da, db = scaling * (b.t() @ de.t()), de.t() @ (scaling * a).t()
     else:
         a, b = ((scaling * t).to(dy.dtype) for t in (lora_a, lora_b))
         da, db = (dy @ b).t() @ pooled, dy.t() @ (pooled @ a.t())

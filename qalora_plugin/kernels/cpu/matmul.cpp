@@ -41,6 +41,7 @@ void unpack(const Problem& p, const float* b, int64_t first, int64_t width, uint
         for (int64_t row = group * words; row < (group + 1) * words; ++row) {
             for (int64_t i = 0; i < COLUMNS; i += 16) {
                 const __m512i word = _mm512_maskz_loadu_epi32(lanes(width - i), p.qweight + row * p.n + first + i);
+                _mm_prefetch(p.qweight + row * p.n + first + i + COLUMNS, _MM_HINT_T1);
                 const __m512 s = _mm512_load_ps(scale + i), t = _mm512_load_ps(shift + i);
                 uint32_t* out = panel + row * (16 / BITS) * COLUMNS + i;
 #pragma GCC unroll 8
