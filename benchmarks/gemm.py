@@ -76,7 +76,7 @@ def candidates(k: int, n: int, group_size: int) -> dict[str, Callable[[torch.Ten
 
     found = {"kernel": built(lambda: find_kernel(4, True, group_size, torch.bfloat16, shape, shape))}
     prepared = [prepare(offsets.clone(), torch.bfloat16) for _ in range(COPIES if CUDA else 1)]
-    add = in_turn([lambda pair, values=values: add_offsets(*pair, *values) for values in prepared])
+    add = in_turn([lambda pair, values=values: add_offsets(*pair, values, group_size) for values in prepared])
 
     def with_offsets(x: torch.Tensor) -> torch.Tensor:
         y = found["kernel"](x)

@@ -139,7 +139,6 @@ class QALoraLinearMethod(LinearMethodBase):
             del layer.g_idx
         offsets = layer.offsets.data if self.offset_dtype is not None and layer.offsets.any() else None
         layer.register_parameter("offsets", None)
-        layer.register_buffer("rounded_offsets", None, persistent=False)
 
         zeros = read_zeros(layer.qzeros.data, self.bits, self.checkpoint_format)
         kind = LayerKind(
@@ -161,9 +160,9 @@ class QALoraLinearMethod(LinearMethodBase):
             layer.qzeros = nn.Parameter(zeros, requires_grad=False)
         else:
             hand_over(self.kernel, layer, zeros, self.bits)
+            offsets = None if offsets is None else prepare(offsets, self.act_dtype)
         if offsets is not None:
-            values, layer.rounded_offsets = prepare(offsets, self.act_dtype)
-            layer.offsets = nn.Parameter(values, requires_grad=False)
+            layer.offsets = nn.Parameter(offsets, requires_grad=False)
 
     def _group_order(self, g_idx: Tensor) -> Tensor | None:
         """Columns of x sorted by group, ``[S, K]``: S = 1 if the fused parts agree. None if they are in order."""
@@ -196,7 +195,7 @@ class QALoraLinearMethod(LinearMethodBase):
             x = x[..., layer.input_order[0]]
         y = self.kernel.apply_weights(layer, x, bias)
         if layer.offsets is not None:
-            add_offsets(y, x, layer.offsets, layer.rounded_offsets)
+            add_offsets(y, x, layer.offsets, self.rows)
         return y
 
 

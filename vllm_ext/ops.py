@@ -1,35 +1,37 @@
 """The second term of a merged linear, ``y += P(x)·offsets``: one opaque op, so torch.compile sees a single node.
 
-CUDA runs Triton (``offsets_triton``), everything else torch. On a CPU, measured on two cores: up to half a million
-multiplications a float32 product is fastest, since oneDNN's bfloat16 GEMM costs 30 µs before it starts; above, that
-GEMM wins two to five times and adds into y on its way. So a layer that computes in bfloat16 on a CPU holds its offsets
-twice. Rounded to bfloat16 they lose 0.2 %, as the scales do in every bfloat16 kernel.
+CUDA runs Triton (``offsets_triton``). A CPU with bfloat16 instructions runs C++ (``qalora_plugin/kernels/cpu``), where
+pooled inputs and offsets are rounded to bfloat16: 0.2 % of the term, as every bfloat16 kernel rounds its scales. All
+else runs torch, in float32.
 """
 
 import torch
 from torch import Tensor
 from vllm.utils.torch_utils import direct_register_custom_op
 
+from qalora_plugin.kernels import cpu
+
 from . import int4_cpu
 
-_SMALL = 1 << 19  # multiplications
+_SMALLEST = 1 << 11  # offsets; a layer with fewer is a toy, not worth the wait for the compiler
 
 
-def prepare(offsets: Tensor, act_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Offsets ``[G, N]`` as :func:`add_offsets` reads them, converted once: ``values`` and ``rounded``."""
+def prepare(offsets: Tensor, act_dtype: torch.dtype) -> Tensor:
+    """Offsets ``[G, N]`` as :func:`add_offsets` reads them, converted once."""
     if _runs_triton(offsets):
-        return offsets, None
-    return offsets.float(), offsets.bfloat16() if act_dtype == torch.bfloat16 and offsets.device.type == "cpu" else None
+        return offsets
+    on_cpu = offsets.device.type == "cpu" and act_dtype == torch.bfloat16 and offsets.numel() >= _SMALLEST
+    return cpu.offset_panels(offsets) if on_cpu and cpu.adds_offsets() else offsets.float()
 
 
-def add_offsets(y: Tensor, x: Tensor, values: Tensor, rounded: Tensor | None) -> None:
+def add_offsets(y: Tensor, x: Tensor, offsets: Tensor, group_size: int) -> None:
     """``y += P(x)·offsets`` in place.
 
     Args:
         y: ``[..., N]``, contiguous. x: ``[..., K]``, the columns of a group side by side.
-        values, rounded: ``[G, N]`` in weight units, from :func:`prepare`.
+        offsets: from :func:`prepare`.
     """
-    torch.ops.vllm.qalora_add_offsets(y, x, values, rounded)
+    torch.ops.vllm.qalora_add_offsets(y, x, offsets, group_size)
 
 
 def register() -> None:
@@ -39,22 +41,19 @@ def register() -> None:
         direct_register_custom_op("qalora_int4_linear", int4_cpu.int4_linear, fake_impl=int4_cpu.int4_linear_fake)
 
 
-def _add_offsets(y: Tensor, x: Tensor, values: Tensor, rounded: Tensor | None) -> None:
-    groups, n = values.shape
-    y, x = y.view(-1, n), x.reshape(-1, x.shape[-1])
+def _add_offsets(y: Tensor, x: Tensor, offsets: Tensor, group_size: int) -> None:
+    y, x = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
     if _runs_triton(x):
         from . import offsets_triton  # needs Triton, which a CPU may lack
 
-        offsets_triton.add_offsets(y, x, values)
-        return
-    grouped = x.view(x.shape[0], groups, -1)
-    if rounded is None or x.shape[0] * groups * n <= _SMALL:
-        y.add_(grouped.sum(-1, dtype=torch.float32) @ values)
+        offsets_triton.add_offsets(y, x, offsets)
+    elif offsets.ndim == 4:  # panels
+        cpu.add_offsets(y, x, offsets, group_size)
     else:
-        y.addmm_(grouped.sum(-1), rounded)  # both accumulate in float32 and round once
+        y.add_(x.unflatten(-1, (-1, group_size)).sum(-1, dtype=torch.float32) @ offsets)
 
 
-def _add_offsets_fake(y: Tensor, x: Tensor, values: Tensor, rounded: Tensor | None) -> None:
+def _add_offsets_fake(y: Tensor, x: Tensor, offsets: Tensor, group_size: int) -> None:
     return None
 
 

@@ -1,4 +1,4 @@
-"""Products straight from the packed weight (``kernels/cpu/matmul.cpp``) against float64 products with that weight."""
+"""bfloat16 products on CPUs (``kernels/cpu/matmul.cpp``, ``pooled.cpp``) against the same products in float64."""
 
 import shutil
 
@@ -11,8 +11,8 @@ from qalora_plugin.kernels import cpu
 if shutil.which(COMPILER) is None:
     pytest.skip("needs a C++ compiler", allow_module_level=True)
 assert cpu.library() is not None  # with a compiler, a kernel that does not build must fail
-if not cpu.library().qalora_multiplies():
-    pytest.skip("needs a CPU with AVX512-BF16 and without AMX", allow_module_level=True)
+if not cpu.adds_offsets():
+    pytest.skip("needs a CPU with AVX512-BF16", allow_module_level=True)
 
 # Products of bfloat16 numbers are summed in float32, of the largest result, and rounded once to bfloat16, of each.
 SUMS, ROUNDING = 2e-6, 2**-8
@@ -96,6 +96,19 @@ def test_offset_gradient(groups, out_features, tokens):
     assert_rounded(found, pooled.double().t() @ dy.double())
 
 
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize(
+    ("groups", "group_size", "out_features"), [(1, 512, 4), (3, 16, 64), (32, 32, 100), (33, 128, 1000)]
+)
+def test_add_offsets(groups, group_size, out_features, tokens):
+    """The pooled input and the offsets are bfloat16, too."""
+    x, y = draw(tokens, groups * group_size), draw(tokens, out_features, seed=1)
+    offsets = draw(groups, out_features, seed=2)
+    expected = y.double() + cpu.pool(x, groups).double() @ offsets.double()
+    cpu.add_offsets(y, x, cpu.offset_panels(offsets), group_size)
+    assert_rounded(y, expected)
+
+
 def test_threads_do_not_change_a_bit():
     """More threads than panels share their rows."""
     layer = make_layer(1024, 192, 4, 64, offsets=torch.float16)
@@ -127,7 +140,7 @@ def test_a_diverged_adapter_is_not_hidden():
 
 def test_only_large_bfloat16_layers():
     layer = make_layer(512, 512, 4, 32)
-    assert cpu.multiplies(layer.packed, torch.bfloat16)
+    assert cpu.multiplies(layer.packed, torch.bfloat16) == (cpu.library().qalora_bfloat16() == 1)  # else there is AMX
     assert not cpu.multiplies(layer.packed, torch.float32)
     assert not cpu.multiplies(layer.packed, torch.float16)
     assert not cpu.multiplies(make_layer(512, 480, 4, 32).packed, torch.bfloat16)

@@ -4,16 +4,27 @@ import pytest
 import torch
 
 import vllm_ext
+from qalora_plugin.kernels import cpu
 from qalora_plugin.quant import reference
+from vllm_ext import ops
 from vllm_ext.ops import add_offsets, prepare
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 K = 256
-# Relative to the result's norm: a float32 sum, then one rounding to the dtype of y. Many rows of bfloat16 on a CPU
-# round pooled inputs and offsets as well.
+# Relative to the result's norm: a float32 sum, then one rounding to the dtype of y. The compiled kernel of a CPU rounds
+# pooled inputs and offsets to bfloat16 as well.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
+@pytest.fixture(params=[False, True], ids=["torch", "compiled"])
+def compiled(request, monkeypatch):
+    """Whether a CPU's bfloat16 layers take the compiled kernel, whatever their size."""
+    if request.param and (DEVICE == "cuda" or not cpu.adds_offsets()):
+        pytest.skip("needs a CPU with AVX512-BF16 (and a C++ compiler)")
+    monkeypatch.setattr(ops, "_SMALLEST", 0 if request.param else 1 << 40)
+
+
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256])
 @pytest.mark.parametrize("offset_dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -26,30 +37,32 @@ def test_adds_pooled_times_offsets(dtype, offset_dtype, group_size, lead):
     g_idx = torch.arange(K) // group_size
     expected = y.double() + reference.pool(x.double(), g_idx, groups) @ offsets.double()
     found = y.to(DEVICE)
-    add_offsets(found, x.to(DEVICE), *prepare(offsets.to(DEVICE), dtype))
+    add_offsets(found, x.to(DEVICE), prepare(offsets.to(DEVICE), dtype), group_size)
     assert found.dtype == dtype
     assert (found.cpu() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
 
 
-@pytest.mark.parametrize("rows", [1, 1 << 19])  # on a CPU: the product in float32, and the one in bfloat16
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("rows", [1, 1 << 12])
 def test_pooling_does_not_round_before_it_has_summed(rows):
     x = torch.ones(rows, 512, dtype=torch.bfloat16, device=DEVICE)  # 256 + 1 is no bfloat16: a running sum would stay
     y = torch.zeros(rows, 1, dtype=torch.bfloat16, device=DEVICE)
-    add_offsets(y, x, *prepare(torch.ones(1, 1, device=DEVICE), torch.bfloat16))
+    add_offsets(y, x, prepare(torch.ones(1, 1, device=DEVICE), torch.bfloat16), 512)
     assert (y == 512).all()
 
 
 def test_float16_sums_do_not_overflow():
     x = torch.full((1, 128), 6e3, dtype=torch.float16, device=DEVICE)
     y = torch.zeros(1, 1, dtype=torch.float16, device=DEVICE)
-    add_offsets(y, x, *prepare(torch.full((1, 1), 1e-3, dtype=torch.float16, device=DEVICE), torch.float16))
+    add_offsets(y, x, prepare(torch.full((1, 1), 1e-3, dtype=torch.float16, device=DEVICE), torch.float16), 128)
     assert y.item() == pytest.approx(128 * 6, rel=1e-3)
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_op_is_well_formed_for_torch_compile(dtype):
     y, x = torch.randn(3, 8).to(DEVICE, dtype), torch.randn(3, 64).to(DEVICE, dtype)
-    arguments = (y, x, *prepare(torch.randn(2, 8, device=DEVICE), dtype))
+    arguments = (y, x, prepare(torch.randn(2, 8, device=DEVICE), dtype), 32)
     torch.library.opcheck(torch.ops.vllm.qalora_add_offsets.default, arguments)
 
 
@@ -58,10 +71,10 @@ def test_op_is_well_formed_for_torch_compile(dtype):
 def test_inside_a_cuda_graph(rows):
     x, y = torch.randn(rows, K, device="cuda").bfloat16(), torch.zeros(rows, 192, device="cuda").bfloat16()
     offsets = prepare(torch.randn(8, 192, device="cuda"), torch.bfloat16)
-    add_offsets(y, x, *offsets)  # compiles
+    add_offsets(y, x, offsets, 32)  # compiles
     wanted, graph = y.clone(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        add_offsets(y, x, *offsets)
+        add_offsets(y, x, offsets, 32)
     y.zero_()
     graph.replay()
     assert torch.equal(y, wanted)

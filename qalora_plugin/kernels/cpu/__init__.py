@@ -1,14 +1,16 @@
 """Kernels for CPUs in C++, compiled at the first use (a few seconds, cached on disk).
 
 ``fill.cpp`` unpacks a weight into a dense one in one pass where plain torch makes some fifty. ``matmul.cpp`` multiplies
-without a dense weight, as fast as oneDNN multiplies with one; it needs bfloat16 instructions (AVX512-BF16: AMD since
-Zen 4, Intel's Cooper Lake) and leaves CPUs with AMX to torch. Without a C++ compiler :mod:`..planes` does the work.
+without a dense weight, as fast as oneDNN multiplies with one; ``pooled.cpp`` is what an adapter adds. Both need
+bfloat16 instructions (AVX512-BF16: AMD since Zen 4, Intel's Cooper Lake and successors); where there is AMX, torch
+multiplies. Without a C++ compiler :mod:`..planes` does the work.
 """
 
 import ctypes
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ...quant.layout import codes_per_period, zero_shift
 from ..packed import PackedWeight
@@ -58,7 +60,7 @@ def takes(packed: PackedWeight, dtype: torch.dtype) -> bool:
 
 def multiplies(packed: PackedWeight, dtype: torch.dtype) -> bool:
     """Whether this weight is for :func:`matmul` and the functions after it."""
-    return dtype == torch.bfloat16 and takes(packed, dtype) and library().qalora_multiplies() == 1
+    return dtype == torch.bfloat16 and takes(packed, dtype) and library().qalora_bfloat16() == 1
 
 
 def fill(packed: PackedWeight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, out: Tensor) -> None:
@@ -103,6 +105,27 @@ def offset_gradient(pooled: Tensor, dy: Tensor) -> Tensor:
         torch.get_num_threads(),
     )  # fmt: skip
     return gradient
+
+
+def adds_offsets() -> bool:
+    """Whether this CPU runs :func:`add_offsets`."""
+    return library() is not None and library().qalora_bfloat16() > 0
+
+
+def offset_panels(offsets: Tensor) -> Tensor:
+    """Offsets ``[G, N]`` as :func:`add_offsets` reads them: bfloat16 ``[⌈N/64⌉, ⌈G/2⌉, 64, 2]``, padded with zeros."""
+    groups, n = offsets.shape
+    padded = functional.pad(offsets, (0, -n % 64, 0, groups % 2)).bfloat16()
+    return padded.unflatten(0, (-1, 2)).unflatten(-1, (-1, 64)).permute(2, 0, 3, 1).contiguous()
+
+
+def add_offsets(y: Tensor, x: Tensor, panels: Tensor, group_size: int) -> None:
+    """``y += P(x)·offsets`` in place; bfloat16 ``[T, N]`` (contiguous), ``[T, K]``, and :func:`offset_panels`."""
+    x = x.contiguous()
+    library().qalora_add_offsets(
+        _address(x), _size(x.shape[0]), _size(x.shape[1] // group_size), _size(group_size),
+        _address(panels), _size(y.shape[1]), _address(y), torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def _matmul(function, x: Tensor, columns: int, problem: _Problem) -> Tensor:

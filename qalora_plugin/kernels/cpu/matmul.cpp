@@ -6,9 +6,9 @@
 
 #include "problem.h"
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(__AMX_BF16__)
-
 #include "microkernel.h"
+
+#ifdef QALORA_BFLOAT16
 
 namespace {
 
@@ -22,13 +22,6 @@ inline __m512 weights(__m512i words, int bit, __m512 scale, __m512 shift) {
 // Rounded to bfloat16, the first 16 in the lower half.
 inline __m512i rounded(__m512 first, __m512 second) {
     return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
-}
-
-// Lane i of the result: (lane i of the lower half, lane i of the upper half).
-inline __m512i paired(__m512i halves) {
-    alignas(64) static constexpr uint16_t ORDER[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    return _mm512_permutexvar_epi16(_mm512_load_si512(ORDER), halves);
 }
 
 // Panel of w' [K, N]: the columns [first, first + width).
@@ -115,21 +108,6 @@ void unpack_transposed(const Problem& p, const float* b, int64_t first, uint32_t
     }
 }
 
-// Tasks of 64 columns times all rows, or a part of them where there are more threads than columns to go round.
-// task(first column, first row, rows)
-template <typename Task>
-void for_each_block(int64_t columns, int64_t rows, int threads, const Task& task) {
-    const int64_t blocks = (columns + COLUMNS - 1) / COLUMNS;
-    const int64_t parts = std::clamp<int64_t>(2 * threads / blocks, 1, 1 + rows / (2 * BLOCK));
-    const int64_t part = (rows + parts - 1) / parts;
-#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
-    for (int64_t block = 0; block < blocks; ++block) {
-        for (int64_t i = 0; i < parts; ++i) {
-            if (i * part < rows) task(block * COLUMNS, i * part, std::min(part, rows - i * part));
-        }
-    }
-}
-
 template <int BITS>
 void matmul(const Problem& p, const uint16_t* x, int64_t tokens, uint16_t* y) {
     const int64_t k = p.groups * p.group_size;
@@ -155,8 +133,6 @@ void matmul_transposed(const Problem& p, const uint16_t* dy, int64_t tokens, uin
 
 }  // namespace
 
-extern "C" int32_t qalora_multiplies() { return 1; }
-
 // y [T, N] = x [T, K] · w'
 extern "C" void qalora_matmul(const Problem* p, const uint16_t* x, int64_t tokens, uint16_t* y) {
     p->bits == 2   ? matmul<2>(*p, x, tokens, y)
@@ -170,46 +146,5 @@ extern "C" void qalora_matmul_transposed(const Problem* p, const uint16_t* dy, i
     : p->bits == 4 ? matmul_transposed<4>(*p, dy, tokens, dx)
                    : matmul_transposed<8>(*p, dy, tokens, dx);
 }
-
-// P(x) [T, G] of x [T, G·g], g even; summed in float32, rounded once.
-extern "C" void qalora_pool(const uint16_t* x, int64_t tokens, int64_t groups, int64_t group_size, uint16_t* out,
-                            int32_t threads) {
-    const auto one = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3F80));
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < tokens * groups; ++i) {
-        const uint16_t* start = x + i * group_size;
-        __m512 sums = _mm512_setzero_ps();
-        for (int64_t j = 0; j < group_size; j += 32) {
-            const auto values = _mm512_maskz_loadu_epi32(lanes((group_size - j) / 2), start + j);
-            sums = _mm512_dpbf16_ps(sums, reinterpret_cast<__m512bh>(values), one);
-        }
-        store(out + i, 1, _mm512_set1_ps(_mm512_reduce_add_ps(sums)));
-    }
-}
-
-// dE [G, N] = P(x)ᵀ [G, T] · dy [T, N]; T even, and the rows of pooled_t as many apart; dy has `tokens` rows ≤ T.
-extern "C" void qalora_offset_gradient(const uint16_t* pooled_t, const uint16_t* dy, int64_t tokens, int64_t groups,
-                                       int64_t n, float* out, int32_t threads) {
-    const int64_t pairs = (tokens + 1) / 2;
-    for_each_block(n, groups, threads, [&](int64_t first, int64_t row, int64_t rows) {
-        uint32_t* panel = panel_of(pairs);
-        for (int64_t pair = 0; pair < pairs; ++pair) {
-            const uint16_t *even = dy + 2 * pair * n + first, *odd = even + n;
-            for (int64_t i = 0; i < COLUMNS; i += 16) {
-                const __mmask16 mask = lanes(n - first - i);
-                const __m256i upper = 2 * pair + 1 < tokens ? _mm256_maskz_loadu_epi16(mask, odd + i) : __m256i{};
-                const __m512i both = _mm512_inserti64x4(
-                    _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(mask, even + i)), upper, 1);
-                _mm512_store_si512(panel + pair * COLUMNS + i, paired(both));
-            }
-        }
-        multiply_panel(pooled_t + row * 2 * pairs, rows, 2 * pairs, panel, out + row * n + first, n,
-                       std::min(COLUMNS, n - first));
-    });
-}
-
-#else  // Without bfloat16 instructions there is nothing to win; with AMX torch's GEMM is faster than these.
-
-extern "C" int32_t qalora_multiplies() { return 0; }
 
 #endif

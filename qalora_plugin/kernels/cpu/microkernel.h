@@ -6,6 +6,9 @@
 
 #pragma once
 
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define QALORA_BFLOAT16
+
 #include <immintrin.h>
 
 #include <algorithm>
@@ -33,6 +36,12 @@ inline uint32_t* panel_of(int64_t pairs) {
 
 // The first `count` of 16 lanes; none for count ≤ 0.
 inline __mmask16 lanes(int64_t count) { return count >= 16 ? 0xFFFF : count <= 0 ? 0 : (1u << count) - 1; }
+
+inline __m512 load(const float* in, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, in); }
+
+inline __m512 load(const uint16_t* in, __mmask16 mask) {
+    return _mm512_cvtpbh_ps(reinterpret_cast<__m256bh>(_mm256_maskz_loadu_epi16(mask, in)));
+}
 
 inline void store(float* out, __mmask16 mask, __m512 sums) { _mm512_mask_storeu_ps(out, mask, sums); }
 
@@ -82,8 +91,8 @@ inline void multiply_rows(int64_t rows, const uint16_t* a, int64_t stride, const
     }
 }
 
-// out [rows, width ≤ 64], rows out_stride apart, = a [rows, depth], rows depth apart, · panel. depth is even.
-template <typename Out>
+// out [rows, width ≤ 64], rows out_stride apart, (+)= a [rows, depth], rows depth apart, · panel. depth is even.
+template <bool ADD = false, typename Out>
 inline void multiply_panel(const uint16_t* a, int64_t rows, int64_t depth, const uint32_t* panel, Out* out,
                            int64_t out_stride, int64_t width) {
     alignas(64) float sums[BLOCK * COLUMNS];
@@ -98,10 +107,36 @@ inline void multiply_panel(const uint16_t* a, int64_t rows, int64_t depth, const
         }
         for (int64_t i = 0; i < height; ++i) {
             for (int64_t j = 0; j < width; j += 16) {
-                store(out + (block + i) * out_stride + j, lanes(width - j), _mm512_load_ps(sums + i * COLUMNS + j));
+                Out* to = out + (block + i) * out_stride + j;
+                const __m512 sum = _mm512_load_ps(sums + i * COLUMNS + j);
+                store(to, lanes(width - j), ADD ? _mm512_add_ps(sum, load(to, lanes(width - j))) : sum);
             }
         }
     }
 }
 
+// The pairs of two rows of 16: lane i of the result is (lane i of the lower half, lane i of the upper half).
+inline __m512i paired(__m512i halves) {
+    alignas(64) static constexpr uint16_t ORDER[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return _mm512_permutexvar_epi16(_mm512_load_si512(ORDER), halves);
+}
+
+// Tasks of 64 columns times all rows, or a part of them where there are more threads than columns to go round.
+// task(first column, first row, rows)
+template <typename Task>
+void for_each_block(int64_t columns, int64_t rows, int threads, const Task& task) {
+    const int64_t blocks = (columns + COLUMNS - 1) / COLUMNS;
+    const int64_t parts = std::clamp<int64_t>(2 * threads / blocks, 1, 1 + rows / (2 * BLOCK));
+    const int64_t part = (rows + parts - 1) / parts;
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
+    for (int64_t block = 0; block < blocks; ++block) {
+        for (int64_t i = 0; i < parts; ++i) {
+            if (i * part < rows) task(block * COLUMNS, i * part, std::min(part, rows - i * part));
+        }
+    }
+}
+
 }  // namespace
+
+#endif
