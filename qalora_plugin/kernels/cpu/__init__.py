@@ -66,7 +66,7 @@ def multiplies(packed: PackedWeight, dtype: torch.dtype) -> bool:
 def fill(packed: PackedWeight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, out: Tensor) -> None:
     """Write the effective weight, offsets and adapter included, to ``out`` ``[K, N]``."""
     problem = _Problem(packed, lora_a, lora_b, scaling)
-    library().qalora_fill(ctypes.byref(problem), _address(out), out.dtype == torch.bfloat16)
+    library().qalora_fill(ctypes.byref(problem), out.data_ptr(), out.dtype == torch.bfloat16)
 
 
 def matmul(x: Tensor, packed: PackedWeight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float) -> Tensor:
@@ -87,9 +87,7 @@ def pool(x: Tensor, groups: int) -> Tensor:
     x = x.contiguous()
     group_size = x.shape[-1] // groups
     pooled = x.new_empty(*x.shape[:-1], groups)
-    library().qalora_pool(
-        _address(x), _rows(pooled), _size(groups), _size(group_size), _address(pooled), torch.get_num_threads()
-    )
+    library().qalora_pool(x.data_ptr(), _rows(pooled), groups, group_size, pooled.data_ptr(), torch.get_num_threads())
     return pooled
 
 
@@ -101,7 +99,7 @@ def offset_gradient(pooled: Tensor, dy: Tensor) -> Tensor:
     pooled_t[:, :tokens] = pooled.t()
     gradient = dy.new_empty(groups, n, dtype=torch.float32)
     library().qalora_offset_gradient(
-        _address(pooled_t), _address(dy), _size(tokens), _size(groups), _size(n), _address(gradient),
+        pooled_t.data_ptr(), dy.data_ptr(), tokens, groups, n, gradient.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return gradient
@@ -123,25 +121,17 @@ def add_offsets(y: Tensor, x: Tensor, panels: Tensor, group_size: int) -> None:
     """``y += P(x)·offsets`` in place; bfloat16 ``[T, N]`` (contiguous), ``[T, K]``, and :func:`offset_panels`."""
     x = x.contiguous()
     library().qalora_add_offsets(
-        _address(x), _size(x.shape[0]), _size(x.shape[1] // group_size), _size(group_size),
-        _address(panels), _size(y.shape[1]), _address(y), torch.get_num_threads(),
+        x.data_ptr(), x.shape[0], x.shape[1] // group_size, group_size,
+        panels.data_ptr(), y.shape[1], y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
 
 
 def _matmul(function, x: Tensor, columns: int, problem: _Problem) -> Tensor:
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], columns)
-    function(ctypes.byref(problem), _address(x), _rows(x), _address(out))
+    function(ctypes.byref(problem), x.data_ptr(), _rows(x), out.data_ptr())
     return out
 
 
-def _address(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
-def _size(number: int) -> ctypes.c_int64:
-    return ctypes.c_int64(number)
-
-
-def _rows(tensor: Tensor) -> ctypes.c_int64:
-    return _size(tensor.numel() // tensor.shape[-1])
+def _rows(tensor: Tensor) -> int:
+    return tensor.numel() // tensor.shape[-1]

@@ -14,6 +14,17 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
+_P, _N, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_ARGUMENTS = {
+    "qalora_bfloat16": (),
+    "qalora_fill": (_P, _P, _I),
+    "qalora_matmul": (_P, _P, _N, _P),
+    "qalora_matmul_transposed": (_P, _P, _N, _P),
+    "qalora_pool": (_P, _N, _N, _N, _P, _I),
+    "qalora_offset_gradient": (_P, _P, _N, _N, _N, _P, _I),
+    "qalora_add_offsets": (_P, _N, _N, _N, _P, _N, _P, _I),
+}
+
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
@@ -35,7 +46,11 @@ def library() -> ctypes.CDLL | None:
             str(error).strip().splitlines()[0],
         )
         return None
-    return ctypes.CDLL(path)
+    compiled = ctypes.CDLL(path)
+    for name, arguments in _ARGUMENTS.items():
+        if function := getattr(compiled, name, None):  # without bfloat16 instructions only the first two are there
+            function.argtypes = arguments
+    return compiled
 
 
 def _cpu() -> str:
