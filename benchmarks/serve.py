@@ -139,8 +139,8 @@ def report(found: dict[tuple[str, int], dict[str, float]], arguments: argparse.N
 
 def main() -> None:
     cuda = torch.cuda.is_available()
-    hopper = cuda and torch.cuda.get_device_capability() == (9, 0)
-    everything = ["stock", *MERGED[0 if hopper else 1 :], "lora", "dense"]
+    fuses = not cuda or torch.cuda.get_device_capability() == (9, 0)  # Hopper has Machete
+    everything = ["stock", *MERGED[0 if fuses else 1 :], "lora", "dense"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SHAPES, default="7b" if cuda else "50m")
     parser.add_argument("--group-size", type=int, default=64 if cuda else 32)

@@ -40,7 +40,7 @@ inline __mmask16 lanes(int64_t count) { return count >= 16 ? 0xFFFF : count <= 0
 inline __m512 load(const float* in, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, in); }
 
 inline __m512 load(const uint16_t* in, __mmask16 mask) {
-    return _mm512_cvtpbh_ps(reinterpret_cast<__m256bh>(_mm256_maskz_loadu_epi16(mask, in)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, in)), 16));
 }
 
 inline void store(float* out, __mmask16 mask, __m512 sums) { _mm512_mask_storeu_ps(out, mask, sums); }
