@@ -20,6 +20,7 @@ from vllm.model_executor.parameter import (
 )
 
 from qalora_plugin.errors import QALoraError
+from qalora_plugin.kernels.dequant import gemm_dtype
 from qalora_plugin.quant.layout import codes_per_period, pack_rows, read_zeros, unpack_rows
 from qalora_plugin.quant.modules import QuantizedModule
 
@@ -154,9 +155,11 @@ class QALoraLinearMethod(LinearMethodBase):
         )
         path, self.kernel = choose_path(kind, self.forced_path)
         if path == FUSED:
-            self.kernel.hand_over(layer, zeros, self.bits, offsets)
+            shifts = torch.zeros_like(layer.scales.data) if offsets is None else offsets
+            self.kernel.hand_over(layer, zeros, self.bits, shifts)
             return
         if self.kernel is None:
+            self.gemm_dtype = gemm_dtype(self.act_dtype, zeros.device)
             layer.qzeros = nn.Parameter(zeros, requires_grad=False)
         else:
             hand_over(self.kernel, layer, zeros, self.bits)
@@ -188,8 +191,9 @@ class QALoraLinearMethod(LinearMethodBase):
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``[..., K] → [..., N]``."""
         if self.kernel is None:
-            weight = dense_weight(layer.qweight, layer.qzeros, layer.scales, layer.offsets, self.bits, x.dtype)
-            y = matmul(x, weight, layer.input_order, self.output_sizes)
+            dtype = self.gemm_dtype
+            weight = dense_weight(layer.qweight, layer.qzeros, layer.scales, layer.offsets, self.bits, dtype)
+            y = matmul(x.to(dtype), weight, layer.input_order, self.output_sizes).to(x.dtype)
             return y if bias is None else y + bias
         if layer.input_order is not None:
             x = x[..., layer.input_order[0]]

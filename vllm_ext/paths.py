@@ -12,6 +12,7 @@ The environment's ``QALORA_PATH``, or ``serving_path`` in ``quantization_config`
 """
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -112,6 +113,9 @@ def _choose(kind: LayerKind, forced: str | None) -> tuple[str, Kernel | None, st
     except NoKernel as reason:
         if forced:
             raise _impossible(kind, forced, reason) from reason
+        if not kind.has_offsets:  # not tried above
+            with suppress(NoKernel):
+                return FUSED, _find_fused(kind), f"vLLM has none: {reason}"
         if kind.act_dtype not in (torch.float16, torch.bfloat16):
             raise QALoraError(
                 f"{kind.prefix}: {reason} on this device. Serve with --dtype bfloat16 (or float16); or, to compute in "

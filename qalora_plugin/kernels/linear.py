@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import cpu
-from .dequant import dequantize, effective_offsets, runs_triton
+from .dequant import dequantize, effective_offsets, gemm_dtype, runs_triton
 from .packed import PackedWeight
 
 
@@ -144,7 +144,8 @@ def _multiply(x: Tensor, packed: PackedWeight, lora_a: Tensor | None, lora_b: Te
 
         if gpu.takes_matmul(x, packed) and gpu.matmul_wins(x, packed):
             return gpu.matmul(x, packed, effective_offsets(packed.offsets, lora_a, lora_b, scaling))
-    return x @ dequantize(packed, x.dtype, lora_a, lora_b, scaling)
+    dtype = gemm_dtype(x.dtype, x.device)
+    return (x.to(dtype) @ dequantize(packed, dtype, lora_a, lora_b, scaling)).to(x.dtype)
 
 
 def _multiply_transposed(
@@ -153,7 +154,8 @@ def _multiply_transposed(
     """``dy·w'ᵀ``, likewise."""
     if cpu.multiplies(packed, dy.dtype):
         return cpu.matmul_transposed(dy, packed, lora_a, lora_b, scaling)
-    return dy @ dequantize(packed, dy.dtype, lora_a, lora_b, scaling).t()
+    dtype = gemm_dtype(dy.dtype, dy.device)
+    return (dy.to(dtype) @ dequantize(packed, dtype, lora_a, lora_b, scaling).t()).to(dy.dtype)
 
 
 def _adapter_gradients(
@@ -163,9 +165,12 @@ def _adapter_gradients(
 
     Few groups: through ``dE = P(x)ᵀ·dy`` [G, N], which reads dy once. Many: factored, through ``dy·B`` and ``P(x)·Aᵀ``
     [T, R], which reads it twice and multiplies less. These products are bound by memory: on a CPU, one pass over dy
-    still wins at twice the multiplications (G = 4·R). They run in dy's dtype (summed in float32) as any LoRA's do;
-    ``compiled``: dE by the CPU kernel, which does not round it.
+    still wins at twice the multiplications (G = 4·R). They run in dy's dtype (summed in float32) as any LoRA's do, where
+    the device multiplies in it; ``compiled``: dE by the CPU kernel, which does not round it.
     """
+    if not compiled:
+        dtype = gemm_dtype(dy.dtype, dy.device)
+        dy, pooled = dy.to(dtype), pooled.to(dtype)
     if pooled.shape[1] <= 4 * len(lora_a):
         math_dtype = torch.promote_types(lora_a.dtype, torch.float32)
         a, b = lora_a.to(math_dtype), lora_b.to(math_dtype)

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -97,6 +98,15 @@ def test_adapter_of_any_rank_and_dtype(rank, adapter_dtype):
     expected = expected_weight(layer, lora_a, lora_b, scaling=2.0)
     for a, b in ((lora_a, lora_b), strided):
         assert_close(filled(layer, a, b, torch.float32, scaling=2.0), expected, TOLERANCE[torch.float32])
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names instruction sets of x86-64")
+@pytest.mark.parametrize("architecture", ["x86-64", "x86-64-v3", "skylake-avx512", "cooperlake", "sapphirerapids"])
+def test_sources_compile_for_other_cpus(architecture):
+    """Without AVX2, with it, with AVX512, with its bfloat16, with AMX: each leaves out other parts of the sources."""
+    for source in Path(cpu.__file__).parent.glob("*.cpp"):
+        flags = ["-std=c++20", "-O0", "-fopenmp", f"-march={architecture}", "-S", "-o", os.devnull]
+        subprocess.run([COMPILER, *flags, str(source)], check=True)
 
 
 def test_extreme_codes_and_zeros():

@@ -1,6 +1,8 @@
 // What is done with P(x), the input summed over each group: the sum itself, training's gradient of the offsets, and
 // the term that the offsets add in serving.
 
+#include <cstdint>
+
 #include "microkernel.h"
 
 #ifdef QALORA_BFLOAT16
