@@ -1,9 +1,10 @@
 """INT4 linears on a CPU with the offsets inside: ``x·[scales·(q − 8) + zeros]``, zeros any float, by torch's kernel.
 
 torch's int4 product (``aten::_weight_int4pack_mm_for_cpu``, bfloat16, AVX512 or AVX2) takes a float zero for each
-group, so no second term is left. Up to 128 rows run on it: one row in 0.4 of the time of vLLM's kernel, 128 rows in 1.15 of it. It
-unpacks the weight again for every few rows, so more rows run on a dense GEMM, over a weight that is unpacked once,
-offsets included, into a buffer that all layers share: 512 rows in 0.7 of that time. Measured on two cores.
+group, so no second term is left. Up to 128 rows run on it: one row in 0.4 of the time of vLLM's kernel, 128 rows in
+1.15 of it (two cores, AVX512). It unpacks the weight again for every few rows, so more rows run on a dense GEMM, over a
+weight that is unpacked once, offsets included, into a buffer that all layers share: 512 rows in 0.7 of that time.
+Without AVX512, vLLM has no kernel at all.
 
 ``scales·(8 − z) + offsets`` is rounded to bfloat16 once. For a symmetric base that rounds the offsets alone; for an
 asymmetric one z is near 8, and log-probabilities were as close to float32's as with vLLM's kernel (0.0026 both).

@@ -165,8 +165,8 @@ def _adapter_gradients(
 
     Few groups: through ``dE = P(x)ᵀ·dy`` [G, N], which reads dy once. Many: factored, through ``dy·B`` and ``P(x)·Aᵀ``
     [T, R], which reads it twice and multiplies less. These products are bound by memory: on a CPU, one pass over dy
-    still wins at twice the multiplications (G = 4·R). They run in dy's dtype (summed in float32) as any LoRA's do, where
-    the device multiplies in it; ``compiled``: dE by the CPU kernel, which does not round it.
+    still wins at twice the multiplications (G = 4·R). They run in dy's dtype (summed in float32) as any LoRA's do,
+    where the device multiplies in it; ``compiled``: dE by the CPU kernel, which does not round it.
     """
     if not compiled:
         dtype = gemm_dtype(dy.dtype, dy.device)
