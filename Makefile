@@ -52,7 +52,7 @@ test-serve: .venv-serve/.installed
 .venv/.installed: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
 	$(call install_torch,.venv)
-	.venv/bin/pip install $(PIP_FLAGS) -e ".[train,dev]"
+	.venv/bin/pip install $(PIP_FLAGS) -e ".[train,bench,dev]"
 	touch $@
 
 # GPTQModel builds against the torch that is there. On a CPU, torchvision and its kin from PyPI are CUDA builds that break

@@ -30,7 +30,9 @@ def machine() -> str:
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo").read_text()
     models = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
-    return f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
+    name = models[0] if models else platform.machine()
+    bfloat16 = "-BF16" if torch.cpu._is_avx512_bf16_supported() else ""
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}{bfloat16}, {torch.get_num_threads()} threads"
 
 
 def write_csv(path: Path, rows: list[dict], *packages: str) -> None:

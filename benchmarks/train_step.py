@@ -6,7 +6,7 @@
 
 One run compares, each method in a process of its own, on the same shapes and tokens:
 
-    dense   the frozen dense 16-bit model, no adapter: forward and the gradient of every input. The limit.
+    dense   the frozen dense model, no adapter: forward and the gradient of every input. The limit.
     lora    PEFT LoRA on it            qlora   the same on bitsandbytes NF4
     peft    PEFT ``use_qalora`` on GPTQModel (in the environment that has GPTQModel)        ours    ``adapter: qalora``
 
@@ -147,6 +147,9 @@ def main() -> None:
     parser.add_argument("--shape", default="99m" if device == "cpu" else "7b", help="see models.py")
     parser.add_argument("--scenarios", default=device, choices=SCENARIOS)
     parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="float32 for CPUs without bfloat16"
+    )
     parser.add_argument("--steps", type=int, default=9, help="timed steps; their median counts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--models", type=Path, default=ROOT / ".cache/benchmarks", help="where the models are made")
@@ -164,19 +167,20 @@ def main() -> None:
         common = scenario | {
             "dense": str(write_dense(args.models / f"{args.shape}-dense", args.shape)),
             "base": str(write_base(args.models / f"{args.shape}-g{group_size}", args.shape, group_size)),
-            "device": device, "threads": args.threads, "warmup": 3,
+            "dtype": args.dtype, "device": device, "threads": args.threads, "warmup": 3,
         }  # fmt: skip
         name = "{batch}×{length} R{rank} g{group_size}".format(**scenario)
         name += " checkpointing" if scenario["checkpointing"] else ""
         results = measure([{"method": m} | common for m in methods], pythons, args.steps, device == "cpu")
         rows += [
-            {"scenario": name, "method": m, "shape": args.shape} | scenario | result
+            {"scenario": name, "method": m, "shape": args.shape, "dtype": args.dtype} | scenario | result
             for m, result in zip(methods, results, strict=True)
         ]
     Console().print(table(rows, device))
     for row in rows:
         row["versions"] = " ".join(f"{name}={version}" for name, version in row["versions"].items())
-    write_csv(path := args.out / f"train_step_{device}.csv", rows)
+    name = f"train_step_{device}" + ("" if args.dtype == "bfloat16" else f"_{args.dtype}")
+    write_csv(path := args.out / f"{name}.csv", rows)
     plot(path)
 
 

@@ -14,9 +14,11 @@ import torch
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def build(method: str, dense: str, base: str, rank: int, group_size: int, device: str) -> torch.nn.Module:
+def build(
+    method: str, dense: str, base: str, rank: int, group_size: int, dtype: torch.dtype, device: str
+) -> torch.nn.Module:
     """The model that ``method`` trains; its trainable parameters are the adapter's."""
-    options = {"dtype": torch.bfloat16, "device_map": device, "attn_implementation": "sdpa"}
+    options = {"dtype": dtype, "device_map": device, "attn_implementation": "sdpa"}
     lora = {"r": rank, "lora_alpha": rank, "target_modules": list(_TARGETS), "lora_dropout": 0.0}
     if method == "ours":
         from qalora_plugin import add_adapter, load_base
@@ -38,22 +40,22 @@ def build(method: str, dense: str, base: str, rank: int, group_size: int, device
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=dtype,
         )
         model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=nf4, **options)
     elif method == "peft":
         from gptqmodel import GPTQModel
 
         backend = "gptq_torch" if device == "cpu" else "gptq_triton"
-        model = GPTQModel.load(base, backend=backend, device=device, dtype=torch.bfloat16).model
+        model = GPTQModel.load(base, backend=backend, device=device, dtype=dtype).model
         lora |= {"use_qalora": True, "qalora_group_size": group_size}
     else:
         raise ValueError(f"unknown method {method!r}")
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
 
 
-def make_step(model, batch: int, length: int, checkpointing: bool, device: str):
-    """A function that runs one training step as the HF Trainer does with ``bf16: true`` and returns the loss."""
+def make_step(model, batch: int, length: int, checkpointing: bool, dtype: torch.dtype, device: str):
+    """A function that runs one training step as the HF Trainer does (autocast, if bf16) and returns the loss."""
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if checkpointing or not any(parameter.requires_grad for parameter in model.parameters()):
@@ -66,7 +68,7 @@ def make_step(model, batch: int, length: int, checkpointing: bool, device: str):
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
 
     def step() -> float:
-        with torch.autocast(device, dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         if optimizer:
@@ -101,8 +103,9 @@ def main(spec: dict) -> None:
     device = spec["device"]
     if device == "cpu":
         torch.set_num_threads(spec["threads"])
-    model = build(spec["method"], spec["dense"], spec["base"], spec["rank"], spec["group_size"], device)
-    step = make_step(model, spec["batch"], spec["length"], spec["checkpointing"], device)
+    dtype = getattr(torch, spec["dtype"])
+    model = build(spec["method"], spec["dense"], spec["base"], spec["rank"], spec["group_size"], dtype, device)
+    step = make_step(model, spec["batch"], spec["length"], spec["checkpointing"], dtype, device)
     for _ in range(spec["warmup"]):
         step()
     reset_peak(device)

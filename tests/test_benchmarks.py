@@ -1,4 +1,4 @@
-"""The merge benchmark runs from end to end, on a size that says nothing about speed."""
+"""The benchmarks of training and merging run from end to end, on sizes that say nothing about speed."""
 
 import csv
 import subprocess
@@ -17,3 +17,14 @@ def test_merge(tmp_path):
     assert all(float(row["seconds"]) > 0 for row in rows)
     assert all(float(row["peak_mb"]) > 0 for row in rows[2:])
     assert [path.name for path in tmp_path.iterdir()] == ["merge_cpu.csv"]
+
+
+def test_train_step(tmp_path):
+    command = [sys.executable, BENCHMARKS / "train_step.py", "--scenarios", "short", "--methods", "dense,lora,ours"]
+    command += ["--shape", "tiny", "--dtype", "float32", "--steps", "2", "--models", tmp_path / "models"]
+    done = subprocess.run([*command, "--out", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "train_step_cpu_float32.csv").open()))
+    assert [row["method"] for row in rows] == ["dense", "lora", "ours"]
+    assert all(float(row["tokens_per_second"]) > 0 and float(row["peak_mb"]) > 0 for row in rows)
+    assert (tmp_path / "train_step_cpu_float32.png").stat().st_size > 0

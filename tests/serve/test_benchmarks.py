@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from serve.hardware import needs_kernel
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, needs_kernel]
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 

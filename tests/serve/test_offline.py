@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from serve.checkpoints import make_merged
+from serve.hardware import needs_kernel
 from serve.scoring import MEAN_TOLERANCE, score, text_tokens
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -50,7 +51,9 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a - b).abs().mean().item()
 
 
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=needs_kernel if "second-term" in case else ()) for case in CASES]
+)
 def test_merged_checkpoint(tmp_path, case, monkeypatch):
     dtype, kwargs = CASES[case]
     if forced := FORCED.get(case):

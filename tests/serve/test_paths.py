@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from serve.hardware import HAS_KERNEL
 
 from qalora_plugin.errors import QALoraError
 from vllm_ext import versions
@@ -32,9 +33,10 @@ def kind(**changes):
     [
         ({}, FUSED),
         ({"symmetric": False}, FUSED),
-        ({"act_dtype": F16}, SEPARATE),
-        ({"group_size": 16}, SEPARATE),
-        ({"has_offsets": False}, SEPARATE),
+        ({"act_dtype": F16}, SEPARATE if HAS_KERNEL else DENSE),
+        ({"group_size": 16}, SEPARATE if HAS_KERNEL else DENSE),
+        ({"has_offsets": False}, SEPARATE if HAS_KERNEL else FUSED),
+        ({"has_offsets": False, "act_dtype": F16}, SEPARATE if HAS_KERNEL else DENSE),
         ({"bits": 3}, DENSE),
         ({"sortable": False}, DENSE),
     ],
