@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from .errors import QALoraError
-from .quant.checkpoint import open_shard, read_json
+from .quant.checkpoint import TensorInfo, read_header, read_json, read_tensor
 from .quant.modules import QuantizedModule, all_finite
 from .quant.reference import adapter_offsets
 
@@ -39,11 +39,13 @@ class AdapterFolder:
         folder: where it lies.
         config: content of ``adapter_config.json``.
         modules: names of the adapted linears, in the base checkpoint's naming.
+        tensors: what the weights file holds, by the file's own names.
     """
 
     folder: Path
     config: dict
     modules: list[str]
+    tensors: dict[str, TensorInfo]
 
     @classmethod
     def open(cls, folder: str | Path) -> "AdapterFolder":
@@ -68,7 +70,8 @@ class AdapterFolder:
             )
             raise QALoraError(f"{folder} has no {WEIGHTS_NAME}{pickled}. Save the adapter again with safetensors.")
         found: dict[str, set[str]] = {}
-        for key in open_shard(folder / WEIGHTS_NAME).keys():  # noqa: SIM118 (not a dict)
+        tensors = read_header(folder / WEIGHTS_NAME)
+        for key in tensors:
             match = _KEY.fullmatch(key)
             if match is None:
                 raise QALoraError(
@@ -81,7 +84,7 @@ class AdapterFolder:
             raise QALoraError(
                 f"{folder / WEIGHTS_NAME} lacks A or B of {half[0] if half else 'every layer'}. Save it again."
             )
-        return cls(folder, config, sorted(found))
+        return cls(folder, config, sorted(found), tensors)
 
     @property
     def base_fingerprint(self) -> str | None:
@@ -116,14 +119,13 @@ class AdapterFolder:
 
     def check_fits(self, base_modules: dict[str, QuantizedModule]) -> None:
         """Refuse an adapter whose modules, rank or group count are not those of its config and base."""
-        handle = open_shard(self.folder / WEIGHTS_NAME)
         for name in self.modules:
             spec = base_modules.get(name)
             if spec is None:
                 raise QALoraError(f"{self.folder} adapts {name}, which the base does not quantise. Use its own base.")
             rank = self.rank(name)
             for part, expected in (("A", (rank, spec.groups)), ("B", (spec.out_features, rank))):
-                found = tuple(handle.get_slice(_key(name, part)).get_shape())
+                found = self.tensors[_key(name, part)].shape
                 if found != expected:
                     raise QALoraError(
                         f"{self.folder}: lora_{part} of {name} is {found}, expected {expected} (rank {rank}, "
@@ -134,8 +136,7 @@ class AdapterFolder:
     def factors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """``(name, A [R, G], B [N, R])`` linear by linear, as stored."""
         for name in self.modules:
-            handle = open_shard(self.folder / WEIGHTS_NAME)  # mapped for this linear alone: memory does not grow
-            lora_a, lora_b = (handle.get_tensor(_key(name, part)) for part in "AB")
+            lora_a, lora_b = (read_tensor(self.folder, self.tensors[_key(name, part)]) for part in "AB")
             if not (all_finite(lora_a) and all_finite(lora_b)):
                 raise QALoraError(f"{self.folder}: the adapter of {name} holds NaN or Inf. The training diverged.")
             yield name, lora_a, lora_b

@@ -7,6 +7,7 @@ The base's shards are linked (or copied) unchanged; the adapter becomes ``<modul
 import json
 import logging
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 OFFSET_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 SHARD_BYTES = 64 << 20
+_COPIES = 4  # shards at once: while one waits for the disk, another is read
 _KEPT_KEYS = (
     "bits",
     "group_size",
@@ -101,11 +103,11 @@ def merge(
     require_space(out.parent, new_bytes + (0 if linked else checkpoint.nbytes) + (16 << 20))
 
     with new_folder(out) as work:
-        weight_map = {}
-        for file in checkpoint.files:
-            name = "model-00001-of-00001.safetensors" if file == SINGLE_NAME else file
-            linked = link_or_copy(checkpoint.folder / file, work / name, copy) and linked
-            weight_map |= {tensor: name for tensor, info in checkpoint.tensors.items() if info.file == file}
+        names = {file: "model-00001-of-00001.safetensors" if file == SINGLE_NAME else file for file in checkpoint.files}
+        with ThreadPoolExecutor(_COPIES) as pool:
+            found = pool.map(lambda file: link_or_copy(checkpoint.folder / file, work / names[file], copy), names)
+            linked = all(list(found))
+        weight_map = {tensor: names[info.file] for tensor, info in checkpoint.tensors.items()}
         weight_map |= _write_offsets(work, opened, shards, dtype, progress)
         _write_json(
             work / INDEX_NAME, {"metadata": {"total_size": checkpoint.nbytes + new_bytes}, "weight_map": weight_map}

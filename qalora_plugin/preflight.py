@@ -9,6 +9,8 @@ from .errors import QALoraError
 from .quant.checkpoint import Checkpoint, read_json
 from .quant.modules import check_values, require_base
 
+_FUSED_LOSSES = ("liger_fused_linear_cross_entropy", "cut_cross_entropy")  # Axolotl's Liger and CCE integrations
+
 
 def check_axolotl(cfg: dict[str, Any]) -> None:
     """Check a raw Axolotl config: the keys and the base.
@@ -17,7 +19,13 @@ def check_axolotl(cfg: dict[str, Any]) -> None:
         QALoraError: with what was found, what was expected and what to do.
     """
     refuse_unmergeable(cfg)
-    check_base(cfg["base_model"], cfg.get("revision_of_model"))
+    head_is_quantised = check_base(cfg["base_model"], cfg.get("revision_of_model"))
+    fused_loss = next((key for key in _FUSED_LOSSES if cfg.get(key)), None)
+    if head_is_quantised and fused_loss:
+        raise QALoraError(
+            f"{fused_loss} multiplies by lm_head's dense weight itself, but {cfg['base_model']} quantises lm_head. "
+            f"Remove {fused_loss}, or use a base whose lm_head is dense (GPTQ's default)."
+        )
 
 
 def check_merge_dir(cfg: Any) -> None:
@@ -34,12 +42,17 @@ def merge_dir(cfg: Any) -> Path:
     return Path(cfg.qalora.merge_dir or Path(cfg.output_dir) / "merged")
 
 
-def check_base(base: str, revision: str | None = None) -> None:
-    """A local base in full (headers, shapes, scales); of a Hub id only ``config.json``, without its weights."""
+def check_base(base: str, revision: str | None = None) -> bool:
+    """A local base in full (headers, shapes, scales); of a Hub id only ``config.json``, without its weights.
+
+    Returns:
+        Whether its ``lm_head`` is quantised.
+    """
     if Path(base).expanduser().exists() or base.startswith(("/", ".", "~")):
         checkpoint = Checkpoint.open(base)
-        check_values(checkpoint, require_base(checkpoint))
-        return
+        modules = require_base(checkpoint)
+        check_values(checkpoint, modules)
+        return any(name.split(".")[-1] == "lm_head" for name in modules)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -50,9 +63,11 @@ def check_base(base: str, revision: str | None = None) -> None:
             f"base_model {base!r} is no local folder, and its config.json cannot be had from the Hub: {error}. "
             "Check the spelling, your connection, and access rights."
         ) from error
-    method = (read_json(config).get("quantization_config") or {}).get("quant_method")
+    quantization = read_json(config).get("quantization_config") or {}
+    method = quantization.get("quant_method")
     if method != "gptq":
         raise QALoraError(
             f"base_model {base} has quant_method {method!r}, expected 'gptq'. "
             "Choose a GPTQ checkpoint, or make one: qalora quantize MODEL OUT."
         )
+    return bool(quantization.get("lm_head"))

@@ -23,8 +23,8 @@ def fingerprint(checkpoint: Checkpoint) -> str:
             continue
         info = checkpoint.tensors[name]
         digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
-        for block in _sample(raw_bytes(checkpoint.tensor(name))):
-            digest.update(block.numpy())
+        for block in checkpoint.read(name, _sample(info.end - info.start)):
+            digest.update(block)
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -33,8 +33,9 @@ def raw_bytes(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def _sample(data: Tensor) -> list[Tensor]:
-    if len(data) <= _BLOCK * _BLOCKS:
-        return [data]
-    last = len(data) - _BLOCK
-    return [data[last * i // (_BLOCKS - 1) :][:_BLOCK] for i in range(_BLOCKS)]
+def _sample(size: int) -> list[tuple[int, int]]:
+    """``(start, length)`` of the bytes to hash."""
+    if size <= _BLOCK * _BLOCKS:
+        return [(0, size)]
+    last = size - _BLOCK
+    return [(last * i // (_BLOCKS - 1), _BLOCK) for i in range(_BLOCKS)]

@@ -41,7 +41,8 @@ def pool(x: Tensor, g_idx: Tensor, groups: int) -> Tensor:
 
 def adapter_offsets(lora_a: Tensor, lora_b: Tensor, scaling: float, dtype: torch.dtype = torch.float64) -> Tensor:
     """What merging adds: ``α/R · (B·A)ᵀ``, A ``[R, G]``, B ``[N, R]`` → ``[G, N]`` in weight units."""
-    return scaling * (lora_a.to(dtype).t() @ lora_b.to(dtype).t())
+    lora_b = lora_b.t().contiguous()  # or BLAS takes five times as long
+    return (scaling * lora_a.to(dtype)).t() @ lora_b.to(dtype)
 
 
 def adapter_linear(

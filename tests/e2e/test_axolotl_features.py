@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from axolotl_runs import losses, train_here, write_config
+from axolotl_runs import BIN, command, losses, train_here, write_config
 from fabricate import make_base
 from safetensors.torch import load_file
 
@@ -87,6 +87,29 @@ def test_dpo(base, tmp_path):
     out, _ = train_and_prove(tmp_path, base, rl="dpo", datasets=[dataset], val_set_size=None, eval_steps=None)
     assert losses(out)[0] == pytest.approx(0.6931, abs=1e-3)  # the reference is the adapter switched off
     assert not (out / "model.safetensors").exists()
+
+
+LIGER = {
+    "plugins": ["qalora_plugin.QALoraPlugin", "axolotl.integrations.liger.LigerPlugin"],
+    "liger_rope": True,
+    "liger_glu_activation": True,
+    "liger_fused_linear_cross_entropy": True,
+    # not liger_rms_norm: it calls libdevice, which Triton's interpreter lacks
+}
+
+
+@pytest.mark.parametrize("changes", [LIGER, {"torch_compile": True}], ids=["liger", "torch_compile"])
+def test_axolotls_own_speedups_change_no_loss(base, tmp_path, changes):
+    """In processes of their own, as both patch what they find. Without a GPU, Triton's interpreter runs Liger."""
+    found = {}
+    for name, extra in {"plain": {}, "sped up": changes}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        config = write_config(folder, base, max_steps=3, save_steps=3, qalora={"verify": False}, **extra)
+        output = command(BIN / "axolotl", "train", config)
+        found[name] = losses(folder / "out")
+        assert ("Applying LIGER" in output) == ("plugins" in extra)
+    assert found["sped up"] == pytest.approx(found["plain"], rel=1e-5)
 
 
 def refused(folder, base, match, **changes):
