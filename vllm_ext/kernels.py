@@ -15,12 +15,12 @@ from qalora_plugin.quant.layout import pack_rows
 from .int4_cpu import Int4PackKernel
 from .versions import kernel_config
 
-# (bits, symmetric) → type of the codes; 2 and 3 bits have no kernel
+# (bits, with zero-points) → type of the codes; 2 and 3 bits have no kernel
 _WEIGHT_TYPES = {
-    (4, True): scalar_types.uint4b8,
-    (4, False): scalar_types.uint4,
-    (8, True): scalar_types.uint8b128,
-    (8, False): scalar_types.uint8,
+    (4, False): scalar_types.uint4b8,
+    (4, True): scalar_types.uint4,
+    (8, False): scalar_types.uint8b128,
+    (8, True): scalar_types.uint8,
 }
 _PARAMETERS = {"w_q_param_name": "qweight", "w_s_param_name": "scales", "w_zp_param_name": "qzeros"}
 
@@ -55,17 +55,23 @@ def find_kernel(
     act_dtype: torch.dtype,
     full_shape: tuple[int, int],
     shape: tuple[int, int],
+    zero_points: bool | None = None,
 ) -> MPLinearKernel:
     """The kernel that vLLM prefers for such a layer on this machine.
 
     Args:
         group_size: −1 for one group over all of K.
+        zero_points: whether the kernel is to take zero-points; by default those of asymmetric 4-bit weights. With 8
+            bits Marlin takes none, and Machete rounds ``scales·zeros`` to the activations' dtype, a third of a step in
+            bfloat16: there :func:`moved_zeros` go into the offsets.
         full_shape: ``(K, N)`` of the whole layer. shape: of this rank's share.
 
     Raises:
         NoKernel: there is none.
     """
-    weight_type = _WEIGHT_TYPES.get((bits, symmetric))
+    if zero_points is None:
+        zero_points = bits == 4 and not symmetric
+    weight_type = _WEIGHT_TYPES.get((bits, zero_points))
     if weight_type is None:
         raise NoKernel(f"no kernel takes {bits}-bit codes")
     if act_dtype not in (torch.float16, torch.bfloat16):  # not every kernel checks this itself
@@ -76,7 +82,7 @@ def find_kernel(
         weight_type=weight_type,
         act_type=act_dtype,
         group_size=group_size,
-        zero_points=not symmetric,
+        zero_points=zero_points,
     )
     try:
         kernel_type = choose_mp_linear_kernel(config)
@@ -96,7 +102,7 @@ def find_float_zero_kernel(
         if reason := Int4PackKernel.why_not(bits, act_dtype, shape, columns):
             raise NoKernel(reason)
         return Int4PackKernel(shape, columns)
-    kernel = find_kernel(bits, False, group_size, act_dtype, full_shape, shape)
+    kernel = find_kernel(bits, False, group_size, act_dtype, full_shape, shape, zero_points=True)
     if type(kernel) is not MacheteLinearKernel:
         name = type(kernel).__name__
         raise NoKernel(f"{name} takes integer zero-points only (Machete, on Hopper, takes floats)")
@@ -109,6 +115,11 @@ def hand_over(kernel: MPLinearKernel, layer: nn.Module, zeros: Tensor, bits: int
     if kernel.config.zero_points:
         layer.qzeros = kernel_zeros(zeros, bits, layer.qzeros.weight_loader)
     kernel.process_weights_after_loading(layer)
+
+
+def moved_zeros(scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    """``scales·(2^(b−1) − zeros)``, float32 ``[G, N]``: what a kernel leaves out that takes zeros to be ``2^(b−1)``."""
+    return scales.float() * ((1 << (bits - 1)) - zeros.float())
 
 
 def kernel_zeros(zeros: Tensor, bits: int, weight_loader: Callable) -> PackedvLLMParameter:

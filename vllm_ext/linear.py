@@ -25,7 +25,7 @@ from qalora_plugin.quant.layout import codes_per_period, pack_rows, read_zeros, 
 from qalora_plugin.quant.modules import QuantizedModule
 
 from .dense import dense_weight, matmul
-from .kernels import hand_over
+from .kernels import hand_over, moved_zeros
 from .ops import add_offsets, prepare
 from .paths import FUSED, LayerKind, choose_path
 
@@ -162,6 +162,9 @@ class QALoraLinearMethod(LinearMethodBase):
             self.gemm_dtype = gemm_dtype(self.act_dtype, zeros.device)
             layer.qzeros = nn.Parameter(zeros, requires_grad=False)
         else:
+            if not (kind.symmetric or self.kernel.config.zero_points):
+                moved = moved_zeros(layer.scales.data.to(self.act_dtype), zeros, self.bits)  # the kernel's scales
+                offsets = moved if offsets is None else moved + offsets
             hand_over(self.kernel, layer, zeros, self.bits)
             offsets = None if offsets is None else prepare(offsets, self.act_dtype)
         if offsets is not None:

@@ -7,7 +7,7 @@
 Without a word from the user the first that is possible runs. One exception: Machete on a symmetric base in bfloat16,
 where ``−8·scales + offsets`` would be rounded to bfloat16 once and lose about a tenth of the contribution of an adapter
 that shifts by a tenth of a step (a hundredth in float16), while without offsets nothing is rounded. (The zeros of an
-asymmetric base Machete rounds anyway.) There fused-zeros has to be forced.
+asymmetric 4-bit base Machete rounds anyway.) There, and with 8 bits in bfloat16, fused-zeros has to be forced.
 The environment's ``QALORA_PATH``, or ``serving_path`` in ``quantization_config``, forces a path for every layer.
 """
 
@@ -105,7 +105,8 @@ def _choose(kind: LayerKind, forced: str | None) -> tuple[str, Kernel | None, st
         else:
             if forced:
                 return FUSED, kernel, "forced"
-            if not (isinstance(kernel, FloatZeroKernel) and kind.symmetric and kind.act_dtype == torch.bfloat16):
+            rounds = isinstance(kernel, FloatZeroKernel) and kind.act_dtype == torch.bfloat16
+            if not (rounds and (kind.symmetric or kind.bits == 8)):
                 return FUSED, kernel, "it takes float zeros"
             why_not = "offsets would be rounded to bfloat16 together with the zero-points"
     try:

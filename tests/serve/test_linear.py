@@ -1,5 +1,7 @@
 """The linear method inside vLLM's own layers, loaded through their weight loaders, against ``quant/reference.py``."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from fabricate import quantise
@@ -9,7 +11,8 @@ from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLine
 
 from qalora_plugin.errors import QALoraError
 from qalora_plugin.quant import reference
-from vllm_ext import ops
+from qalora_plugin.quant.layout import unpack_rows
+from vllm_ext import ops, paths
 from vllm_ext.config import QALoraConfig
 from vllm_ext.linear import QALoraLinearMethod
 
@@ -123,6 +126,37 @@ def test_other_bit_widths(tmp_path, bits, compute):
         for seed, (part, size) in enumerate(SIZES.items())
     }
     _, y, wanted = run_qkv(tmp_path, parts, "gptq", dtype, bits, path)
+    assert_close(y, wanted)
+
+
+class KernelWithoutZeros:
+    """In the place of a kernel of vLLM's that takes every zero-point as ``2^(b−1)``, as Marlin does with 8 bits."""
+
+    def __init__(self, bits, act_type):
+        self.bits, self.config = bits, SimpleNamespace(zero_points=False, act_type=act_type)
+
+    def process_weights_after_loading(self, layer):
+        pass
+
+    def apply_weights(self, layer, x, bias):
+        codes = unpack_rows(layer.qweight.data, self.bits).double() - 2 ** (self.bits - 1)
+        scales = layer.scales.data.double().repeat_interleave(len(codes) // len(layer.scales), dim=0)
+        return (x.double() @ (codes * scales) + bias.double()).to(x.dtype)
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_zeros_that_the_kernel_does_not_take_go_into_the_offsets(tmp_path, monkeypatch, bits, dtype, adapted):
+    monkeypatch.setattr(paths, "find_kernel", lambda bits, *_: KernelWithoutZeros(bits, dtype))
+    monkeypatch.setattr(ops, "_SMALLEST", 1 << 40)  # in float32 on a CPU, too
+    parts = {
+        part: linear_tensors(size, seed, False, "gptq", 64, bits, offset_dtype=torch.float16 if adapted else None)
+        for seed, (part, size) in enumerate(SIZES.items())
+    }
+    path = "kernel+offsets" if adapted else None
+    layer, y, wanted = run_qkv(tmp_path, parts, "gptq", dtype, bits, path)
+    assert layer.offsets.dtype == torch.float32
     assert_close(y, wanted)
 
 
