@@ -8,7 +8,8 @@ One run compares, each method in a process of its own, on the same shapes and to
 
     dense   the frozen dense model, no adapter: forward and the gradient of every input. The limit.
     lora    PEFT LoRA on it            qlora   the same on bitsandbytes NF4
-    peft    PEFT ``use_qalora`` on GPTQModel (in the environment that has GPTQModel)        ours    ``adapter: qalora``
+    peft    PEFT ``use_qalora`` on GPTQModel (in the environment that has GPTQModel; 16 bit only)
+    ours    ``adapter: qalora``
 
 On a CPU all methods of a scenario stay loaded and take turns step by step, so that a machine that slows down slows all
 of them; on a GPU they run one after the other, as a 7B model does not fit five times. Writes one CSV row a method and
@@ -30,6 +31,8 @@ from report import RESULTS, write_csv
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+from qalora_plugin.kernels.dequant import gemm_dtype
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -147,9 +150,9 @@ def main() -> None:
     parser.add_argument("--shape", default="99m" if device == "cpu" else "7b", help="see models.py")
     parser.add_argument("--scenarios", default=device, choices=SCENARIOS)
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument(
-        "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="float32 for CPUs without bfloat16"
-    )
+    emulated = device == "cpu" and gemm_dtype(torch.bfloat16, torch.device("cpu")) != torch.bfloat16
+    dtypes = ("float32", "bfloat16") if emulated else ("bfloat16", "float32")
+    parser.add_argument("--dtype", default=dtypes[0], choices=dtypes, help="default: float32 if bfloat16 is emulated")
     parser.add_argument("--steps", type=int, default=9, help="timed steps; their median counts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--models", type=Path, default=ROOT / ".cache/benchmarks", help="where the models are made")

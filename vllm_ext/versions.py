@@ -1,7 +1,7 @@
 """What differs between the versions of vLLM that are served, 0.26 to 0.33; nothing else in this package asks for one.
 
-Read in 0.26.0, 0.32.0 and 0.33.0: kernel choice moved ``has_g_idx`` out of ``MPLinearLayerConfig`` after 0.26, and
-weight loading drops ``*.g_idx`` by default since 0.32.
+Run with 0.26.0 and 0.32.0; with 0.33.0 all but whole models. Kernel choice moved ``has_g_idx`` out of
+``MPLinearLayerConfig`` after 0.26, and weight loading drops ``*.g_idx`` by default since 0.32.
 """
 
 import dataclasses
