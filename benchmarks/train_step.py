@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from qalora_plugin.kernels.dequant import gemm_dtype
+from qalora_plugin.kernels.dequant import emulates
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -150,8 +150,7 @@ def main() -> None:
     parser.add_argument("--shape", default="99m" if device == "cpu" else "7b", help="see models.py")
     parser.add_argument("--scenarios", default=device, choices=SCENARIOS)
     parser.add_argument("--methods", default=",".join(METHODS))
-    emulated = device == "cpu" and gemm_dtype(torch.bfloat16, torch.device("cpu")) != torch.bfloat16
-    dtypes = ("float32", "bfloat16") if emulated else ("bfloat16", "float32")
+    dtypes = ("float32", "bfloat16") if device == "cpu" and emulates(torch.bfloat16) else ("bfloat16", "float32")
     parser.add_argument("--dtype", default=dtypes[0], choices=dtypes, help="default: float32 if bfloat16 is emulated")
     parser.add_argument("--steps", type=int, default=9, help="timed steps; their median counts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")

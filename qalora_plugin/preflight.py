@@ -1,14 +1,19 @@
 """What Axolotl's config can be checked for before any long work: keys, base, and the place where the merge will go."""
 
+import logging
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from .args import refuse_unmergeable
 from .atomic import require_absent
 from .errors import QALoraError
+from .kernels.dequant import emulates
 from .quant.checkpoint import Checkpoint, read_json
 from .quant.modules import check_values, require_base
 
+LOG = logging.getLogger("axolotl.qalora")
 _FUSED_LOSSES = ("liger_fused_linear_cross_entropy", "cut_cross_entropy")  # Axolotl's Liger and CCE integrations
 
 
@@ -25,6 +30,10 @@ def check_axolotl(cfg: dict[str, Any]) -> None:
         raise QALoraError(
             f"{fused_loss} multiplies by lm_head's dense weight itself, but {cfg['base_model']} quantises lm_head. "
             f"Remove {fused_loss}, or use a base whose lm_head is dense (GPTQ's default)."
+        )
+    if cfg.get("bf16") is True and not torch.accelerator.is_available() and emulates(torch.bfloat16):
+        LOG.warning(
+            "bf16: true, but this CPU only emulates bfloat16, up to 75 times slower than float32. Set bf16: false."
         )
 
 

@@ -65,22 +65,22 @@ def runs_triton(tensor: Tensor) -> bool:
 
 
 def gemm_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What to multiply tensors of ``dtype`` in: float32 where a CPU only emulates ``dtype``.
-
-    Without AVX512 a bfloat16 GEMM on a CPU takes up to 75 times as long as a float32 one (torch 2.13, AVX2).
-    """
-    return torch.float32 if device.type == "cpu" and dtype in _emulated() else dtype
+    """What to multiply tensors of ``dtype`` in: float32 where a CPU only emulates ``dtype``."""
+    return torch.float32 if device.type == "cpu" and emulates(dtype) else dtype
 
 
 @cache
-def _emulated() -> set[torch.dtype]:
+def emulates(dtype: torch.dtype) -> bool:
+    """Whether a GEMM in ``dtype`` is emulated on this CPU.
+
+    Without AVX512 a bfloat16 one takes up to 75 times as long as in float32 (torch 2.13, AVX2).
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
     if not torch.backends.mkldnn.is_available():
-        return {torch.bfloat16, torch.float16}
-    native = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
-    }
-    return {dtype for dtype, is_native in native.items() if not is_native}
+        return True
+    ops = torch.ops.mkldnn
+    return not (ops._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else ops._is_mkldnn_fp16_supported())
 
 
 def effective_offsets(

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import adapter_for, make_layer, reference_weight
 
+from qalora_plugin.kernels import dequant
 from qalora_plugin.kernels.dequant import dequantize
 from qalora_plugin.kernels.linear import pool
 from qalora_plugin.quant import reference
@@ -119,3 +120,22 @@ def test_pool_is_the_sum_over_groups(act_order):
     layer = make_layer(128, 32, 4, 32, act_order=act_order)
     x = torch.randn(2, 3, 128, dtype=torch.float64)
     torch.testing.assert_close(pool(x, layer.packed), reference.pool(x, layer.g_idx, layer.groups))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize("rank", [1, 4])  # the adapter's gradients factored, and through dE
+def test_where_a_cpu_only_emulates_the_dtype_float32_multiplies(monkeypatch, rank, dtype, tolerance):
+    monkeypatch.setattr(dequant, "emulates", lambda dtype: dtype.itemsize == 2)
+    layer = make_layer(256, 96, 4, 32)
+    x = torch.randn(2, 5, 256).to(dtype).requires_grad_()
+    lora_a, lora_b = adapter_for(layer, rank, torch.float32)
+    y = layer(x, lora_a, lora_b, 0.5)
+    dy = torch.randn_like(y)
+    found = torch.autograd.grad(y, (x, lora_a, lora_b), dy)
+    assert [t.dtype for t in (y, *found)] == [dtype, dtype, torch.float32, torch.float32]
+
+    x64, a64, b64 = (t.detach().double().requires_grad_() for t in (x, lora_a, lora_b))
+    y64 = reference.adapter_linear(x64, reference_weight(layer), layer.g_idx, a64, b64, 0.5)
+    expected = torch.autograd.grad(y64, (x64, a64, b64), dy.double())
+    for one, other in zip((y, *found), (y64, *expected), strict=True):
+        assert (one.double() - other).abs().max() <= tolerance * other.abs().max()
