@@ -13,6 +13,8 @@ import torch
 from rich.progress import track
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from qalora_plugin.kernels.dequant import emulates
+
 LENGTH = 256
 BATCH = 4
 WARMUP = 50
@@ -28,7 +30,8 @@ def tokens(corpus: Path, name: str, tokenizer) -> torch.Tensor:
 
 def loss(model: LlamaForCausalLM, rows: torch.Tensor) -> torch.Tensor:
     rows = rows.to(model.device)
-    with torch.autocast(model.device.type, torch.bfloat16):
+    on_cpu = model.device.type == "cpu"
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=not (on_cpu and emulates(torch.bfloat16))):
         return model(input_ids=rows, labels=rows).loss
 
 

@@ -10,10 +10,13 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
 from report import check, collect, device, show
 from rich.console import Console
 from rich.markup import escape
 from stages import Runner, Stage, StageError
+
+from qalora_plugin.kernels.dequant import emulates
 
 DEMO = Path(__file__).resolve().parent
 ROOT = DEMO.parent
@@ -37,6 +40,8 @@ def stages(train: Path, serve: Path) -> list[Stage]:
     corpus, model, base, tuned = (RUN / name for name in ("corpus", "model", "base", "tuned"))
     merged, cores = tuned / "merged", str(os.cpu_count())
     python = train / "python"
+    emulated = not torch.accelerator.is_available() and emulates(torch.bfloat16)
+    precision = ["--bf16=False"] if emulated else []  # or fine-tuning would take hours instead of minutes
     return [
         Stage(
             "corpus", "Text and task from Python's own library", corpus,
@@ -58,7 +63,7 @@ def stages(train: Path, serve: Path) -> list[Stage]:
             "finetune", "Fine-tune in Axolotl (adapter: qalora), merge", tuned,
             lambda out: [
                 train / "accelerate", "launch", "--num_processes", "1", "-m", "axolotl.cli.train",
-                DEMO / "qalora.yml", f"--output_dir={out}",
+                DEMO / "qalora.yml", f"--output_dir={out}", *precision,
             ],
             ROOT, ENVIRONMENT | {"OMP_NUM_THREADS": cores},  # accelerate would use one core
         ),
