@@ -161,7 +161,8 @@ def main() -> None:
     args = parser.parse_args()
 
     pythons = dict.fromkeys(METHODS, args.train_python) | {"peft": args.gptqmodel_python}
-    methods = [method for method in METHODS if method in args.methods.split(",")]
+    asked = set(args.methods.split(",")) - ({"peft"} if args.dtype == "float32" else set())  # GPTQModel: 16 bit only
+    methods = [method for method in METHODS if method in asked]
     rows = []
     for changes in track(SCENARIOS[args.scenarios], "scenarios"):
         scenario = COMMON | changes

@@ -76,7 +76,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def link_or_copy(source: Path, target: Path, copy: bool = False) -> bool:
-    """Hard-link ``source`` (links in it resolved) to ``target``, or copy and flush. Returns True if linked."""
+    """Hard-link ``source`` (links in it resolved) to ``target``, or copy. Returns True if linked."""
     source = source.resolve()
     if not copy:
         try:
@@ -86,7 +86,6 @@ def link_or_copy(source: Path, target: Path, copy: bool = False) -> bool:
             if error.errno not in _CANNOT_LINK:
                 raise
     shutil.copyfile(source, target)
-    _flush(target)  # now, not at the end: one shard goes to the disk while others are being copied
     return False
 
 

@@ -7,7 +7,6 @@ The base's shards are linked (or copied) unchanged; the adapter becomes ``<modul
 import json
 import logging
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 OFFSET_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 SHARD_BYTES = 64 << 20
-_COPIES = 4  # shards at once: while one waits for the disk, another is read
 _KEPT_KEYS = (
     "bits",
     "group_size",
@@ -104,9 +102,8 @@ def merge(
 
     with new_folder(out) as work:
         names = {file: "model-00001-of-00001.safetensors" if file == SINGLE_NAME else file for file in checkpoint.files}
-        with ThreadPoolExecutor(_COPIES) as pool:
-            found = pool.map(lambda file: link_or_copy(checkpoint.folder / file, work / names[file], copy), names)
-            linked = all(list(found))
+        for file, name in names.items():
+            linked = link_or_copy(checkpoint.folder / file, work / name, copy) and linked
         weight_map = {tensor: names[info.file] for tensor, info in checkpoint.tensors.items()}
         weight_map |= _write_offsets(work, opened, shards, dtype, progress)
         _write_json(

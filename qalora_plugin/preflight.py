@@ -14,7 +14,6 @@ from .quant.checkpoint import Checkpoint, read_json
 from .quant.modules import check_values, require_base
 
 LOG = logging.getLogger("axolotl.qalora")
-_FUSED_LOSSES = ("liger_fused_linear_cross_entropy", "cut_cross_entropy")  # Axolotl's Liger and CCE integrations
 
 
 def check_axolotl(cfg: dict[str, Any]) -> None:
@@ -25,16 +24,24 @@ def check_axolotl(cfg: dict[str, Any]) -> None:
     """
     refuse_unmergeable(cfg)
     head_is_quantised = check_base(cfg["base_model"], cfg.get("revision_of_model"))
-    fused_loss = next((key for key in _FUSED_LOSSES if cfg.get(key)), None)
+    fused_loss = _fused_loss(cfg)
     if head_is_quantised and fused_loss:
         raise QALoraError(
             f"{fused_loss} multiplies by lm_head's dense weight itself, but {cfg['base_model']} quantises lm_head. "
-            f"Remove {fused_loss}, or use a base whose lm_head is dense (GPTQ's default)."
+            f"Set {fused_loss}: false, or use a base whose lm_head is dense (GPTQ's default)."
         )
     if cfg.get("bf16") is True and not torch.accelerator.is_available() and emulates(torch.bfloat16):
         LOG.warning(
             "bf16: true, but this CPU only emulates bfloat16, up to 75 times slower than float32. Set bf16: false."
         )
+
+
+def _fused_loss(cfg: dict[str, Any]) -> str | None:
+    """The key of a loss that includes lm_head: Axolotl's Liger and CCE plugins have one, CCE's is on unless said."""
+    plugins = " ".join(cfg.get("plugins") or ())
+    if ".liger." in plugins and cfg.get("liger_fused_linear_cross_entropy"):
+        return "liger_fused_linear_cross_entropy"
+    return "cut_cross_entropy" if ".cut_cross_entropy." in plugins and cfg.get("cut_cross_entropy", True) else None
 
 
 def check_merge_dir(cfg: Any) -> None:

@@ -112,11 +112,11 @@ def _choose(kind: LayerKind, forced: str | None) -> tuple[str, Kernel | None, st
     try:
         kernel = _find(kind)
     except NoKernel as reason:
-        if forced:
-            raise _impossible(kind, forced, reason) from reason
-        if not kind.has_offsets:  # not tried above
+        if forced in (None, FUSED) and not kind.has_offsets:  # not tried above
             with suppress(NoKernel):
                 return FUSED, _find_fused(kind), f"vLLM has none: {reason}"
+        if forced:
+            raise _impossible(kind, forced, reason) from reason
         if kind.act_dtype not in (torch.float16, torch.bfloat16):
             raise QALoraError(
                 f"{kind.prefix}: {reason} on this device. Serve with --dtype bfloat16 (or float16); or, to compute in "

@@ -22,7 +22,8 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "C64": torch.complex64,
 }  # fmt: skip
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
@@ -86,7 +87,10 @@ class Checkpoint:
         info = self.tensors[name]
         with open(self.folder / info.file, "rb", buffering=0) as file:
             for start, length in spans:
-                yield os.pread(file.fileno(), length, info.start + start)
+                block = os.pread(file.fileno(), length, info.start + start)
+                if len(block) < length:
+                    raise _damaged(self.folder / info.file)
+                yield block
 
     @cached_property
     def quantization(self) -> dict:
@@ -149,10 +153,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     try:
         safe_open(path, framework="pt")  # checks that header and length fit together
     except (SafetensorError, OSError) as error:
-        raise QALoraError(
-            f"{path} is truncated or damaged ({path.stat().st_size} bytes on disk; {error}). "
-            "Download or copy the file again."
-        ) from error
+        raise _damaged(path, f"; {error}") from error
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -165,8 +166,17 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     }
 
 
+def _damaged(path: Path, why: str = "") -> QALoraError:
+    return QALoraError(
+        f"{path} is truncated or damaged ({path.stat().st_size} bytes on disk{why}). Download or copy the file again."
+    )
+
+
 def read_tensor(folder: Path, info: TensorInfo) -> Tensor:
     """One tensor, as stored, read into memory of its own.
+
+    Raises:
+        QALoraError: the file has become shorter since its header was read, or torch has no such dtype.
 
     (``safe_open`` would parse the header once more and map the file, whose pages then count as this process's memory:
     at 7 GB that is a third of a merge's time, and more memory than all the rest.)
@@ -182,6 +192,8 @@ def read_tensor(folder: Path, info: TensorInfo) -> Tensor:
         view = memoryview(data)
         while view and (count := file.readinto(view)):
             view = view[count:]
+    if view:
+        raise _damaged(folder / info.file)
     if not data:
         return torch.empty(info.shape, dtype=_DTYPES[info.dtype])
     return torch.frombuffer(data, dtype=_DTYPES[info.dtype]).view(info.shape)

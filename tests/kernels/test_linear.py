@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import adapter_for, make_layer, reference_weight
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qalora_plugin.kernels import dequant
 from qalora_plugin.kernels.dequant import dequantize
@@ -122,16 +123,33 @@ def test_pool_is_the_sum_over_groups(act_order):
     torch.testing.assert_close(pool(x, layer.packed), reference.pool(x, layer.g_idx, layer.groups))
 
 
+class Products(TorchDispatchMode):
+    """Notes the dtype of every matrix product inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
+            self.dtypes += [tensor.dtype for tensor in args[-2:]]
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 @pytest.mark.parametrize("rank", [1, 4])  # the adapter's gradients factored, and through dE
 def test_where_a_cpu_only_emulates_the_dtype_float32_multiplies(monkeypatch, rank, dtype, tolerance):
     monkeypatch.setattr(dequant, "emulates", lambda dtype: dtype.itemsize == 2)
+    products = Products()
     layer = make_layer(256, 96, 4, 32)
     x = torch.randn(2, 5, 256).to(dtype).requires_grad_()
     lora_a, lora_b = adapter_for(layer, rank, torch.float32)
-    y = layer(x, lora_a, lora_b, 0.5)
-    dy = torch.randn_like(y)
-    found = torch.autograd.grad(y, (x, lora_a, lora_b), dy)
+    with products:
+        y = layer(x, lora_a, lora_b, 0.5)
+        dy = torch.randn_like(y)
+        found = torch.autograd.grad(y, (x, lora_a, lora_b), dy)
+    assert len(products.dtypes) >= 4
+    assert set(products.dtypes) == {torch.float32}
     assert [t.dtype for t in (y, *found)] == [dtype, dtype, torch.float32, torch.float32]
 
     x64, a64, b64 = (t.detach().double().requires_grad_() for t in (x, lora_a, lora_b))

@@ -124,6 +124,18 @@ def test_missing_shard(sharded):
     refuse(sharded, "the shard model-00002-of-00003.safetensors is missing")
 
 
+def test_shard_that_shrinks_after_it_was_opened(copy):
+    """What is no longer there must not be read as zeros."""
+    checkpoint = Checkpoint.open(copy)
+    name, info = max(checkpoint.tensors.items(), key=lambda item: item[1].end)
+    with open(copy / info.file, "r+b") as file:
+        file.truncate(info.end - 1)
+    with pytest.raises(QALoraError, match="truncated or damaged"):
+        checkpoint.tensor(name)
+    with pytest.raises(QALoraError, match="truncated or damaged"):
+        list(checkpoint.read(name, [(0, info.end - info.start)]))
+
+
 @pytest.mark.parametrize("keep", [0, 5, 500, -1])
 def test_truncated_shard(copy, keep):
     path = copy / "model.safetensors"

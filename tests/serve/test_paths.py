@@ -53,6 +53,12 @@ def test_dtype_without_a_kernel_is_refused():
 
 
 @on_a_cpu
+def test_forced_fused_zeros_takes_layers_without_offsets_too():
+    path, kernel = choose_path(kind(has_offsets=False), FUSED)
+    assert (path, isinstance(kernel, Int4PackKernel)) == ((SEPARATE, False) if HAS_KERNEL else (FUSED, True))
+
+
+@on_a_cpu
 @pytest.mark.parametrize(
     ("changes", "forced", "reason"),
     [
