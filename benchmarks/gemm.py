@@ -74,7 +74,7 @@ def candidates(k: int, n: int, group_size: int) -> dict[str, Callable[[torch.Ten
             functions.append(partial(kernel.apply_weights, layer))
         return in_turn(functions)
 
-    found = {"kernel": built(lambda: find_kernel(4, True, group_size, torch.bfloat16, shape, shape))}
+    found = {"kernel": built(lambda: find_kernel(4, False, group_size, torch.bfloat16, shape, shape))}
     prepared = [prepare(offsets.clone(), torch.bfloat16) for _ in range(COPIES if CUDA else 1)]
     add = in_turn([lambda pair, values=values: add_offsets(*pair, values, group_size) for values in prepared])
 
@@ -90,7 +90,7 @@ def candidates(k: int, n: int, group_size: int) -> dict[str, Callable[[torch.Ten
         print(f"no fused path for {k}x{n}, group size {group_size}: {reason}")
     if CUDA and torch.cuda.get_device_capability() == (9, 0):
         vllm.envs.VLLM_DISABLED_KERNELS = ["MacheteLinearKernel"]
-        found["marlin"] = built(lambda: find_kernel(4, True, group_size, torch.bfloat16, shape, shape))
+        found["marlin"] = built(lambda: find_kernel(4, False, group_size, torch.bfloat16, shape, shape))
         vllm.envs.VLLM_DISABLED_KERNELS = []
     dense = [torch.randn(n, k, device=DEVICE).bfloat16() for _ in range(COPIES if CUDA else 1)]
     found["bf16"] = in_turn([lambda x, weight=weight: nn.functional.linear(x, weight) for weight in dense])

@@ -13,7 +13,7 @@ import torch
 from rich.progress import track
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from qalora_plugin.kernels.dequant import emulates
+from qalora_plugin.kernels.dequant import gemm_dtype
 
 LENGTH = 256
 BATCH = 4
@@ -30,8 +30,8 @@ def tokens(corpus: Path, name: str, tokenizer) -> torch.Tensor:
 
 def loss(model: LlamaForCausalLM, rows: torch.Tensor) -> torch.Tensor:
     rows = rows.to(model.device)
-    on_cpu = model.device.type == "cpu"
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=not (on_cpu and emulates(torch.bfloat16))):
+    fast = gemm_dtype(torch.bfloat16, model.device) == torch.bfloat16
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=fast):
         return model(input_ids=rows, labels=rows).loss
 
 

@@ -50,27 +50,22 @@ def float_zeros(scales: Tensor, zeros: Tensor, offsets: Tensor) -> Tensor:
 
 def find_kernel(
     bits: int,
-    symmetric: bool,
+    zero_points: bool,
     group_size: int,
     act_dtype: torch.dtype,
     full_shape: tuple[int, int],
     shape: tuple[int, int],
-    zero_points: bool | None = None,
 ) -> MPLinearKernel:
     """The kernel that vLLM prefers for such a layer on this machine.
 
     Args:
+        zero_points: whether it is to take them; else it takes every zero to be ``2^(b−1)``.
         group_size: −1 for one group over all of K.
-        zero_points: whether the kernel is to take zero-points; by default those of asymmetric 4-bit weights. With 8
-            bits Marlin takes none, and Machete rounds ``scales·zeros`` to the activations' dtype, a third of a step in
-            bfloat16: there :func:`moved_zeros` go into the offsets.
         full_shape: ``(K, N)`` of the whole layer. shape: of this rank's share.
 
     Raises:
         NoKernel: there is none.
     """
-    if zero_points is None:
-        zero_points = bits == 4 and not symmetric
     weight_type = _WEIGHT_TYPES.get((bits, zero_points))
     if weight_type is None:
         raise NoKernel(f"no kernel takes {bits}-bit codes")
@@ -102,7 +97,7 @@ def find_float_zero_kernel(
         if reason := Int4PackKernel.why_not(bits, act_dtype, shape, columns):
             raise NoKernel(reason)
         return Int4PackKernel(shape, columns)
-    kernel = find_kernel(bits, False, group_size, act_dtype, full_shape, shape, zero_points=True)
+    kernel = find_kernel(bits, True, group_size, act_dtype, full_shape, shape)
     if type(kernel) is not MacheteLinearKernel:
         name = type(kernel).__name__
         raise NoKernel(f"{name} takes integer zero-points only (Machete, on Hopper, takes floats)")

@@ -128,7 +128,10 @@ def _choose(kind: LayerKind, forced: str | None) -> tuple[str, Kernel | None, st
 
 def _find(kind: LayerKind) -> Kernel:
     _check_sortable(kind)
-    return find_kernel(kind.bits, kind.symmetric, kind.group_size, kind.act_dtype, kind.full_shape, kind.shape)
+    # With 8 bits Marlin takes no zero-points, and Machete rounds scales·zeros to the activations' dtype, a third of a
+    # step in bfloat16: there they go into the offsets (kernels.moved_zeros).
+    zero_points = kind.bits == 4 and not kind.symmetric
+    return find_kernel(kind.bits, zero_points, kind.group_size, kind.act_dtype, kind.full_shape, kind.shape)
 
 
 def _find_fused(kind: LayerKind) -> FloatZeroKernel | Int4PackKernel:
