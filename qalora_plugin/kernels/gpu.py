@@ -18,6 +18,7 @@ from ..quant.layout import codes_per_period, words_per_period, zero_shift
 from .packed import PackedWeight
 
 MAX_TOKENS = 64  # of matmul: beyond, tensor cores are busy enough for the scratch to pay
+MATMUL_COLUMNS = 64  # of a program
 
 
 @triton.jit
@@ -111,13 +112,11 @@ def matmul_kernel(
     tl.store(partial + tl.program_id(1) * T * N + t * N + n, sums, mask=mask_t & mask_n)
 
 
-_tuned_fill = triton.autotune(
-    [
-        triton.Config({"ROWS": rows, "COLUMNS": columns}, num_warps=warps)
-        for rows, columns, warps in ((16, 128, 4), (32, 64, 4), (32, 128, 4), (32, 128, 8), (32, 256, 8), (64, 128, 8))
-    ],
-    key=["K", "N", "group_size"],
-)(fill_kernel)
+FILL_CONFIGS = [
+    triton.Config({"ROWS": rows, "COLUMNS": columns}, num_warps=warps)
+    for rows, columns, warps in ((16, 128, 4), (32, 64, 4), (32, 128, 4), (32, 128, 8), (32, 256, 8), (64, 128, 8))
+]
+_tuned_fill = triton.autotune(FILL_CONFIGS, key=["K", "N", "group_size"])(fill_kernel)
 
 
 def fill(packed: PackedWeight, offsets: Tensor | None, out: Tensor) -> None:
@@ -137,7 +136,7 @@ def launch_fill(kernel, packed: PackedWeight, offsets: Tensor | None, out: Tenso
     kernel[grid](
         packed.qweight, packed.qzeros, packed.scales, _float(offsets, packed), g_idx, out,
         packed.in_features, packed.out_features, packed.group_size, _shift(packed),
-        HAS_OFFSETS=offsets is not None, ACT_ORDER=act_order, **_layout(packed.bits), **config,
+        HAS_OFFSETS=offsets is not None, ACT_ORDER=act_order, **layout_constants(packed.bits), **config,
     )  # fmt: skip
 
 
@@ -152,16 +151,18 @@ def matmul(x: Tensor, packed: PackedWeight, offsets: Tensor | None) -> Tensor:
     The groups are split over programs until the GPU is full; their float32 sums are then added in a fixed order.
     """
     flat = x.reshape(-1, packed.in_features).contiguous()
-    tokens, n, columns = len(flat), packed.out_features, 64
-    strips = triton.cdiv(n, columns)
+    tokens, n = len(flat), packed.out_features
+    strips = triton.cdiv(n, MATMUL_COLUMNS)
     parts = max(1, min(packed.groups, triton.cdiv(2 * _processors(x.device), strips)))
     each = triton.cdiv(packed.groups, parts)
     partial = flat.new_empty(triton.cdiv(packed.groups, each), tokens, n, dtype=torch.float32)
     matmul_kernel[(strips, len(partial))](
         flat, packed.qweight, packed.qzeros, packed.scales, _float(offsets, packed), partial,
         tokens, packed.in_features, n, packed.group_size, _shift(packed), each,
-        HAS_OFFSETS=offsets is not None, **_layout(packed.bits),
-        TOKENS=max(16, triton.next_power_of_2(tokens)), ROWS=32 if packed.group_size >= 32 else 16, COLUMNS=columns,
+        HAS_OFFSETS=offsets is not None, **layout_constants(packed.bits),
+        TOKENS=max(16, triton.next_power_of_2(tokens)),
+        ROWS=32 if packed.group_size >= 32 else 16,
+        COLUMNS=MATMUL_COLUMNS,
     )  # fmt: skip
     return partial.sum(0).to(x.dtype).view(*x.shape[:-1], n)
 
@@ -183,7 +184,8 @@ def matmul_wins(x: Tensor, packed: PackedWeight) -> bool:
     return _wins[key]
 
 
-def _layout(bits: int) -> dict[str, int]:
+def layout_constants(bits: int) -> dict[str, int]:
+    """Of the bit streams, as the kernels take them."""
     return {"BITS": bits, "PERIOD": codes_per_period(bits), "WORDS": words_per_period(bits)}
 
 

@@ -1,5 +1,10 @@
 """The Triton kernels against ``quant/reference.py``: interpreted without a GPU, compiled with one."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from layers import adapter_for, make_layer, reference_weight
@@ -72,6 +77,14 @@ def test_matmul_keeps_the_leading_dimensions():
     torch.testing.assert_close(gpu.matmul(x, layer.packed, None), layer(x), rtol=1e-5, atol=1e-5)
     assert not gpu.takes_matmul(torch.empty(0, 64), layer.packed)
     assert not gpu.takes_matmul(torch.empty(65, 64), layer.packed)
+
+
+def test_kernels_compile_for_nvidia_gpus():
+    """What the interpreter accepts, the compiler may not; and whether loads and stores are wide shows in its code."""
+    program = Path(__file__).with_name("compile_gpu_kernels.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(program.parents[1])
+    subprocess.run([sys.executable, program], check=True, env=environment)
 
 
 @pytest.mark.gpu
