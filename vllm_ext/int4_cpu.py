@@ -66,7 +66,9 @@ def int4_linear(x: Tensor, weight: Tensor, scales_and_zeros: Tensor, group_size:
     if x.shape[0] <= FEW_ROWS:
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), weight, group_size, scales_and_zeros)
     dtype = gemm_dtype(x.dtype, x.device)
-    return (x.to(dtype) @ dense_weight(weight, scales_and_zeros, group_size, dtype)).to(x.dtype)
+    k, n = x.shape[1], scales_and_zeros.shape[1]
+    with scratch(k, n, dtype, weight.device) as out:
+        return (x.to(dtype) @ unpack(weight, scales_and_zeros, group_size, out)).to(x.dtype)
 
 
 def int4_linear_fake(x: Tensor, weight: Tensor, scales_and_zeros: Tensor, group_size: int) -> Tensor:
@@ -94,15 +96,14 @@ def columns_of_a_block() -> int | None:
     return next((block for block in (64, 32) if torch.equal(theirs, pack(codes.to(torch.uint8), block))), None)
 
 
-def dense_weight(weight: Tensor, scales_and_zeros: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
-    """``[K, N]``, rounded once to ``dtype``, in the buffer that all layers share: use it before the next call."""
+def unpack(weight: Tensor, scales_and_zeros: Tensor, group_size: int, out: Tensor) -> Tensor:
+    """The dense weight ``[K, N]``, rounded once, in ``out``: a buffer of that size."""
     groups, n, _ = scales_and_zeros.shape
     block = columns_of_a_block()
     blocks, half = n // block, block // 2
     packed = weight.view(blocks, groups, group_size, half).transpose(0, 1)
     scales, zeros = scales_and_zeros.float().view(groups, blocks, 1, 2, half, 2).unbind(-1)
     zeros = zeros - 8 * scales
-    out = scratch(groups * group_size, n, dtype, weight.device)
     out = out.view(groups, group_size, blocks, 2, half).transpose(1, 2)
     step = max(1, _CACHED // (group_size * n))
     for first in range(0, groups, step):

@@ -4,7 +4,10 @@ Which implementation runs is decided here: Triton on CUDA, C++ on a CPU, plain t
 devices; 3 bits and act-order on a CPU).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from threading import RLock
 
 import torch
 from torch import Tensor
@@ -12,43 +15,64 @@ from torch import Tensor
 from . import cpu, planes
 from .packed import PackedWeight
 
-_scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-_views: dict[tuple[torch.device, torch.dtype, int, int], Tensor] = {}
+_Place = tuple[torch.device, torch.dtype, int]  # the last: which CUDA stream, 0 elsewhere
+
+_scratch: dict[_Place, Tensor] = {}
+_views: dict[tuple[_Place, int, int], Tensor] = {}
+_in_use = RLock()
 
 
-def scratch(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A ``[rows, cols]`` view of the one scratch buffer per device and dtype; its content lasts until the next call."""
-    view = _views.get((device, dtype, rows, cols))
+@contextmanager
+def scratch(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
+    """A ``[rows, cols]`` view of the one scratch buffer per device, dtype and CUDA stream.
+
+    It is the caller's inside the ``with`` block: other threads wait. (On CUDA it is enough to launch inside what reads
+    the buffer, since a stream keeps the order.)
+    """
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    with _in_use:
+        yield _view((device, dtype, stream), rows, cols)
+
+
+def _view(place: _Place, rows: int, cols: int) -> Tensor:
+    view = _views.get((place, rows, cols))
     if view is not None:
         return view
-    key, size = (device, dtype), rows * cols
+    device, dtype, _ = place
+    size = rows * cols
     with torch.inference_mode(False):  # a buffer born in inference mode could not be written outside it
-        if key not in _scratch or _scratch[key].numel() < size:
-            for old in [known for known in _views if known[:2] == key]:
+        if place not in _scratch or _scratch[place].numel() < size:
+            for old in [known for known in _views if known[0] == place]:
                 del _views[old]
-            _scratch[key] = torch.empty(size, dtype=dtype, device=device)
-        view = _views[*key, rows, cols] = _scratch[key][:size].view(rows, cols)
+            _scratch[place] = torch.empty(size, dtype=dtype, device=device)
+        view = _views[place, rows, cols] = _scratch[place][:size].view(rows, cols)
     return view
 
 
-@torch.no_grad()
-def dequantize(
+@contextmanager
+def dequantized(
     packed: PackedWeight,
     dtype: torch.dtype,
     lora_a: Tensor | None = None,
     lora_b: Tensor | None = None,
     scaling: float = 1.0,
-) -> Tensor:
-    """``w + offsets + scaling·(B·A)ᵀ``, dense ``[K, N]``, in the shared scratch: use it before the next call.
+) -> Iterator[Tensor]:
+    """``w + offsets + scaling·(B·A)ᵀ``, dense ``[K, N]``, in the shared scratch: gone after the ``with`` block.
 
     Args:
         dtype: of the result; arithmetic is float32 or better, rounded once.
         lora_a: ``[R, G]``, lora_b: ``[N, R]``, both or neither.
     """
-    out = scratch(packed.in_features, packed.out_features, dtype, packed.qweight.device)
-    if cpu.takes(packed, dtype):
+    with scratch(packed.in_features, packed.out_features, dtype, packed.qweight.device) as out:
+        with torch.no_grad():
+            _fill(packed, lora_a, lora_b, scaling, out)
+        yield out
+
+
+def _fill(packed: PackedWeight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, out: Tensor) -> None:
+    if cpu.takes(packed, out.dtype):
         cpu.fill(packed, lora_a, lora_b, scaling, out)
-        return out
+        return
     offsets = effective_offsets(packed.offsets, lora_a, lora_b, scaling)
     if runs_triton(out):
         from . import gpu  # Triton is not everywhere
@@ -56,7 +80,6 @@ def dequantize(
         gpu.fill(packed, offsets, out)
     else:
         planes.fill(packed, offsets, out)
-    return out
 
 
 def runs_triton(tensor: Tensor) -> bool:

@@ -133,11 +133,12 @@ def launch_fill(kernel, packed: PackedWeight, offsets: Tensor | None, out: Tenso
         return parts * (1 if act_order else packed.groups), triton.cdiv(packed.out_features, meta["COLUMNS"])
 
     g_idx = packed.g_idx if act_order else packed.qweight  # not read
-    kernel[grid](
-        packed.qweight, packed.qzeros, packed.scales, _float(offsets, packed), g_idx, out,
-        packed.in_features, packed.out_features, packed.group_size, _shift(packed),
-        HAS_OFFSETS=offsets is not None, ACT_ORDER=act_order, **layout_constants(packed.bits), **config,
-    )  # fmt: skip
+    with torch.cuda.device_of(out):  # Triton launches on the current device, whichever its tensors are on
+        kernel[grid](
+            packed.qweight, packed.qzeros, packed.scales, _float(offsets, packed), g_idx, out,
+            packed.in_features, packed.out_features, packed.group_size, _shift(packed),
+            HAS_OFFSETS=offsets is not None, ACT_ORDER=act_order, **layout_constants(packed.bits), **config,
+        )  # fmt: skip
 
 
 def takes_matmul(x: Tensor, packed: PackedWeight) -> bool:
@@ -156,14 +157,15 @@ def matmul(x: Tensor, packed: PackedWeight, offsets: Tensor | None) -> Tensor:
     parts = max(1, min(packed.groups, triton.cdiv(2 * _processors(x.device), strips)))
     each = triton.cdiv(packed.groups, parts)
     partial = flat.new_empty(triton.cdiv(packed.groups, each), tokens, n, dtype=torch.float32)
-    matmul_kernel[(strips, len(partial))](
-        flat, packed.qweight, packed.qzeros, packed.scales, _float(offsets, packed), partial,
-        tokens, packed.in_features, n, packed.group_size, _shift(packed), each,
-        HAS_OFFSETS=offsets is not None, **layout_constants(packed.bits),
-        TOKENS=max(16, triton.next_power_of_2(tokens)),
-        ROWS=32 if packed.group_size >= 32 else 16,
-        COLUMNS=MATMUL_COLUMNS,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        matmul_kernel[(strips, len(partial))](
+            flat, packed.qweight, packed.qzeros, packed.scales, _float(offsets, packed), partial,
+            tokens, packed.in_features, n, packed.group_size, _shift(packed), each,
+            HAS_OFFSETS=offsets is not None, **layout_constants(packed.bits),
+            TOKENS=max(16, triton.next_power_of_2(tokens)),
+            ROWS=32 if packed.group_size >= 32 else 16,
+            COLUMNS=MATMUL_COLUMNS,
+        )  # fmt: skip
     return partial.sum(0).to(x.dtype).view(*x.shape[:-1], n)
 
 
@@ -179,8 +181,9 @@ def matmul_wins(x: Tensor, packed: PackedWeight) -> bool:
             return False  # nothing can be timed inside a CUDA graph
         trial = x.new_ones(tokens, packed.in_features)
         out = x.new_empty(packed.in_features, packed.out_features)
-        fused = do_bench(lambda: matmul(trial, packed, packed.offsets))
-        _wins[key] = fused < do_bench(lambda: (fill(packed, packed.offsets, out), trial @ out))
+        with torch.cuda.device_of(x):
+            fused = do_bench(lambda: matmul(trial, packed, packed.offsets))
+            _wins[key] = fused < do_bench(lambda: (fill(packed, packed.offsets, out), trial @ out))
     return _wins[key]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import cpu
-from .dequant import dequantize, effective_offsets, gemm_dtype, runs_triton
+from .dequant import dequantized, effective_offsets, gemm_dtype, runs_triton
 from .packed import PackedWeight
 
 
@@ -115,9 +115,11 @@ def _backward(
     return dx, da, db
 
 
-# The same two as ops that torch.compile does not look into: a compiled model stays one graph.
-_forward_op = torch.library.custom_op("qalora::linear", _forward, mutates_args=())
-_backward_op = torch.library.custom_op("qalora::linear_backward", _backward, mutates_args=())
+# The same two as ops that torch.compile does not look into: a compiled model stays one graph. Not for Inductor's CUDA
+# graphs, whose memory pool must not own the scratch.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+_forward_op = torch.library.custom_op("qalora::linear", _forward, mutates_args=(), tags=_TAGS)
+_backward_op = torch.library.custom_op("qalora::linear_backward", _backward, mutates_args=(), tags=_TAGS)
 
 
 @_forward_op.register_fake
@@ -145,7 +147,8 @@ def _multiply(x: Tensor, packed: PackedWeight, lora_a: Tensor | None, lora_b: Te
         if gpu.takes_matmul(x, packed) and gpu.matmul_wins(x, packed):
             return gpu.matmul(x, packed, effective_offsets(packed.offsets, lora_a, lora_b, scaling))
     dtype = gemm_dtype(x.dtype, x.device)
-    return (x.to(dtype) @ dequantize(packed, dtype, lora_a, lora_b, scaling)).to(x.dtype)
+    with dequantized(packed, dtype, lora_a, lora_b, scaling) as weight:
+        return (x.to(dtype) @ weight).to(x.dtype)
 
 
 def _multiply_transposed(
@@ -155,7 +158,8 @@ def _multiply_transposed(
     if cpu.multiplies(packed, dy.dtype):
         return cpu.matmul_transposed(dy, packed, lora_a, lora_b, scaling)
     dtype = gemm_dtype(dy.dtype, dy.device)
-    return (dy.to(dtype) @ dequantize(packed, dtype, lora_a, lora_b, scaling).t()).to(dy.dtype)
+    with dequantized(packed, dtype, lora_a, lora_b, scaling) as weight:
+        return (dy.to(dtype) @ weight.t()).to(dy.dtype)
 
 
 def _adapter_gradients(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import QALoraError
-from ..kernels.dequant import dequantize
+from ..kernels.dequant import dequantized
 from ..kernels.linear import linear
 from ..kernels.packed import PackedWeight
 from .layout import codes_per_period, words_per_period
@@ -107,7 +107,8 @@ class QuantLinear(nn.Module):
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """A new dense ``[K, N]`` weight, offsets included. For tests, reports and exports."""
-        return dequantize(self.packed, dtype).clone()
+        with dequantized(self.packed, dtype) as weight:
+            return weight.clone()
 
     def extra_repr(self) -> str:
         return (

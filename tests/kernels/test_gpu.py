@@ -117,3 +117,15 @@ def test_training_keeps_no_dense_weight():
     before = torch.cuda.memory_allocated()
     y = layer(x, lora_a, lora_b)
     assert torch.cuda.memory_allocated() - before < 2 * y.nbytes  # y, P(x); the dense weight would be 32 MiB
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("tokens", [1, 500])
+def test_layers_run_where_their_tensors_are(tokens):
+    """Triton launches on the current device; ``device_map="auto"`` puts layers on others."""
+    layer = make_layer(1024, 512, 4, 32, offsets=True).to("cuda:1")
+    x = torch.randn(tokens, 1024, device="cuda:1", dtype=torch.bfloat16)
+    with torch.cuda.device(0):
+        y = layer(x)
+    assert_close(y, x.cpu().double() @ reference_weight(layer.cpu()), 2e-2)

@@ -1,5 +1,7 @@
 """The packed linear, forward and backward, against ``quant/reference.py``."""
 
+from threading import Thread
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from layers import adapter_for, make_layer, reference_weight
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qalora_plugin.kernels import dequant
-from qalora_plugin.kernels.dequant import dequantize
+from qalora_plugin.kernels.dequant import dequantized
 from qalora_plugin.kernels.linear import pool
 from qalora_plugin.quant import reference
 
@@ -81,8 +83,31 @@ def test_saves_only_the_pooled_input():
 
 def test_one_scratch_for_all_layers():
     one, two = make_layer(128, 64, 4, 32), make_layer(64, 32, 4, 32, seed=3)
-    first = dequantize(one.packed, torch.float32)
-    assert dequantize(two.packed, torch.float32).data_ptr() == first.data_ptr()
+    with dequantized(one.packed, torch.float32) as first:
+        address = first.data_ptr()
+    with dequantized(two.packed, torch.float32) as second:
+        assert second.data_ptr() == address
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_threads_do_not_overwrite_each_others_weights(act_order):
+    """A threaded server calls layers of one model at the same time; the second fills the scratch of the first."""
+    layers = [make_layer(512, 512, 4, 32, act_order=act_order, seed=seed) for seed in range(2)]
+    x = torch.randn(64, 512)
+    expected = [layer(x) for layer in layers]
+    wrong = []
+
+    def call(layer, y):
+        for _ in range(30):
+            if not torch.allclose(layer(x), y, rtol=1e-3, atol=1e-3 * y.abs().max()):
+                wrong.append(layer)
+
+    threads = [Thread(target=call, args=pair) for pair in zip(layers, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 def test_scratch_born_in_inference_mode_serves_training():
