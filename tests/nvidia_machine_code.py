@@ -36,8 +36,8 @@ def instructions(kernel, arguments: dict, constants: dict, capability: int, warp
 
 
 def spills(names: list[str]) -> bool:
-    """Whether registers did not suffice."""
-    return any(name.startswith(("LDL", "STL")) for name in names)
+    """Whether a tile did not fit into the registers. (Two or three such instructions are some scalar's.)"""
+    return sum(name.startswith(("LDL", "STL")) for name in names) > 4
 
 
 def widths(names: list[str], kind: str) -> set[int]:

@@ -39,7 +39,7 @@ def _pool_tile(
 
 
 @triton.jit(do_not_specialize=["M"])  # or every other batch size would compile anew
-def _add_kernel(
+def add_kernel(
     y_ptr, x_ptr, offsets_ptr, M, N, G, g, stride_y, stride_x,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_I: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -47,16 +47,21 @@ def _add_kernel(
     """One tile ``[BLOCK_M, BLOCK_N]`` of y. PRECISION: "fma" or an ``input_precision`` of ``tl.dot``."""
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if PRECISION == "fma":  # added up over groups at the end: a sum across threads costs barriers
+        total = tl.zeros((BLOCK_M, BLOCK_G, BLOCK_N), dtype=tl.float32)
+    else:
+        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first in range(0, G, BLOCK_G):
         groups = first + tl.arange(0, BLOCK_G)
         pooled = _pool_tile(x_ptr, stride_x, rows, groups, M, G, g, BLOCK_M, BLOCK_G, BLOCK_I)
         inside = (groups < G)[:, None] & (columns < N)[None, :]
         offsets = tl.load(offsets_ptr + groups[:, None] * N + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         if PRECISION == "fma":
-            total += tl.sum(pooled[:, :, None] * offsets[None, :, :], axis=1)
+            total += pooled[:, :, None] * offsets[None, :, :]
         else:
             total = tl.dot(pooled, offsets, total, input_precision=PRECISION)
+    if PRECISION == "fma":
+        total = tl.sum(total, axis=1)
     inside = (rows < M)[:, None] & (columns < N)[None, :]
     place = y_ptr + rows.to(tl.int64)[:, None] * stride_y + columns[None, :]
     y = tl.load(place, mask=inside, other=0.0)
@@ -64,7 +69,7 @@ def _add_kernel(
 
 
 @triton.jit(do_not_specialize=["M"])
-def _pool_kernel(
+def pool_kernel(
     pooled_ptr, x_ptr, M, G, g, stride_x, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_I: tl.constexpr
 ):
     """One tile ``[BLOCK_M, BLOCK_G]`` of P(x)."""
@@ -81,10 +86,8 @@ def pool(x: Tensor, groups: int) -> Tensor:
     pooled = torch.empty(m, groups, dtype=torch.float32, device=x.device)
     block_m, block_g = 4, 16
     grid = (triton.cdiv(m, block_m), triton.cdiv(groups, block_g))
-    block_i = _columns_a_step(k // groups, block_m * block_g)
-    _pool_kernel[grid](
-        pooled, x, m, groups, k // groups, x.stride(0), BLOCK_M=block_m, BLOCK_G=block_g, BLOCK_I=block_i
-    )
+    block_i = columns_a_step(k // groups, block_m * block_g)
+    pool_kernel[grid](pooled, x, m, groups, k // groups, x.stride(0), BLOCK_M=block_m, BLOCK_G=block_g, BLOCK_I=block_i)
     return pooled
 
 
@@ -94,7 +97,7 @@ def add_offsets(y: Tensor, x: Tensor, offsets: Tensor) -> None:
     Args:
         y: ``[M, N]``, x: ``[M, K]``, rows of contiguous elements, any row stride. offsets: ``[G, N]``, contiguous.
     """
-    (m, n), groups = y.shape, offsets.shape[0]
+    (m, n), k, groups = y.shape, x.shape[1], offsets.shape[0]
     if m == 0:
         return
     exact = torch.float32 in (x.dtype, offsets.dtype)
@@ -104,17 +107,23 @@ def add_offsets(y: Tensor, x: Tensor, offsets: Tensor) -> None:
         x = pool(x, groups)
         block_m, block_n, block_g = 64, 128, 32
     else:
-        block_m, block_n, block_g = (triton.next_power_of_2(m) if m <= _FMA_ROWS else 16), 64, 16
+        block_m = triton.next_power_of_2(m) if m <= _FMA_ROWS else 16
+        block_n, block_g = 64, groups_a_step(k // groups, block_m)
     precision = "fma" if block_m <= _FMA_ROWS else "tf32x3" if exact else "tf32"
     group_size = x.shape[1] // groups
     grid = (triton.cdiv(n, block_n), triton.cdiv(m, block_m))
-    _add_kernel[grid](
+    add_kernel[grid](
         y, x, offsets, m, n, groups, group_size, y.stride(0), x.stride(0),
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_G=block_g, BLOCK_I=_columns_a_step(group_size, block_m * block_g),
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_G=block_g, BLOCK_I=columns_a_step(group_size, block_m * block_g),
         PRECISION=precision,
     )  # fmt: skip
 
 
-def _columns_a_step(group_size: int, sums: int) -> int:
+def groups_a_step(group_size: int, rows: int) -> int:
+    """How many groups a program pools at once. Each step waits for memory: few, large ones, within the registers."""
+    return max(16, min(64, _POOL_TILE // 2 // triton.next_power_of_2(group_size)) // rows)
+
+
+def columns_a_step(group_size: int, sums: int) -> int:
     """How many columns of a group a program adds at once: a power of two, for ``sums`` sums side by side."""
     return min(triton.next_power_of_2(group_size), max(1, _POOL_TILE // sums))
