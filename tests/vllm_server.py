@@ -27,20 +27,21 @@ class Server:
         environment: folder of the virtual environment that has vLLM.
         folder: the merged checkpoint.
         log: file for the server's output.
-        options: further flags. ranks: tensor-parallel size.
+        options: further flags. ranks: tensor-parallel size. stages: pipeline-parallel size.
     """
 
-    def __init__(self, environment: Path, folder: Path, log: Path, *options: str, ranks: int = 1):
+    def __init__(self, environment: Path, folder: Path, log: Path, *options: str, ranks: int = 1, stages: int = 1):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{port}", log
         self.command = [environment / "bin" / "vllm", "serve", folder, "--served-model-name", "merged"]
-        self.command += ["--host", "127.0.0.1", "--port", str(port), "--tensor-parallel-size", str(ranks)]
+        self.command += ["--host", "127.0.0.1", "--port", str(port)]
+        self.command += ["--tensor-parallel-size", str(ranks), "--pipeline-parallel-size", str(stages)]
         self.command = [str(part) for part in (*self.command, *SMALL, *options)]
         self.environment = {**os.environ, **ENVIRONMENT}
-        if ranks > 1:
-            self.environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(ranks)))
+        if ranks * stages > 1:
+            self.environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(ranks * stages)))
 
     def __enter__(self) -> "Server":
         with self.log.open("w") as output:
