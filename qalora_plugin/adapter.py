@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from .adapter_folder import ADAPTER_FORMAT, PEFT_TYPE, POOLING, AdapterFolder, check_pooling
 from .errors import QALoraError
 from .kernels.linear import pool
+from .quant.checkpoint import Checkpoint
 from .quant.linear import QuantLinear
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ class QALoraConfig(LoraConfig):
     )
 
     def __post_init__(self):
+        if self.qalora is not None:
+            self.use_qalora = False  # set in what is saved, see to_dict
         super().__post_init__()
         for name, why in _MUST_BE_UNSET.items():
             if getattr(self, name, None):
@@ -66,8 +69,12 @@ class QALoraConfig(LoraConfig):
         self._register_custom_module({QuantLinear: QALoraLayer})
 
     def to_dict(self) -> dict:
-        """As saved: ``peft_type`` is ``QALORA``."""
-        return {**super().to_dict(), "peft_type": PEFT_TYPE}
+        """As saved: ``peft_type`` is ``QALORA``.
+
+        ``use_qalora`` is for vLLM, which reads no ``peft_type`` and would serve the adapter as a LoRA whose A is
+        ``[R, K]``, without an error; that key it refuses.
+        """
+        return {**super().to_dict(), "peft_type": PEFT_TYPE, "use_qalora": True}
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = QALoraConfig
@@ -97,16 +104,26 @@ class QALoraLayer(nn.Module, LoraLayer):
                 f"adapter {adapter_name!r} has a {type(config).__name__}, which says nothing of its base. Give it the "
                 'first one\'s: QALoraConfig(..., qalora=model.peft_config["default"].qalora).'
             )
-        trained_on, found = (config.qalora or {}).get("group_size"), self.get_base_layer().group_size
-        if trained_on not in (None, found):
+        base = self.get_base_layer()
+        trained_on, fingerprint = ((config.qalora or {}).get(key) for key in ("group_size", "base_fingerprint"))
+        if trained_on not in (None, base.group_size):
             raise QALoraError(
                 f"the adapter was trained with group size {trained_on}, {kwargs.get('target_name')} of this base has "
-                f"{found}. Load it on the base it was trained on."
+                f"{base.group_size}. Load it on the base it was trained on."
+            )
+        if base.base_fingerprint and base.base_fingerprint() != fingerprint:
+            raise QALoraError(
+                f"adapter {adapter_name!r} belongs to another base: its config records {fingerprint}, this base is "
+                f"{base.base_fingerprint()}. Load it on the base it was trained on; make new ones with add_adapter."
             )
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[..., K] → [..., N]``."""
+        if kwargs.get("adapter_names") is not None:
+            raise QALoraError(
+                "adapter_names: one batch runs through one adapter. Choose it with model.set_adapter(name)."
+            )
         base = self.get_base_layer()
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
         if not active:
@@ -169,7 +186,7 @@ def bind_config(model: PreTrainedModel, config: LoraConfig) -> QALoraConfig:
     """``config`` as a :class:`QALoraConfig` that names the base of ``model`` and targets only its quantised linears."""
     quantizer = getattr(model, "hf_quantizer", None)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-    if not layers or not hasattr(quantizer, "fingerprint"):
+    if not layers or not hasattr(quantizer, "base_fingerprint"):
         raise QALoraError(
             f"this {type(model).__name__} was not loaded by qalora_plugin.load_base: it has no packed GPTQ linear. "
             "Load the base with load_base(path), then add the adapter."
@@ -177,6 +194,7 @@ def bind_config(model: PreTrainedModel, config: LoraConfig) -> QALoraConfig:
     fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
     for name in ("peft_type", "runtime_config", "qalora"):
         fields.pop(name, None)
+    _require_own_embeddings(model, quantizer.checkpoint)
     bound = QALoraConfig(**fields)
     targets = _restrict_to_quantised(model, bound, layers)
     group_sizes = {layers[name].group_size for name in targets}
@@ -184,9 +202,21 @@ def bind_config(model: PreTrainedModel, config: LoraConfig) -> QALoraConfig:
         "format_version": ADAPTER_FORMAT,
         "pooling": POOLING,
         "group_size": group_sizes.pop() if len(group_sizes) == 1 else None,
-        "base_fingerprint": quantizer.fingerprint(),
+        "base_fingerprint": quantizer.base_fingerprint(),
     }
     return bound
+
+
+def _require_own_embeddings(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Refuse embeddings that were resized for new tokens: PEFT would save them, and a merge could not hold them."""
+    embeddings = model.get_input_embeddings()
+    name = next(f"{name}.weight" for name, module in model.named_modules() if module is embeddings)
+    stored = checkpoint.tensors.get(name)
+    if stored and stored.shape[0] != len(embeddings.weight):
+        raise QALoraError(
+            f"the embeddings were resized from {stored.shape[0]} to {len(embeddings.weight)} tokens, but a merged "
+            "checkpoint has the base's. Use tokens that the base's tokenizer has already, for padding, too."
+        )
 
 
 def _restrict_to_quantised(model: PreTrainedModel, config: QALoraConfig, layers: dict[str, QuantLinear]) -> list[str]:
@@ -225,5 +255,5 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool 
         QALoraError: no adapter of ours, or one of another base.
     """
     adapter = AdapterFolder.open(folder)
-    adapter.require_base(model.hf_quantizer.fingerprint(), str(model.hf_quantizer.checkpoint.folder))
+    adapter.require_base(model.hf_quantizer.base_fingerprint(), str(model.hf_quantizer.checkpoint.folder))
     return keep_packed_weights_out_of_ddp(PeftModel.from_pretrained(model, folder, is_trainable=is_trainable, **kwargs))

@@ -25,10 +25,14 @@ _REFUSED = {
     "load_in_4bit": "the base is GPTQ already; bitsandbytes would quantise it twice",
     "load_in_8bit": "the base is GPTQ already; bitsandbytes would quantise it twice",
     "qat": "the base is quantised already",
+    "fix_untrained_tokens": "it rewrites embeddings, which a merged checkpoint takes from the base",
+    "reward_model": "its score head is dense and trains, which cannot be merged",
+    "process_reward_model": "its score head is dense and trains, which cannot be merged",
     "fsdp": "sharding packed weights is not supported yet; use DDP (the default with several GPUs)",
     "fsdp_config": "sharding packed weights is not supported yet; use DDP (the default with several GPUs)",
     "deepspeed": "sharding packed weights is not supported yet; use DDP (the default with several GPUs)",
 }
+_STARTS_FROM_THE_BASE = ("dpo", "ipo", "kto")  # Axolotl 0.19, loaders/model.py: hands TRL a config, not an adapter
 _REQUIRED = ("base_model", "lora_r", "lora_alpha")
 
 
@@ -102,6 +106,16 @@ def refuse_unmergeable(cfg: dict) -> None:
         raise QALoraError(
             f"peft_init_lora_weights: {cfg['peft_init_lora_weights']} rewrites the base weight, which stays packed. "
             "Use true, false or gaussian."
+        )
+    if (cfg.get("trl") or {}).get("use_vllm"):
+        raise QALoraError(
+            "trl.use_vllm cannot be combined with adapter: qalora: TRL sends vLLM merged weights or a plain LoRA, and "
+            "this adapter is neither. Set trl.use_vllm: false."
+        )
+    if cfg.get("lora_model_dir") and cfg.get("rl") in _STARTS_FROM_THE_BASE and not cfg.get("merge_lora"):
+        raise QALoraError(
+            f"rl: {cfg['rl']} with lora_model_dir: Axolotl starts a new adapter there and ignores the given one. "
+            "Remove lora_model_dir, and train on the base alone."
         )
     missing = [key for key in _REQUIRED if not cfg.get(key)]
     if missing and not cfg.get("lora_model_dir"):

@@ -12,10 +12,15 @@ _UNVERIFIED = "not measured yet: run `qalora verify`"
 
 
 def model_card(name: str, quantization: dict, adapter: AdapterFolder, new_bytes: int, base_bytes: int) -> str:
-    """Model card in Hugging Face form: what it was made of, how exact it is, how to use it."""
+    """Model card in Hugging Face form: what it was made of, how exact it is, how to use it.
+
+    The metadata names the base only by a Hub id: the Hub refuses a path there.
+    """
+    base = quantization["base_model"]
+    is_local = Path(base).expanduser().is_dir()  # as ``quant.checkpoint.resolve`` has it
+    metadata = "" if is_local else f"base_model: {base}\n"
     return f"""---
-base_model: {quantization["base_model"]}
-library_name: transformers
+{metadata}library_name: transformers
 tags: [qalora, gptq, {quantization["bits"]}-bit]
 ---
 
@@ -28,7 +33,7 @@ tensors are unchanged, byte for byte, and the adapter is {len(adapter.modules)} 
 
 | | |
 |---|---|
-| base | `{quantization["base_model"]}` (`{quantization["base_fingerprint"]}`) |
+| base | `{base}` (`{quantization["base_fingerprint"]}`) |
 | adapter | rank {adapter.config["r"]}, alpha {adapter.config["lora_alpha"]} (`{quantization["adapter"]}`) |
 | bits · group size · symmetric · act-order | {quantization["bits"]} · {quantization.get("group_size")} · \
 {quantization["sym"]} · {quantization["desc_act"]} |

@@ -4,9 +4,7 @@ The base's shards are linked (or copied) unchanged; the adapter becomes ``<modul
 ``w' = scales·(q − zeros) + offsets``. Memory is one linear's offsets plus one shard of them, at any model size.
 """
 
-import json
 import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +15,9 @@ from safetensors.torch import save_file
 from .adapter_folder import AdapterFolder
 from .atomic import link_or_copy, new_folder, require_absent, require_space, same_disk
 from .card import model_card
+from .companions import carry_special_tokens, copy_companions
 from .errors import QALoraError
-from .quant.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
+from .quant.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, read_json, write_json
 from .quant.fingerprint import fingerprint
 from .quant.modules import (
     FORMAT_VERSION,
@@ -45,11 +44,6 @@ _KEPT_KEYS = (
     "modules_in_block_to_quantize",
     "dynamic",
 )
-_NOT_COPIED = {"config.json", "README.md", "quantize_config.json", "quant_log.csv", INDEX_NAME}
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".msgpack", ".h5")
-_TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "*.jinja",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -106,10 +100,10 @@ def merge(
             linked = link_or_copy(checkpoint.folder / file, work / name, copy) and linked
         weight_map = {tensor: names[info.file] for tensor, info in checkpoint.tensors.items()}
         weight_map |= _write_offsets(work, opened, shards, dtype, progress)
-        _write_json(
+        write_json(
             work / INDEX_NAME, {"metadata": {"total_size": checkpoint.nbytes + new_bytes}, "weight_map": weight_map}
         )
-        _copy_companions(checkpoint.folder, opened.folder, work)
+        copy_companions(checkpoint.folder, opened.folder, work)
         quantization = _quantization_config(checkpoint, modules) | {
             "offset_dtype": offset_dtype,
             "base_model": str(base),
@@ -117,21 +111,26 @@ def merge(
             "adapter": opened.digest(),
             "format_version": FORMAT_VERSION,
         }
-        _write_json(work / "config.json", checkpoint.config | {"quantization_config": quantization})
+        write_json(work / "config.json", checkpoint.config | {"quantization_config": quantization})
+        carry_special_tokens(checkpoint.folder, work)
         (work / "README.md").write_text(model_card(out.name, quantization, opened, new_bytes, checkpoint.nbytes))
     logger.info("merged %d linears into %s (%.1f MB new)", len(opened.modules), out, new_bytes / 1e6)
     return MergeResult(out, len(opened.modules), new_bytes, linked)
 
 
-def is_merge_of(folder: str | Path, base: str | Path, adapter: str | Path, revision: str | None = None) -> bool:
-    """True if ``folder`` is already the merge of exactly this adapter into exactly this base."""
+def is_merge_of(
+    folder: str | Path, base: str | Path, adapter: str | Path, offset_dtype: str, revision: str | None = None
+) -> bool:
+    """True if ``folder`` is already the merge of exactly this adapter into exactly this base, with such offsets."""
     config = Path(folder) / "config.json"
     if not config.is_file():
         return False
-    recorded = json.loads(config.read_text()).get("quantization_config") or {}
-    return recorded.get("adapter") == AdapterFolder.open(adapter).digest() and recorded.get(
-        "base_fingerprint"
-    ) == fingerprint(Checkpoint.open(base, revision))
+    recorded = read_json(config).get("quantization_config") or {}
+    return (
+        recorded.get("offset_dtype") == offset_dtype
+        and recorded.get("adapter") == AdapterFolder.open(adapter).digest()
+        and recorded.get("base_fingerprint") == fingerprint(Checkpoint.open(base, revision))
+    )
 
 
 def _plan_shards(modules: dict[str, QuantizedModule], itemsize: int) -> dict[str, str]:
@@ -178,18 +177,3 @@ def _quantization_config(checkpoint: Checkpoint, modules: dict[str, QuantizedMod
         "sym": all(is_symmetric(checkpoint, module) for module in modules.values()),
         "checkpoint_format": checkpoint_format(base),
     }
-
-
-def _copy_companions(base: Path, adapter: Path, work: Path) -> None:
-    """Tokenizer, generation config, licence … of the base; the training run's tokenizer where it saved one."""
-    for path in base.iterdir():
-        if path.is_file() and path.name not in _NOT_COPIED and path.suffix not in _WEIGHTS and path.name[0] != ".":
-            shutil.copyfile(path, work / path.name)
-    if (adapter / "tokenizer_config.json").is_file():
-        for path in {path for pattern in _TOKENIZER_FILES for path in adapter.glob(pattern)}:
-            if path.is_file() and path.suffix not in _WEIGHTS:
-                shutil.copyfile(path, work / path.name)
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=False) + "\n", encoding="utf-8")

@@ -156,10 +156,10 @@ class _MergedOnSave:
 def _merge(cfg: Any, adapter: str, out: str | Path) -> Path:
     from .merging import is_merge_of, merge
 
-    if is_merge_of(out, cfg.base_model, adapter, cfg.revision_of_model):
+    options = cfg.qalora
+    if is_merge_of(out, cfg.base_model, adapter, options.offset_dtype, cfg.revision_of_model):
         LOG.info("%s is already the merge of this adapter into this base: nothing to do", out)
         return Path(out)
-    options = cfg.qalora
     result = merge(
         cfg.base_model, adapter, out, options.offset_dtype, copy=options.copy_base, revision=cfg.revision_of_model
     )

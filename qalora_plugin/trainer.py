@@ -7,10 +7,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .atomic import require_absent
 from .errors import QALoraError
+from .quant.checkpoint import Checkpoint
+from .quant.fingerprint import fingerprint
+from .quant.modules import require_base
 
 
 class QALoraMergeCallback(TrainerCallback):
-    """Save the adapter to ``args.output_dir`` and merge it into ``out`` at the end of training.
+    """Save adapter and tokenizer to ``args.output_dir`` and merge them into ``out`` at the end of training.
 
     Args:
         base: the GPTQ base, as given to ``load_base``.
@@ -24,6 +27,15 @@ class QALoraMergeCallback(TrainerCallback):
     def _target(self, args: TrainingArguments) -> Path:
         return Path(self.out or Path(args.output_dir) / "merged")
 
+    def _require_base(self, trained_on: str) -> None:
+        checkpoint = Checkpoint.open(self.base, self.merge_kwargs.get("revision"))
+        require_base(checkpoint)
+        if (found := fingerprint(checkpoint)) != trained_on:
+            raise QALoraError(
+                f"the trainer's model was loaded from another base: its adapter records {trained_on}, {self.base} is "
+                f"{found}. Give QALoraMergeCallback the base (and the revision) that load_base was given."
+            )
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Refuse before training what could not be merged after it."""
         model = kwargs["model"]
@@ -34,10 +46,13 @@ class QALoraMergeCallback(TrainerCallback):
                 "Pass the model that add_adapter(load_base(…)) returns."
             )
         require_absent(self._target(args))
+        self._require_base(config.qalora["base_fingerprint"])
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if state.is_world_process_zero:
             from .merging import merge
 
             kwargs["model"].save_pretrained(args.output_dir)
+            if (processing := kwargs.get("processing_class")) is not None:
+                processing.save_pretrained(args.output_dir)
             merge(self.base, args.output_dir, self._target(args), **self.merge_kwargs)

@@ -4,6 +4,7 @@ import gc
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,11 @@ from .quant.modules import MERGED_METHOD, QuantizedModule, checkpoint_format, qu
 from .quant.reference import dequantize
 from .tokens import default_texts, tokenise
 
-# Relative logit difference (maximum norm) and least top-1 agreement, float32 compute, by how the offsets are stored.
+# By how the offsets are stored: relative logit difference (maximum norm) and least top-1 agreement, float32 compute …
 BARS = {"float32": (1e-5, 1.0), "float16": (1e-3, 0.995)}
+# … and the weights' error relative to what the adapter adds. Rounding to float16 costs 2e-4, but more below 6e-5,
+# where float16 loses digits: a very small adapter would vanish without any logit showing it.
+WEIGHT_BARS = {"float32": 1e-6, "float16": 1e-3}
 _COLUMNS = 512  # output columns of a weight that are compared at a time
 
 
@@ -55,9 +59,10 @@ class VerifyReport:
 
     @property
     def passed(self) -> bool:
-        """Base tensors identical; in float32 also the bars on the logits."""
+        """Base tensors identical, the bar on the weights; in float32 also the bars on the logits."""
         difference, agreement = BARS[self.offset_dtype]
         exact = self.tensors_identical == self.tensors
+        exact = exact and self.weight_error_relative <= WEIGHT_BARS[self.offset_dtype]
         if self.dtype != "float32":
             return exact
         return exact and self.logit_difference <= difference and self.top1_agreement >= agreement
@@ -74,7 +79,8 @@ class VerifyReport:
             ("base tensors byte-identical", f"{self.tensors_identical} of {self.tensors}"),
             ("sha256 of the base's tensors", self.base_sha256),
             ("adapted linears", str(self.modules)),
-            ("weight error", f"{self.weight_error_relative:.2g} of the adapter (max {self.weight_error_max:.2g})"),
+            ("weight error", f"{self.weight_error_relative:.2g} of the adapter (max {self.weight_error_max:.2g})"
+                             f"   bar: ≤ {WEIGHT_BARS[self.offset_dtype]:g}"),
             (f"logits, {self.dtype}, {self.tokens} tokens", f"max relative difference {self.logit_difference:.3g}"),
             ("top-1 agreement", f"{self.top1_agreement:.2%}   bars: {bar}"),
             ("mean KL", f"{self.kl_mean:.3g} nats"),
@@ -120,7 +126,8 @@ def verify(
 
         sequences = tokenise(AutoTokenizer.from_pretrained(result.folder), texts or default_texts(), max_tokens)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    logits = _compare_logits(source.folder, opened.folder, result.folder, sequences, dtype, device)
+    with _full_precision():
+        logits = _compare_logits(source.folder, opened.folder, result.folder, sequences, dtype, device)
     offsets = [name for name in result.tensors if name.endswith(".offsets")]
     return VerifyReport(
         base=str(base),
@@ -193,6 +200,20 @@ def _dense_columns(checkpoint: Checkpoint, module: QuantizedModule) -> Callable[
         return dequantize(**part, g_idx=group, bits=module.bits, checkpoint_format=fmt)
 
     return columns
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """float32 products in float32, though a training run set TF32: its 10 bits would hide what is compared."""
+    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
 def _compare_logits(

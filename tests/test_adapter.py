@@ -7,6 +7,7 @@ import pytest
 import torch
 from fabricate import make_adapter, make_base
 from peft import LoraConfig, PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM
 
 from qalora_plugin import QALoraConfig, add_adapter, load_adapter, load_base
 from qalora_plugin.adapter import QALoraLayer
@@ -94,6 +95,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(base, reentrant):
 def test_saved_folder_names_its_base_and_stock_peft_refuses_it(adapter):
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["peft_type"] == "QALORA"
+    assert config["use_qalora"]  # what vLLM looks at, and refuses
     assert config["qalora"]["pooling"] == "sum"
     assert config["qalora"]["group_size"] == 32
     assert config["qalora"]["base_fingerprint"].startswith("sha256:")
@@ -188,6 +190,37 @@ def test_adapter_of_another_base(adapter, tmp_path):
     regrouped = make_base(tmp_path / "g64", group_size=64)
     with pytest.raises(QALoraError, match=r"trained with group size 32, .* has 64"):
         PeftModel.from_pretrained(load_base(regrouped), adapter)
+
+
+def test_peft_cannot_bring_an_adapter_to_another_base(adapter, tmp_path):
+    other = load_base(make_base(tmp_path / "other", seed=5))
+    with pytest.raises(QALoraError, match="belongs to another base"):
+        PeftModel.from_pretrained(other, adapter, is_trainable=True)
+
+
+def test_merged_models_take_no_adapter(adapter, merged):
+    """It would be merged onto the base, without the offsets that are there."""
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    for attempt in (
+        lambda: add_adapter(model, r=4, target_modules="all-linear"),
+        lambda: load_adapter(model, adapter),
+        lambda: PeftModel.from_pretrained(model, adapter),
+    ):
+        with pytest.raises(QALoraError, match=r"is a merged checkpoint .* Load its base"):
+            attempt()
+
+
+def test_resized_embeddings_are_refused(base):
+    model = load_base(base)
+    model.resize_token_embeddings(130)
+    with pytest.raises(QALoraError, match="resized from 128 to 130 tokens"):
+        add_adapter(model, r=4, target_modules="all-linear")
+
+
+def test_batches_of_several_adapters_are_refused(base, adapter):
+    model = load_adapter(load_base(base, dtype=torch.float32), adapter).eval()
+    with pytest.raises(QALoraError, match="one batch runs through one adapter"):
+        model(IDS, adapter_names=["default", "__base__"])
 
 
 def test_in_memory_merge_points_to_the_real_one(base, adapter):

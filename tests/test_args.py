@@ -48,6 +48,7 @@ def test_other_adapters_are_left_alone():
         "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel", "peft_use_dora", "load_in_4bit",
         "load_in_8bit", "lora_modules_to_save", "lora_target_parameters", "peft_layer_replication", "deepspeed",
         "peft_trainable_token_indices", "unfrozen_parameters", "qat", "fsdp_config", "fsdp", "lora_fan_in_fan_out",
+        "fix_untrained_tokens", "reward_model", "process_reward_model",
     ],
 )  # fmt: skip
 def test_refused_keys(key):
@@ -72,3 +73,17 @@ def test_missing_keys(key):
 def test_no_targets():
     with pytest.raises(QALoraError, match="lora_target_linear: true or a list"):
         refuse_unmergeable(GOOD | {"lora_target_linear": False})
+
+
+def test_vllm_inside_training():
+    with pytest.raises(QALoraError, match=r"Set trl\.use_vllm: false"):
+        refuse_unmergeable(GOOD | {"rl": "grpo", "trl": {"use_vllm": True}})
+    refuse_unmergeable(GOOD | {"rl": "grpo", "trl": {"use_vllm": False}})
+
+
+def test_preference_training_from_an_adapter():
+    config = GOOD | {"lora_model_dir": "./sft"}
+    with pytest.raises(QALoraError, match=r"rl: dpo with lora_model_dir: .* ignores the given one"):
+        refuse_unmergeable(config | {"rl": "dpo"})
+    refuse_unmergeable(config | {"rl": "orpo"})
+    refuse_unmergeable(config | {"rl": "dpo", "merge_lora": True})

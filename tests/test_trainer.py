@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from fabricate import make_base, make_tokenizer
+from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, Trainer, TrainingArguments
 
 from qalora_plugin import QALoraMergeCallback, add_adapter, load_base
 from qalora_plugin.errors import QALoraError
@@ -16,7 +17,7 @@ from qalora_plugin.verifying import verify
 ROWS = [{"input_ids": list(range(4 + i, 40 + i)), "labels": list(range(4 + i, 40 + i))} for i in range(16)]
 
 
-def trainer(base, out, **options):
+def trainer(base, out, merged_base=None, processing_class=None, **options):
     torch.manual_seed(0)
     model = add_adapter(load_base(base, dtype=torch.float32), r=4, lora_alpha=8, target_modules="all-linear")
     settings = {
@@ -27,7 +28,8 @@ def trainer(base, out, **options):
         "use_cpu": True,
     }
     arguments = TrainingArguments(str(out), **(settings | options))
-    return Trainer(model, arguments, train_dataset=ROWS, callbacks=[QALoraMergeCallback(base)])
+    callback = QALoraMergeCallback(merged_base or base)
+    return Trainer(model, arguments, train_dataset=ROWS, processing_class=processing_class, callbacks=[callback])
 
 
 def test_trains_and_merges(base, tmp_path):
@@ -43,19 +45,31 @@ def test_trains_and_merges(base, tmp_path):
 
 def test_trl_sft(base, tmp_path):
     from datasets import Dataset
-    from fabricate import make_tokenizer
     from trl import SFTConfig, SFTTrainer
 
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "~"})
+    tokenizer.chat_template = "NEW"
     model = add_adapter(load_base(base, dtype=torch.float32), r=4, lora_alpha=8, target_modules="all-linear")
     arguments = SFTConfig(str(tmp_path), max_steps=4, learning_rate=1e-2, report_to=[], use_cpu=True, logging_steps=1)
     run = SFTTrainer(
         model, arguments, train_dataset=Dataset.from_dict({"text": ["the same few words"] * 32}),
-        processing_class=make_tokenizer(), callbacks=[QALoraMergeCallback(base, tmp_path / "out")],
+        processing_class=tokenizer, callbacks=[QALoraMergeCallback(base, tmp_path / "out")],
     )  # fmt: skip
     run.train()
     losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
     assert verify(base, tmp_path, tmp_path / "out", [ROWS[0]["input_ids"]], device="cpu", progress=False).passed
+    merged = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (merged.eos_token, merged.chat_template) == ("~", "NEW")
+    assert AutoConfig.from_pretrained(tmp_path / "out").eos_token_id == tokenizer.eos_token_id
+
+
+def test_any_processing_class_is_saved_before_the_merge(base, tmp_path):
+    """Image processors and the like have no tokenizer, but a ``save_pretrained``."""
+    image_processor = CLIPImageProcessor(size={"shortest_edge": 7})
+    trainer(base, tmp_path, processing_class=image_processor, max_steps=1).train()
+    assert CLIPImageProcessor.from_pretrained(tmp_path / "merged").size == image_processor.size
 
 
 def test_resume_is_bit_identical(base, tmp_path):
@@ -73,6 +87,18 @@ def test_occupied_merge_folder_is_refused_before_training(base, tmp_path):
     with pytest.raises(QALoraError, match="merged exists"):
         run.train()
     assert run.state.global_step == 0
+
+
+def test_base_that_the_model_was_not_loaded_from_is_refused_before_training(base, merged, tmp_path):
+    for wrong, match in (
+        (make_base(tmp_path / "other", seed=9), "loaded from another base.*other is sha256.*that load_base was given"),
+        (merged, "cannot be a base: it is already a merged"),  # with its base's fingerprint
+        (tmp_path / "nowhere", "nowhere does not exist"),
+    ):
+        run = trainer(base, tmp_path / "out", merged_base=wrong)
+        with pytest.raises(QALoraError, match=match):
+            run.train()
+        assert run.state.global_step == 0
 
 
 def test_model_without_our_adapter_is_refused(base, tmp_path):

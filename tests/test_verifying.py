@@ -8,7 +8,9 @@ import torch
 from fabricate import make_adapter
 from safetensors.torch import load_file, save_file
 
+from qalora_plugin import verifying
 from qalora_plugin.errors import QALoraError
+from qalora_plugin.merging import merge
 from qalora_plugin.verifying import verify
 
 SEQUENCES = [list(range(4, 100))]
@@ -71,3 +73,27 @@ def test_bfloat16_reports_without_bars(base, adapter, merged):
     assert report.dtype == "bfloat16"
     assert report.passed
     assert report.top1_agreement > 0.9
+
+
+def test_an_adapter_lost_in_float16_is_found(base, tmp_path):
+    """So small that no logit shows it: half of it is below float16's smallest number."""
+    adapter = make_adapter(base, tmp_path / "a", std=1e-4)
+    for dtype, passes in (("float16", False), ("float32", True)):
+        folder = merge(base, adapter, tmp_path / dtype, offset_dtype=dtype, progress=False).folder
+        assert check(base, adapter, folder).passed is passes
+
+
+def test_compares_in_float32_after_a_run_with_tf32(base, adapter, merged, monkeypatch):
+    matmul, seen = torch.backends.cuda.matmul, []
+    compare = verifying._compare_logits
+    monkeypatch.setattr(
+        verifying, "_compare_logits", lambda *args: seen.append(matmul.fp32_precision) or compare(*args)
+    )
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        check(base, adapter, merged)
+        assert seen == ["ieee"]
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before

@@ -140,6 +140,11 @@ def read_json(path: Path) -> dict:
         raise QALoraError(f"{path} is not valid JSON ({error}). Download or copy it again.") from error
 
 
+def write_json(path: Path, content: dict) -> None:
+    """As Hugging Face writes its configs, keys in their order."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=False) + "\n", encoding="utf-8")
+
+
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """What a safetensors file holds: its header is a length in 8 bytes, then JSON; the tensors' bytes follow.
 

@@ -1,5 +1,7 @@
 """The INT linear layer: a GPTQ weight exactly as its checkpoint stores it, with room for group-wise offsets."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -57,6 +59,7 @@ class QuantLinear(nn.Module):
         self.bits, self.group_size, self.groups = bits, group_size, in_features // group_size
         self.checkpoint_format = checkpoint_format
         self.act_order = False
+        self.base_fingerprint: Callable[[], str] | None = None  # of the checkpoint this comes from; set by its loader
         words, groups = words_per_period(bits), self.groups
 
         def empty(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,7 @@ base transformers has a quantizer of its own (optimum + GPTQModel), which stays 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,10 +89,26 @@ class QALoraHfQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, QuantLinear):
                 module.finalize()
+                module.base_fingerprint = self.base_fingerprint
         return model
 
-    def fingerprint(self) -> str:
-        """Fingerprint of the checkpoint this model was loaded from."""
+    def base_fingerprint(self) -> str:
+        """Fingerprint of the base this model was loaded from.
+
+        Raises:
+            QALoraError: it was loaded from a merged checkpoint. An adapter on top would be merged onto the base alone,
+                and the offsets that are there already would be lost.
+        """
+        if self.checkpoint.method != BASE_METHOD:
+            raise QALoraError(
+                f"{self.checkpoint.folder} is a merged checkpoint (quant_method {self.checkpoint.method!r}); adapters "
+                f"go onto a GPTQ base. Load its base ({self.checkpoint.quantization.get('base_model')}), and to go on "
+                "training, the adapter that was merged."
+            )
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         return fingerprint(self.checkpoint)
 
     @property
@@ -137,7 +154,11 @@ def load_base(path: str | Path, revision: str | None = None, **kwargs: Any) -> "
     folder = resolve(path, revision)
     require_base(Checkpoint.open(folder))
     with gptq_loads_trainable():
-        return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    if not Path(path).expanduser().is_dir():
+        # A Hub id: what PEFT writes down as the adapter's base must not be a folder of this machine's cache.
+        model.name_or_path = model.config.name_or_path = str(path)
+    return model
 
 
 def _folder(checkpoint_files: list[str]) -> Path:

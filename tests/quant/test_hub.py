@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from fabricate import make_adapter, make_base
+from huggingface_hub import ModelCard
 
-from qalora_plugin import load_base
+from qalora_plugin import add_adapter, load_base
+from qalora_plugin.adapter_folder import AdapterFolder
 from qalora_plugin.errors import QALoraError
 from qalora_plugin.merging import merge
 from qalora_plugin.preflight import check_base
@@ -44,7 +46,7 @@ def test_id_and_revision(hub):
     for revision, local in ((None, "one"), ("v2", "two")):
         expected = fingerprint(Checkpoint.open(hub / local))
         assert fingerprint(Checkpoint.open("team/base", revision)) == expected
-        assert load_base("team/base", revision=revision).hf_quantizer.fingerprint() == expected
+        assert load_base("team/base", revision=revision).hf_quantizer.base_fingerprint() == expected
     check_base("team/base", "v2")
 
 
@@ -56,6 +58,19 @@ def test_merge_links_the_blob_not_the_link(hub):
     assert shard.stat().st_ino == (resolve("team/base") / shard.name).resolve().stat().st_ino
     with pytest.raises(QALoraError, match="trained on another base"):
         merge("team/base", adapter, hub / "out2", revision="v2", progress=False)
+
+
+def test_the_id_is_what_is_written_down(hub):
+    """In adapter and cards: a folder of this machine's cache would mean nothing elsewhere, and the Hub refuses it."""
+    model = load_base("team/base")
+    assert model.name_or_path == model.config.name_or_path == "team/base"
+    add_adapter(model, r=4, target_modules="all-linear").save_pretrained(hub / "adapter")
+    assert AdapterFolder.open(hub / "adapter").config["base_model_name_or_path"] == "team/base"
+    out = merge("team/base", hub / "adapter", hub / "out", progress=False).folder
+    for folder in (hub / "adapter", out):
+        assert ModelCard.load(folder / "README.md").data.base_model == "team/base"
+    local = merge(resolve("team/base"), hub / "adapter", hub / "local", progress=False).folder
+    assert ModelCard.load(local / "README.md").data.base_model is None
 
 
 def test_unknown_id_or_revision(hub):

@@ -60,6 +60,11 @@ def test_base_equals_its_dense_twin(tmp_path, kind):
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+def test_a_folder_is_named_by_its_path(base, monkeypatch):
+    monkeypatch.chdir(base.parent)
+    assert load_base(base.name).name_or_path == str(base)
+
+
 def test_no_dense_weight_is_kept(base):
     model = load_base(base, dtype=torch.float32)
     names = {name for name, _ in model.named_parameters()}
