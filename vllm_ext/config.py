@@ -5,6 +5,8 @@ a ``qweight`` is quantised, its shapes give bits and group size. So ``dynamic``,
 quantised ``lm_head`` need no rules here.
 """
 
+import hashlib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ class QALoraConfig(QuantizationConfig):
     Attributes:
         quantization: the checkpoint's ``quantization_config``.
         modules: quantised linears by their name in the vLLM model; filled by :meth:`maybe_update_config`.
+        weights: names of the modules that the checkpoint holds a dense weight of; likewise.
     """
 
     def __init__(self, quantization: dict[str, Any]):
@@ -47,6 +50,7 @@ class QALoraConfig(QuantizationConfig):
         self.checkpoint_format = checkpoint_format(self.quantization)
         self.forced_path = self.quantization.get(PATH_KEY)
         self.modules: dict[str, QuantizedModule] = {}
+        self.weights: set[str] = set()
 
     def __repr__(self) -> str:
         keys = ("quant_method", "bits", "group_size", "desc_act", "sym", "offset_dtype")
@@ -74,6 +78,7 @@ class QALoraConfig(QuantizationConfig):
         # Into the model's config, which vLLM's cache of compiled graphs hashes: a graph belongs to its path.
         if path := forced_path(config):
             config[PATH_KEY] = path
+        config["serving_code"] = _code_hash()  # and to the code that chose the path
         return cls(config)
 
     @classmethod
@@ -88,7 +93,17 @@ class QALoraConfig(QuantizationConfig):
         Raises:
             QALoraError: another ``format_version``, no, missing or damaged tensors, or quantised experts.
         """
+        if next(Path(model_name).glob("model-rank-*.safetensors"), None):
+            raise QALoraError(
+                f"{model_name} was saved by vLLM's save_sharded_state: its tensors are in one kernel's layout. Serve "
+                "the merged folder itself."
+            )
         headers = get_safetensors_params_metadata(model_name, revision=revision)
+        if not headers:
+            raise QALoraError(
+                f"no safetensors header can be read in {model_name}; they say which linears are quantised, and how. "
+                "Check that the download is complete; from object storage (s3://, gs://) download the folder first."
+            )
         tensors = {
             name: TensorInfo("", info["dtype"], tuple(info["shape"]))
             for name, info in headers.items()
@@ -103,6 +118,7 @@ class QALoraConfig(QuantizationConfig):
                 "runs experts fused, where offsets have no place. Serve a model whose experts are not quantised, or a "
                 "dense architecture."
             )
+        self.weights = {name.removesuffix(".weight") for name in tensors if name.endswith(".weight")}
         self._require_offsets(Path(model_name))
 
     def _require_offsets(self, folder: Path) -> None:
@@ -121,7 +137,11 @@ class QALoraConfig(QuantizationConfig):
             )
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
-        self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
+        # As tensors' names: rules may end in a dot ("lm_head." → "language_model.lm_head.").
+        modules = hf_to_vllm_mapper.apply_dict({f"{name}.qweight": module for name, module in self.modules.items()})
+        weights = hf_to_vllm_mapper.apply_list([f"{name}.weight" for name in self.weights])
+        self.modules = {name.removesuffix(".qweight"): module for name, module in modules.items()}
+        self.weights = {name.removesuffix(".weight") for name in weights}
 
     get_checkpoint_weight_mapper = staticmethod(load_every_tensor)
 
@@ -129,7 +149,8 @@ class QALoraConfig(QuantizationConfig):
         if not isinstance(layer, (LinearBase, ParallelLMHead)):
             return None
         if parts := self._parts(prefix):
-            return QALoraLinearMethod(prefix, parts, self.checkpoint_format, self.forced_path)
+            symmetric = self.quantization.get("sym", True)
+            return QALoraLinearMethod(prefix, parts, self.checkpoint_format, self.forced_path, symmetric)
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
     def _parts(self, prefix: str) -> list[QuantizedModule]:
@@ -140,9 +161,17 @@ class QALoraConfig(QuantizationConfig):
         parent, _, leaf = prefix.rpartition(".")
         names = [f"{parent}.{part}".lstrip(".") for part in self.packed_modules_mapping.get(leaf, ())]
         found = [name for name in names if name in self.modules]
-        if found and len(found) < len(names):
+        if found and any(name in self.weights for name in names):
             raise QALoraError(
                 f"vLLM runs {', '.join(names)} as one layer, but the checkpoint quantises only {', '.join(found)}. "
                 "Quantise the base again with all of them quantised, or all of them left out."
             )
-        return [self.modules[name] for name in found]
+        # A part that is not stored at all is loaded from another's tensors (Gemma 4: where k is v, from k's).
+        return [self.modules.get(name, self.modules[found[-1]]) for name in names if found]
+
+
+@cache
+def _code_hash() -> str:
+    """Of this package's source files."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]

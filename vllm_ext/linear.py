@@ -11,6 +11,7 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
     ChannelQuantScaleParameter,
@@ -21,11 +22,12 @@ from vllm.model_executor.parameter import (
 
 from qalora_plugin.errors import QALoraError
 from qalora_plugin.kernels.dequant import gemm_dtype
-from qalora_plugin.quant.layout import codes_per_period, pack_rows, read_zeros, unpack_rows
+from qalora_plugin.quant.layout import codes_per_period, pack_rows, read_zeros, unpack_rows, zero_shift
 from qalora_plugin.quant.modules import QuantizedModule
 
 from .dense import dense_weight, matmul
 from .kernels import hand_over, moved_zeros
+from .loaders import load_g_idx, vocabulary_loader
 from .ops import add_offsets, prepare
 from .paths import FUSED, LayerKind, choose_path
 
@@ -39,12 +41,20 @@ class QALoraLinearMethod(LinearMethodBase):
         parts: the checkpoint's linears behind it, in order.
         checkpoint_format: how ``qzeros`` is stored, ``"gptq"`` (v1) or ``"gptq_v2"``.
         forced_path: one of ``paths.PATHS``, or None to choose.
+        symmetric: what the config says. Only weights that are not loaded (``--load-format dummy``) go by it.
     """
 
     def __init__(
-        self, prefix: str, parts: list[QuantizedModule], checkpoint_format: str, forced_path: str | None = None
+        self,
+        prefix: str,
+        parts: list[QuantizedModule],
+        checkpoint_format: str,
+        forced_path: str | None = None,
+        symmetric: bool = True,
     ):
-        self.prefix, self.checkpoint_format, self.forced_path = prefix, checkpoint_format, forced_path
+        self.prefix, self.parts, self.checkpoint_format = prefix, parts, checkpoint_format
+        self.forced_path, self.symmetric = forced_path, symmetric
+        self.kind: tuple[LayerKind, bool] | None = None
         kinds = {(part.bits, part.in_features, part.group_size) for part in parts}
         if len(kinds) > 1:
             listed = ", ".join(f"{part.name}: {part.bits} bits, group size {part.group_size}" for part in parts)
@@ -82,7 +92,8 @@ class QALoraLinearMethod(LinearMethodBase):
         self._check_sizes()
         groups, factor = k // self.rows, Fraction(32, self.bits)
         self.first_group = layer.tp_rank * groups if k < input_size and not self.one_group else 0
-        loader = extra_weight_attrs["weight_loader"]
+        is_head = isinstance(layer, ParallelLMHead)
+        loader = vocabulary_loader(layer) if is_head else extra_weight_attrs["weight_loader"]
 
         def register(name: str, data: Tensor, packed_dim: int | None = None, split_k: bool = True) -> None:
             kwargs = {"output_dim": 1, "weight_loader": loader}
@@ -98,13 +109,13 @@ class QALoraLinearMethod(LinearMethodBase):
         split = not self.one_group
         register("qweight", torch.empty(int(k / factor), n, dtype=torch.int32), packed_dim=0)
         register("qzeros", torch.empty(groups, int(n / factor), dtype=torch.int32), packed_dim=1, split_k=split)
+        layer.qzeros.dummy_weight_value = dummy_zeros(self.bits, self.checkpoint_format, self.symmetric)
         register("scales", torch.empty(groups, n, dtype=self.scale_dtype), split_k=split)
-        if self.offset_dtype is not None:  # zeros: a fused layer may have an adapter on some of its parts only
-            register("offsets", torch.zeros(groups, n, dtype=self.offset_dtype), split_k=split)
+        if self.offset_dtype is not None:
+            register("offsets", torch.empty(groups, n, dtype=self.offset_dtype), split_k=split)
         if self.has_g_idx:
-            in_order = torch.arange(k, dtype=torch.int32) // self.rows + self.first_group
-            g_idx = in_order.repeat(len(output_partition_sizes), 1)
-            layer.register_parameter("g_idx", BasevLLMParameter(data=g_idx, weight_loader=_load_g_idx))
+            g_idx = self._in_order().repeat(len(output_partition_sizes), 1)  # stays so with --load-format dummy
+            layer.register_parameter("g_idx", BasevLLMParameter(data=g_idx, weight_loader=load_g_idx))
 
     def _check_sizes(self) -> None:
         k, (full_k, full_n) = self.shape[0], self.full_shape
@@ -127,18 +138,22 @@ class QALoraLinearMethod(LinearMethodBase):
             )
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Sort act-order away, choose the path, hand the kernel its weights, drop offsets that are all zero.
+        """Sort act-order away, choose the path, hand the kernel its weights. Once, and again after ``reload_weights``.
 
         Raises:
-            QALoraError: act-order across tensor-parallel ranks, a damaged ``g_idx``, or no path (``paths``).
+            QALoraError: act-order across tensor-parallel ranks, a damaged ``g_idx``, no path (``paths``), or reloaded
+                weights of another kind.
         """
+        if layer.qweight.is_meta:  # a head that a pooling model does not use
+            return
+        self._fill_what_is_not_stored(layer)
         order = self._group_order(layer.g_idx.data) if self.has_g_idx else None
         if order is not None:
             layer.qweight.data = _sort_rows(layer.qweight.data, self.bits, order, self.output_sizes)
         layer.register_buffer("input_order", order, persistent=False)
         if self.has_g_idx:
             del layer.g_idx
-        offsets = layer.offsets.data if self.offset_dtype is not None and layer.offsets.any() else None
+        offsets = None if self.offset_dtype is None else layer.offsets.data
         layer.register_parameter("offsets", None)
 
         zeros = read_zeros(layer.qzeros.data, self.bits, self.checkpoint_format)
@@ -153,6 +168,7 @@ class QALoraLinearMethod(LinearMethodBase):
             has_offsets=offsets is not None,
             sortable=order is None or len(order) == 1,
         )
+        self._require_same_kind(kind, order is not None)
         path, self.kernel = choose_path(kind, self.forced_path)
         if path == FUSED:
             shifts = torch.zeros_like(layer.scales.data) if offsets is None else offsets
@@ -169,6 +185,33 @@ class QALoraLinearMethod(LinearMethodBase):
             offsets = None if offsets is None else prepare(offsets, self.act_dtype)
         if offsets is not None:
             layer.offsets = nn.Parameter(offsets, requires_grad=False)
+
+    def _fill_what_is_not_stored(self, layer: nn.Module) -> None:
+        """Some parts of a fused layer may have no adapter (q and v only), or no ``g_idx``: zeros, and groups in order.
+
+        Not where parameters are created: for ``reload_weights`` vLLM creates them anew, uninitialised.
+        """
+        columns = self.output_sizes if len(self.parts) > 1 else [sum(self.output_sizes)]
+        for row, (part, n) in enumerate(zip(self.parts, columns, strict=True)):
+            start = sum(columns[:row])
+            if self.offset_dtype is not None and part.offset_dtype is None:
+                layer.offsets.data[:, start : start + n] = 0
+            if self.has_g_idx and not part.has_g_idx:
+                layer.g_idx.data[row] = self._in_order().to(layer.g_idx.device)
+
+    def _in_order(self) -> Tensor:
+        return torch.arange(self.shape[0], dtype=torch.int32) // self.rows + self.first_group
+
+    def _require_same_kind(self, kind: LayerKind, act_order: bool) -> None:
+        """Compiled graphs, and the tensors that vLLM reloads into, belong to the first weights' kind."""
+        found = (kind, act_order)
+        if self.kind not in (None, found):
+            names = [f"{one}{', act-order' if ordered else ''}" for one, ordered in (self.kind, found)]
+            raise QALoraError(
+                f"{self.prefix}: the reloaded weights are of another kind ({names[1]}) than those served so far "
+                f"({names[0]}). Start the server anew."
+            )
+        self.kind = found
 
     def _group_order(self, g_idx: Tensor) -> Tensor | None:
         """Columns of x sorted by group, ``[S, K]``: S = 1 if the fused parts agree. None if they are in order."""
@@ -206,17 +249,14 @@ class QALoraLinearMethod(LinearMethodBase):
         return y
 
 
-def _load_g_idx(param: BasevLLMParameter, loaded: Tensor, shard_id: str | int | tuple | None = None) -> None:
-    """Weight loader of ``g_idx`` ``[S, K]``, one row a fused part (vLLM's loaders would keep the last)."""
-    k = param.data.shape[1]
-    start = param.tp_rank * k if loaded.shape[0] > k else 0
-    if shard_id is None:
-        rows = slice(None)
-    elif isinstance(shard_id, str):
-        rows = ["qkv".index(shard_id)]
-    else:
-        rows = list(shard_id) if isinstance(shard_id, tuple) else [shard_id]
-    param.data[rows] = loaded[start : start + k].to(param.data)
+def dummy_zeros(bits: int, checkpoint_format: str, symmetric: bool) -> int:
+    """A word of ``qzeros`` for weights that are made up, so that their kind, and so their path, is the real one's.
+
+    (Not with 3 bits, which straddle words; they run in plain torch, whatever their kind.)
+    """
+    stored = ((1 << (bits - 1)) if symmetric else 1) - zero_shift(bits, checkpoint_format) % (1 << bits)
+    word = sum(stored << shift for shift in range(0, 33 - bits, bits))
+    return word - (1 << 32) if word >= 1 << 31 else word
 
 
 def _sort_rows(qweight: Tensor, bits: int, order: Tensor, sizes: list[int]) -> Tensor:

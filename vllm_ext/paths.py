@@ -87,7 +87,7 @@ def choose_path(kind: LayerKind, forced: str | None) -> tuple[str, Kernel | None
     elif forced:
         logger.info_once("qalora: dense for %s: %s", str(kind), why)
     else:
-        logger.warning_once("qalora: dense (plain torch, SLOW) for %s, first in %s: %s", str(kind), kind.prefix, why)
+        logger.warning_once("qalora: dense (plain torch, SLOW) for %s: %s", str(kind), why)
     return path, kernel
 
 

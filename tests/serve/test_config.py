@@ -5,7 +5,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from serve.checkpoints import edit_quantization, make_merged
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.models.utils import WeightsMapper
 
+from qalora_plugin.errors import QALoraError
+from vllm_ext import config
 from vllm_ext.config import QALoraConfig
 
 
@@ -20,17 +23,17 @@ def read(folder, **kwargs):
 
 
 def test_merged_folder_needs_no_flag(merged):
-    config = read(merged).quant_config
-    assert isinstance(config, QALoraConfig)
-    module = config.modules["model.layers.0.mlp.down_proj"]
+    found = read(merged).quant_config
+    assert isinstance(found, QALoraConfig)
+    module = found.modules["model.layers.0.mlp.down_proj"]
     assert (module.bits, module.group_size, module.offset_dtype) == (4, 32, torch.float16)
-    assert len(config.modules) == 14
+    assert len(found.modules) == 14
 
 
 def test_dynamic_exclusions_show_in_the_tensors(tmp_path):
-    config = read(make_merged(tmp_path, dense=("down_proj",))).quant_config
-    assert config.quantization["dynamic"] == {"-:.*down_proj.*": {}}
-    assert not any("down_proj" in name for name in config.modules)
+    found = read(make_merged(tmp_path, dense=("down_proj",))).quant_config
+    assert found.quantization["dynamic"] == {"-:.*down_proj.*": {}}
+    assert not any("down_proj" in name for name in found.modules)
 
 
 def test_plain_gptq_base_on_request_only(merged):
@@ -77,6 +80,48 @@ def test_merged_checkpoint_without_any_offsets(tmp_path):
 def test_impossible_path_is_refused_before_loading(merged, monkeypatch):
     monkeypatch.setenv("QALORA_PATH", "turbo")
     with pytest.raises(ValueError, match=r"serving path .* is 'turbo', expected one of"):
+        read(merged)
+
+
+def test_compiled_graphs_belong_to_the_code_that_chose_their_paths(merged, monkeypatch):
+    """vLLM's cache of them is keyed by its config."""
+    hashes = {read(merged).model_config.compute_hash()}
+    monkeypatch.setattr(config, "_code_hash", lambda: "another version")
+    hashes.add(read(merged).model_config.compute_hash())
+    assert len(hashes) == 2
+
+
+def test_names_that_vllm_changes(merged):
+    """A rule may end in a dot, as those of vision-language models for ``lm_head`` do."""
+    found = read(merged).quant_config
+    found.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.layers.0.self_attn.q_proj.": "q."}))
+    assert "q" in found.modules
+    assert len(found.modules) == 14
+    assert "model.norm" in found.weights
+
+
+def test_fused_parts(merged):
+    found = read(merged).quant_config
+    found.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    qkv, (q, k, v) = "model.layers.0.self_attn.qkv_proj", (f"model.layers.0.self_attn.{x}_proj" for x in "qkv")
+    assert [part.name for part in found._parts(qkv)] == [q, k, v]
+    del found.modules[v]  # Gemma 4: v is k, and not stored
+    assert [part.name for part in found._parts(qkv)] == [q, k, k]
+    found.weights.add(v)
+    with pytest.raises(QALoraError, match=f"quantises only {q}, {k}"):
+        found._parts(qkv)
+
+
+def test_folders_without_readable_headers(merged):
+    for file in merged.glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(ValueError, match="no safetensors header can be read"):
+        read(merged)
+
+
+def test_vllms_sharded_state(merged):
+    (merged / "offsets.safetensors").rename(merged / "model-rank-0-part-0.safetensors")
+    with pytest.raises(ValueError, match="save_sharded_state"):
         read(merged)
 
 

@@ -8,13 +8,14 @@ from fabricate import quantise
 from safetensors.torch import save_file
 from serve.hardware import HAS_KERNEL, needs_kernel
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from qalora_plugin.errors import QALoraError
 from qalora_plugin.quant import reference
-from qalora_plugin.quant.layout import unpack_rows
+from qalora_plugin.quant.layout import read_zeros, unpack_rows
 from vllm_ext import ops, paths
 from vllm_ext.config import QALoraConfig
-from vllm_ext.linear import QALoraLinearMethod
+from vllm_ext.linear import QALoraLinearMethod, dummy_zeros
 
 K, HEAD, HEADS, KV_HEADS = 256, 64, 4, 2
 SIZES = {"q": HEAD * HEADS, "k": HEAD * KV_HEADS, "v": HEAD * KV_HEADS}
@@ -171,12 +172,13 @@ def test_parts_without_offsets(tmp_path, adapted):
     assert (layer.offsets is None) == (not adapted)
 
 
-def test_offsets_that_are_all_zero_cost_nothing(tmp_path):
+def test_offsets_that_are_all_zero_stay(tmp_path):
+    """Values may change with ``reload_weights``; whether a layer has offsets must not."""
     parts = {part: linear_tensors(size, 0, True, "gptq", 32) for part, size in SIZES.items()}
     for tensors in parts.values():
         tensors["offsets"].zero_()
-    layer, y, wanted = run_qkv(tmp_path, parts, "gptq", torch.bfloat16)
-    assert layer.offsets is None
+    layer, y, wanted = run_qkv(tmp_path, parts, "gptq", torch.bfloat16, path="dense")
+    assert layer.offsets is not None
     assert_close(y, wanted)
 
 
@@ -256,6 +258,56 @@ def test_fused_parts_quantised_differently_are_refused(tmp_path):
 
 
 def test_fused_parts_partly_dense_are_refused(tmp_path):
-    config = config_for(tmp_path, {"q_proj": linear_tensors(64, 0, True, "gptq", 32)}, "gptq")
+    parts = {"q_proj": linear_tensors(64, 0, True, "gptq", 32), "k_proj": {"weight": torch.zeros(32, K)}}
+    config = config_for(tmp_path, parts, "gptq")
     with pytest.raises(QALoraError, match="quantises only q_proj"):
         QKVParallelLinear(K, HEAD, HEADS, KV_HEADS, quant_config=config, prefix="qkv_proj")
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("vocabulary", [1024, 1000])  # vLLM pads it to a multiple of 64
+def test_quantised_head(tmp_path, vocabulary, sym):
+    tensors = linear_tensors(vocabulary, 0, sym, "gptq", 64)
+    bias = tensors.pop("bias")
+    config = config_for(tmp_path, {"lm_head": tensors}, "gptq")
+    head = ParallelLMHead(vocabulary, K, params_dtype=torch.bfloat16, quant_config=config, prefix="lm_head")
+    load(head, tensors)
+    head.quant_method.process_weights_after_loading(head)
+    assert head.quant_method.kind[0].symmetric == sym
+    x = torch.randn(9, K, generator=torch.Generator().manual_seed(9)).bfloat16()
+    y = head.quant_method.apply(head, x)[:, :vocabulary]  # as vLLM's logits processor cuts it
+    assert_close(y, expected(x, tensors | {"bias": torch.zeros_like(bias)}, "gptq"))
+
+
+def test_unused_head_of_a_pooling_model(tmp_path):
+    """vLLM leaves it on the meta device and still runs the step after loading."""
+    tensors = linear_tensors(128, 0, True, "gptq", 64)
+    del tensors["bias"]
+    config = config_for(tmp_path, {"lm_head": tensors}, "gptq")
+    with torch.device("meta"):
+        head = ParallelLMHead(128, K, params_dtype=torch.bfloat16, quant_config=config, prefix="lm_head")
+    head.quant_method.process_weights_after_loading(head)
+
+
+def test_reloaded_weights_of_another_kind(tmp_path):
+    parts = {part: linear_tensors(size, 0, True, "gptq", 32) for part, size in SIZES.items()}
+    layer, _, _ = run_qkv(tmp_path, parts, "gptq", torch.bfloat16, path="dense")
+    other = QKVParallelLinear(
+        K, HEAD, HEADS, KV_HEADS, bias=True, params_dtype=torch.bfloat16, prefix="attn.qkv_proj",
+        quant_config=config_for(tmp_path, {f"attn.{part}_proj": parts[part] for part in parts}, "gptq", "dense"),
+    )  # fmt: skip
+    for part, size in SIZES.items():
+        load(other, linear_tensors(size, 0, False, "gptq", 32), part)
+    with pytest.raises(
+        QALoraError, match=r"reloaded weights are of another kind \(4-bit asymmetric .* Start the server"
+    ):
+        layer.quant_method.process_weights_after_loading(other)
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_dummy_zeros(bits, checkpoint_format, sym):
+    words = torch.full((1, 3), dummy_zeros(bits, checkpoint_format, sym), dtype=torch.int32)
+    zeros = read_zeros(words, bits, checkpoint_format)
+    assert (zeros == 1 << (bits - 1)).all() == sym

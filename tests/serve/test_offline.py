@@ -1,9 +1,11 @@
 """vLLM's log-probabilities of whole models, in process, against transformers in the same dtype."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from serve.checkpoints import make_merged
 from serve.hardware import needs_kernel
 from serve.scoring import MEAN_TOLERANCE, score, text_tokens
@@ -32,13 +34,20 @@ CASES = {
 FORCED = {"asym-second-term": "kernel+offsets"} | {case: "dense" for case, (dtype, _) in CASES.items() if dtype == FP32}
 
 
+OPTIONS = {"enforce_eager": True, "max_model_len": 128, "max_num_seqs": 4, "enable_prefix_caching": False}
+
+
 def vllm_scores(folder: Path, tokens: torch.Tensor, dtype: torch.dtype, **kwargs) -> torch.Tensor:
-    kwargs = {"enforce_eager": True, "max_model_len": 128, "max_num_seqs": 4, **kwargs}
-    llm = LLM(str(folder), dtype=str(dtype).removeprefix("torch."), enable_prefix_caching=False, **kwargs)
-    prompts = [{"prompt_token_ids": row} for row in tokens.tolist()]
-    outputs = llm.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+    llm = LLM(str(folder), dtype=str(dtype).removeprefix("torch."), **{**OPTIONS, **kwargs})
+    found = scores(llm, tokens)
     del llm
     cleanup_dist_env_and_memory()
+    return found
+
+
+def scores(llm: LLM, tokens: torch.Tensor) -> torch.Tensor:
+    prompts = [{"prompt_token_ids": row} for row in tokens.tolist()]
+    outputs = llm.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
     return torch.tensor(
         [
             [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], row[1:], strict=True)]
@@ -68,3 +77,23 @@ def test_plain_gptq_base(tmp_path):
     base, tokens = make_merged(tmp_path).parent / "base", text_tokens(6, 100)
     found = vllm_scores(base, tokens, BF16, quantization="qalora")
     assert difference(found, score(base, tokens, BF16)) <= MEAN_TOLERANCE[BF16]
+
+
+def test_reloaded_weights(tmp_path):
+    """From a merge of an untrained adapter, all zeros, to a trained one; k, o and the MLP have none."""
+    folder, tokens = make_merged(tmp_path, targets=("q_proj", "v_proj"), act_order=True), text_tokens(6, 100)
+    untrained = shutil.copytree(folder, tmp_path / "untrained_merged")
+    offsets = {name: torch.zeros_like(value) for name, value in load_file(folder / "offsets.safetensors").items()}
+    (untrained / "offsets.safetensors").unlink()
+    save_file(offsets, untrained / "offsets.safetensors", metadata={"format": "pt"})
+    llm = LLM(str(untrained), dtype="bfloat16", **OPTIONS)
+    assert difference(scores(llm, tokens), score(untrained, tokens, BF16)) <= MEAN_TOLERANCE[BF16]
+    rubbish = [torch.full((1 << 16,), 7, dtype=torch.float16) for _ in range(400)]
+    del rubbish  # so that vLLM's new, uninitialised parameters are not zero by luck
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+    found = scores(llm, tokens)
+    del llm
+    cleanup_dist_env_and_memory()
+    wanted = score(folder, tokens, BF16)
+    assert difference(wanted, score(untrained, tokens, BF16)) > 4 * MEAN_TOLERANCE[BF16]
+    assert difference(found, wanted) <= MEAN_TOLERANCE[BF16]

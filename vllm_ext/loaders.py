@@ -1,0 +1,37 @@
+"""How tensors of a checkpoint get into a layer's parameters where vLLM's own weight loaders would not do it right."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.parameter import BasevLLMParameter
+
+
+def load_g_idx(param: BasevLLMParameter, loaded: Tensor, shard_id: str | int | tuple | None = None) -> None:
+    """Load ``g_idx`` ``[S, K]``, one row a fused part (vLLM's loaders would keep the last)."""
+    k = param.data.shape[1]
+    start = param.tp_rank * k if loaded.shape[0] > k else 0
+    if shard_id is None:
+        rows = range(len(param.data))
+    elif isinstance(shard_id, str):
+        rows = ["qkv".index(shard_id)]
+    else:
+        rows = shard_id if isinstance(shard_id, tuple) else [shard_id]
+    for row in rows:
+        param.data[row].copy_(loaded[start : start + k])  # vLLM's reloading counts what copy_ moves
+
+
+def vocabulary_loader(layer: nn.Module) -> Callable[[BasevLLMParameter, Tensor], None]:
+    """Weight loader for ``lm_head``, whose N is padded: this rank's tokens, then the last of them again and again.
+
+    vLLM's own pads along dimension 0, which is K here. Logits of the padding are cut off; zero-points of its own would
+    make a symmetric weight asymmetric.
+    """
+    first, end = layer.shard_indices.org_vocab_start_index, layer.shard_indices.org_vocab_end_index
+
+    def load(param: BasevLLMParameter, loaded: Tensor) -> None:
+        packed = param.packed_factor if getattr(param, "packed_dim", None) == 1 else 1
+        wanted = torch.arange(int(first / packed), int(first / packed) + param.data.shape[1])
+        param.data.copy_(loaded[:, wanted.clamp(max=max(int(end / packed), 1) - 1)])
+
+    return load
