@@ -5,6 +5,7 @@ part of the kernel's zero-points; without a kernel, ``dense`` computes both in o
 layer is symmetric or in act-order is read off its tensors once they are loaded, since configs are known to be wrong.
 """
 
+from collections.abc import Callable
 from fractions import Fraction
 from functools import reduce
 
@@ -16,18 +17,17 @@ from vllm.model_executor.parameter import (
     BasevLLMParameter,
     ChannelQuantScaleParameter,
     GroupQuantScaleParameter,
-    PackedColumnParameter,
     PackedvLLMParameter,
 )
 
 from qalora_plugin.errors import QALoraError
 from qalora_plugin.kernels.dequant import gemm_dtype
-from qalora_plugin.quant.layout import codes_per_period, pack_rows, read_zeros, unpack_rows, zero_shift
+from qalora_plugin.quant.layout import codes_per_period, pack_rows, unpack_rows
 from qalora_plugin.quant.modules import QuantizedModule
 
 from .dense import dense_weight, matmul
 from .kernels import hand_over, moved_zeros
-from .loaders import load_g_idx, vocabulary_loader
+from .loaders import load_g_idx, vocabulary_loader, zeros_loader
 from .ops import add_offsets, prepare
 from .paths import FUSED, LayerKind, choose_path
 
@@ -95,30 +95,29 @@ class QALoraLinearMethod(LinearMethodBase):
         is_head = isinstance(layer, ParallelLMHead)
         loader = vocabulary_loader(layer) if is_head else extra_weight_attrs["weight_loader"]
 
-        def register(name: str, data: Tensor, packed_dim: int | None = None, split_k: bool = True) -> None:
-            kwargs = {"output_dim": 1, "weight_loader": loader}
-            if packed_dim is not None:
-                kwargs |= {"packed_dim": packed_dim, "packed_factor": factor}
-                kind = PackedvLLMParameter if split_k else PackedColumnParameter
-            else:
-                kind = GroupQuantScaleParameter if split_k else ChannelQuantScaleParameter
-            if split_k:
-                kwargs["input_dim"] = 0
-            layer.register_parameter(name, kind(data=data, **kwargs))
+        qweight = torch.empty(int(k / factor), n, dtype=torch.int32)
+        packed = {"packed_dim": 0, "packed_factor": factor}
+        layer.qweight = PackedvLLMParameter(data=qweight, input_dim=0, output_dim=1, weight_loader=loader, **packed)
 
-        split = not self.one_group
-        register("qweight", torch.empty(int(k / factor), n, dtype=torch.int32), packed_dim=0)
-        register("qzeros", torch.empty(groups, int(n / factor), dtype=torch.int32), packed_dim=1, split_k=split)
-        layer.qzeros.dummy_weight_value = dummy_zeros(self.bits, self.checkpoint_format, self.symmetric)
-        register("scales", torch.empty(groups, n, dtype=self.scale_dtype), split_k=split)
+        def register(name: str, dtype: torch.dtype, loader: Callable = loader) -> None:
+            data = torch.empty(groups, n, dtype=dtype)
+            if self.one_group:
+                parameter = ChannelQuantScaleParameter(data=data, output_dim=1, weight_loader=loader)
+            else:
+                parameter = GroupQuantScaleParameter(data=data, input_dim=0, output_dim=1, weight_loader=loader)
+            layer.register_parameter(name, parameter)
+
+        register("qzeros", torch.uint8, zeros_loader(loader, self.bits, self.checkpoint_format))
+        layer.qzeros.dummy_weight_value = (1 << (self.bits - 1)) if self.symmetric else 1
+        register("scales", self.scale_dtype)
         if self.offset_dtype is not None:
-            register("offsets", torch.empty(groups, n, dtype=self.offset_dtype), split_k=split)
+            register("offsets", self.offset_dtype)
         if self.has_g_idx:
             g_idx = self._in_order().repeat(len(output_partition_sizes), 1)  # stays so with --load-format dummy
             layer.register_parameter("g_idx", BasevLLMParameter(data=g_idx, weight_loader=load_g_idx))
 
     def _check_sizes(self) -> None:
-        k, (full_k, full_n) = self.shape[0], self.full_shape
+        k, full_k = self.shape[0], self.full_shape[0]
         if full_k != self.in_features:
             raise QALoraError(
                 f"{self.prefix} has in_features {self.in_features} in the checkpoint, but {full_k} by config.json. "
@@ -131,10 +130,10 @@ class QALoraLinearMethod(LinearMethodBase):
                 f"that divides {full_k // self.group_size}, or quantise the base with a group size that divides {k}."
             )
         period = codes_per_period(self.bits)
-        if k % period or any(size % period for size in self.output_sizes):
+        if k % period:
             raise QALoraError(
-                f"{self.prefix}: a rank's share is {k}×{'+'.join(map(str, self.output_sizes))} (of {full_k}×{full_n}), "
-                f"but {self.bits}-bit codes are packed in runs of {period}. Use a smaller tensor-parallel size."
+                f"{self.prefix}: tensor parallelism gives each rank {k} of {full_k} input columns, but {self.bits}-bit "
+                f"codes are packed in runs of {period}. Use a smaller tensor-parallel size."
             )
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
@@ -156,7 +155,7 @@ class QALoraLinearMethod(LinearMethodBase):
         offsets = None if self.offset_dtype is None else layer.offsets.data
         layer.register_parameter("offsets", None)
 
-        zeros = read_zeros(layer.qzeros.data, self.bits, self.checkpoint_format)
+        zeros = layer.qzeros.data
         kind = LayerKind(
             prefix=self.prefix,
             bits=self.bits,
@@ -176,7 +175,6 @@ class QALoraLinearMethod(LinearMethodBase):
             return
         if self.kernel is None:
             self.gemm_dtype = gemm_dtype(self.act_dtype, zeros.device)
-            layer.qzeros = nn.Parameter(zeros, requires_grad=False)
         else:
             if not (kind.symmetric or self.kernel.config.zero_points):
                 moved = moved_zeros(layer.scales.data.to(self.act_dtype), zeros, self.bits)  # the kernel's scales
@@ -247,16 +245,6 @@ class QALoraLinearMethod(LinearMethodBase):
         if layer.offsets is not None:
             add_offsets(y, x, layer.offsets, self.rows)
         return y
-
-
-def dummy_zeros(bits: int, checkpoint_format: str, symmetric: bool) -> int:
-    """A word of ``qzeros`` for weights that are made up, so that their kind, and so their path, is the real one's.
-
-    (Not with 3 bits, which straddle words; they run in plain torch, whatever their kind.)
-    """
-    stored = ((1 << (bits - 1)) if symmetric else 1) - zero_shift(bits, checkpoint_format) % (1 << bits)
-    word = sum(stored << shift for shift in range(0, 33 - bits, bits))
-    return word - (1 << 32) if word >= 1 << 31 else word
 
 
 def _sort_rows(qweight: Tensor, bits: int, order: Tensor, sizes: list[int]) -> Tensor:

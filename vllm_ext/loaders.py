@@ -1,4 +1,7 @@
-"""How tensors of a checkpoint get into a layer's parameters where vLLM's own weight loaders would not do it right."""
+"""How tensors of a checkpoint get into a layer's parameters where vLLM's own weight loaders would not do it right.
+
+Arguments are named as vLLM's loaders name them: its reloading looks them up by name.
+"""
 
 from collections.abc import Callable
 
@@ -6,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.parameter import BasevLLMParameter
 
+from qalora_plugin.quant.layout import read_zeros
 
-def load_g_idx(param: BasevLLMParameter, loaded: Tensor, shard_id: str | int | tuple | None = None) -> None:
+
+def load_g_idx(param: BasevLLMParameter, loaded_weight: Tensor, shard_id: str | int | tuple | None = None) -> None:
     """Load ``g_idx`` ``[S, K]``, one row a fused part (vLLM's loaders would keep the last)."""
     k = param.data.shape[1]
-    start = param.tp_rank * k if loaded.shape[0] > k else 0
+    start = param.tp_rank * k if loaded_weight.shape[0] > k else 0
     if shard_id is None:
         rows = range(len(param.data))
     elif isinstance(shard_id, str):
@@ -18,7 +23,19 @@ def load_g_idx(param: BasevLLMParameter, loaded: Tensor, shard_id: str | int | t
     else:
         rows = shard_id if isinstance(shard_id, tuple) else [shard_id]
     for row in rows:
-        param.data[row].copy_(loaded[start : start + k])  # vLLM's reloading counts what copy_ moves
+        param.data[row].copy_(loaded_weight[start : start + k])  # vLLM's reloading counts what copy_ moves
+
+
+def zeros_loader(load: Callable, bits: int, checkpoint_format: str) -> Callable:
+    """``load`` for ``qzeros``, unpacked first: true zero-points, uint8 ``[G, N]``.
+
+    Packed, eight 4-bit columns to a word, a tensor-parallel rank could not take part of a word.
+    """
+
+    def load_zeros(param: BasevLLMParameter, loaded_weight: Tensor, *args, **kwargs) -> None:
+        load(param, read_zeros(loaded_weight, bits, checkpoint_format), *args, **kwargs)
+
+    return load_zeros
 
 
 def vocabulary_loader(layer: nn.Module) -> Callable[[BasevLLMParameter, Tensor], None]:
@@ -29,9 +46,8 @@ def vocabulary_loader(layer: nn.Module) -> Callable[[BasevLLMParameter, Tensor],
     """
     first, end = layer.shard_indices.org_vocab_start_index, layer.shard_indices.org_vocab_end_index
 
-    def load(param: BasevLLMParameter, loaded: Tensor) -> None:
-        packed = param.packed_factor if getattr(param, "packed_dim", None) == 1 else 1
-        wanted = torch.arange(int(first / packed), int(first / packed) + param.data.shape[1])
-        param.data.copy_(loaded[:, wanted.clamp(max=max(int(end / packed), 1) - 1)])
+    def load(param: BasevLLMParameter, loaded_weight: Tensor) -> None:
+        wanted = torch.arange(first, first + param.data.shape[1]).clamp(max=max(end, 1) - 1)
+        param.data.copy_(loaded_weight[:, wanted])
 
     return load

@@ -12,10 +12,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from qalora_plugin.errors import QALoraError
 from qalora_plugin.quant import reference
-from qalora_plugin.quant.layout import read_zeros, unpack_rows
+from qalora_plugin.quant.layout import unpack_rows
 from vllm_ext import ops, paths
 from vllm_ext.config import QALoraConfig
-from vllm_ext.linear import QALoraLinearMethod, dummy_zeros
+from vllm_ext.linear import QALoraLinearMethod
 
 K, HEAD, HEADS, KV_HEADS = 256, 64, 4, 2
 SIZES = {"q": HEAD * HEADS, "k": HEAD * KV_HEADS, "v": HEAD * KV_HEADS}
@@ -302,12 +302,3 @@ def test_reloaded_weights_of_another_kind(tmp_path):
         QALoraError, match=r"reloaded weights are of another kind \(4-bit asymmetric .* Start the server"
     ):
         layer.quant_method.process_weights_after_loading(other)
-
-
-@pytest.mark.parametrize("sym", [True, False])
-@pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_dummy_zeros(bits, checkpoint_format, sym):
-    words = torch.full((1, 3), dummy_zeros(bits, checkpoint_format, sym), dtype=torch.int32)
-    zeros = read_zeros(words, bits, checkpoint_format)
-    assert (zeros == 1 << (bits - 1)).all() == sym
