@@ -77,8 +77,7 @@ def merge(
     Raises:
         QALoraError: anything that would make the result wrong; nothing is written then.
     """
-    if offset_dtype not in OFFSET_DTYPES:
-        raise QALoraError(f"offset_dtype is {offset_dtype!r}, expected one of {', '.join(OFFSET_DTYPES)}.")
+    require_offset_dtype(offset_dtype)
     out = Path(out).expanduser().absolute()
     require_absent(out)
     checkpoint, opened = Checkpoint.open(base, revision), AdapterFolder.open(adapter)
@@ -116,6 +115,12 @@ def merge(
         (work / "README.md").write_text(model_card(out.name, quantization, opened, new_bytes, checkpoint.nbytes))
     logger.info("merged %d linears into %s (%.1f MB new)", len(opened.modules), out, new_bytes / 1e6)
     return MergeResult(out, len(opened.modules), new_bytes, linked)
+
+
+def require_offset_dtype(name: str) -> None:
+    """Refuse what :func:`merge` cannot store offsets as."""
+    if name not in OFFSET_DTYPES:
+        raise QALoraError(f"offset_dtype is {name!r}, expected one of {', '.join(OFFSET_DTYPES)}.")
 
 
 def is_merge_of(

@@ -1,5 +1,6 @@
 """For the HF Trainer and TRL, without Axolotl: a callback that merges when training ends."""
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .atomic import require_absent
 from .errors import QALoraError
+from .merging import merge, require_offset_dtype
 from .quant.checkpoint import Checkpoint
 from .quant.fingerprint import fingerprint
 from .quant.modules import require_base
@@ -22,6 +24,8 @@ class QALoraMergeCallback(TrainerCallback):
     """
 
     def __init__(self, base: str | Path, out: str | Path | None = None, **merge_kwargs: Any):
+        signature(merge).bind(base, "adapter", "out", **merge_kwargs)  # a wrong name: now, not after training
+        require_offset_dtype(merge_kwargs.get("offset_dtype", "float16"))
         self.base, self.out, self.merge_kwargs = base, out, merge_kwargs
 
     def _target(self, args: TrainingArguments) -> Path:
@@ -50,8 +54,6 @@ class QALoraMergeCallback(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if state.is_world_process_zero:
-            from .merging import merge
-
             kwargs["model"].save_pretrained(args.output_dir)
             if (processing := kwargs.get("processing_class")) is not None:
                 processing.save_pretrained(args.output_dir)

@@ -123,3 +123,10 @@ def test_readme_example(base, tmp_path):
     code = code.replace("./my-gptq-base", str(base)).replace("./outputs", str(tmp_path / "outputs"))
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
     assert (tmp_path / "outputs" / "merged" / "offsets.safetensors").is_file()
+
+
+def test_bad_options_of_the_callback_are_refused_at_once(base):
+    with pytest.raises(QALoraError, match="offset_dtype is 'int8', expected one of float16, float32"):
+        QALoraMergeCallback(base, offset_dtype="int8")
+    with pytest.raises(TypeError, match="ofset_dtype"):
+        QALoraMergeCallback(base, ofset_dtype="float32")

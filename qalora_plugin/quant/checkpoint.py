@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -108,8 +109,12 @@ class Checkpoint:
         return sum((self.folder / file).stat().st_size for file in self.files)
 
 
-def resolve(path: str | Path, revision: str | None = None) -> Path:
-    """Local folder as it is; anything that looks like a Hub id through the Hub cache."""
+def resolve(path: str | Path, revision: str | None = None, **hub: Any) -> Path:
+    """Local folder as it is; anything that looks like a Hub id through the Hub cache.
+
+    Args:
+        hub: passed to ``huggingface_hub.snapshot_download`` (``token``, ``cache_dir`` …).
+    """
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder.resolve()
@@ -122,7 +127,7 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(text, revision=revision, allow_patterns=_HUB_PATTERNS))
+        return Path(snapshot_download(text, revision=revision, allow_patterns=_HUB_PATTERNS, **hub))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise QALoraError(
             f"{path!r} is no local folder, and fetching it from the Hub failed: {error}. "

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_HUB_OPTIONS = ("token", "cache_dir", "local_files_only")
+
+
 class QALoraQuantizationConfig(QuantizationConfigMixin):
     """``quantization_config`` of a merged checkpoint, kept as it was read so that it saves back the same."""
 
@@ -151,7 +154,7 @@ def load_base(path: str | Path, revision: str | None = None, **kwargs: Any) -> "
     """
     from transformers import AutoModelForCausalLM  # not at import: vLLM's environment imports this package too
 
-    folder = resolve(path, revision)
+    folder = resolve(path, revision, **{key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs})
     require_base(Checkpoint.open(folder))
     with gptq_loads_trainable():
         model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)

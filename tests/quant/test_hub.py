@@ -80,3 +80,11 @@ def test_unknown_id_or_revision(hub):
         Checkpoint.open("team/base", "v3")
     with pytest.raises(QALoraError, match="cannot be had from the Hub"):
         check_base("team/other")
+
+
+def test_load_base_looks_where_it_is_told(hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub / "empty"))
+    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(hub / "empty"))
+    assert load_base("team/base", cache_dir=hub / "hub").name_or_path == "team/base"
+    with pytest.raises(QALoraError, match="fetching it from the Hub failed"):
+        load_base("team/base")
