@@ -103,7 +103,8 @@ def add_offsets(y: Tensor, x: Tensor, offsets: Tensor) -> None:
     exact = torch.float32 in (x.dtype, offsets.dtype)
     if x.stride(1) != 1:
         x = x.contiguous()
-    if m > ONE_KERNEL_ROWS:
+    # Triton 3.6 does not compile pooling of float32 together with tf32x3.
+    if m > (_FMA_ROWS if x.dtype == torch.float32 else ONE_KERNEL_ROWS):
         x = pool(x, groups)
         block_m, block_n, block_g = 64, 128, 32
     else:

@@ -29,7 +29,7 @@ for capability, rows, group_size in ((80, 1, 128), (90, 1, 32), (90, 1, 128), (9
 
 for capability in (80, 90):
     check_add(capability, 16, 128, "*fp16", "*fp16", "tf32")
-    check_add(capability, 16, 128, "*fp32", "*fp32", "tf32x3")
+    check_add(capability, 16, 128, "*bf16", "*fp32", "tf32x3")
 
     many = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_G": 32, "BLOCK_I": 1, "PRECISION": "tf32"}
     pointers = {"y_ptr": "*bf16", "x_ptr": "*fp32", "offsets_ptr": "*fp16"}
