@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .adapter_folder import AdapterFolder
+from .quant.checkpoint import is_local
 
 if TYPE_CHECKING:
     from .verifying import VerifyReport
@@ -17,8 +18,7 @@ def model_card(name: str, quantization: dict, adapter: AdapterFolder, new_bytes:
     The metadata names the base only by a Hub id: the Hub refuses a path there.
     """
     base = quantization["base_model"]
-    is_local = Path(base).expanduser().is_dir()  # as ``quant.checkpoint.resolve`` has it
-    metadata = "" if is_local else f"base_model: {base}\n"
+    metadata = "" if is_local(base) else f"base_model: {base}\n"
     return f"""---
 {metadata}library_name: transformers
 tags: [qalora, gptq, {quantization["bits"]}-bit]

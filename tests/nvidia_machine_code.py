@@ -1,10 +1,9 @@
-"""Triton kernels compiled ahead of time for NVIDIA GPUs, which needs none, and what their machine code shows.
+"""Triton kernels compiled ahead of time for NVIDIA GPUs, which needs none, and what their machine code shows."""
 
-Import it in a process without TRITON_INTERPRET: an interpreted kernel cannot be compiled.
-"""
-
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -14,6 +13,13 @@ from triton.compiler import ASTSource
 
 NVDISASM = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 MULTIPLE_OF_16 = [["tt.divisibility", 16]]  # what Triton itself finds out about aligned pointers and such sizes
+
+
+def run_uninterpreted(program: Path) -> None:
+    """Run a program that compiles kernels, without TRITON_INTERPRET, which would leave nothing to compile."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parent)
+    subprocess.run([sys.executable, program], check=True, env=environment)
 
 
 def instructions(kernel, arguments: dict, constants: dict, capability: int, warps: int = 4) -> list[str]:

@@ -198,6 +198,7 @@ class QALoraLinearMethod(LinearMethodBase):
                 layer.g_idx.data[row] = self._in_order().to(layer.g_idx.device)
 
     def _in_order(self) -> Tensor:
+        """``g_idx`` [K] of this rank's share without act-order."""
         return torch.arange(self.shape[0], dtype=torch.int32) // self.rows + self.first_group
 
     def _require_same_kind(self, kind: LayerKind, act_order: bool) -> None:
@@ -213,12 +214,10 @@ class QALoraLinearMethod(LinearMethodBase):
 
     def _group_order(self, g_idx: Tensor) -> Tensor | None:
         """Columns of x sorted by group, ``[S, K]``: S = 1 if the fused parts agree. None if they are in order."""
-        k, _ = self.shape
-        in_order = torch.arange(k, device=g_idx.device) // self.rows
-        local = g_idx - self.first_group
-        order = torch.argsort(local, dim=1, stable=True)
-        if not (local.gather(1, order) == in_order).all():
-            if k < self.in_features:
+        in_order = self._in_order().to(g_idx.device)
+        order = torch.argsort(g_idx, dim=1, stable=True)
+        if not (g_idx.gather(1, order) == in_order).all():
+            if self.shape[0] < self.in_features:
                 raise QALoraError(
                     f"{self.prefix} was quantised with act-order (desc_act), which scatters the columns of a group "
                     "over all tensor-parallel ranks. Serve with --tensor-parallel-size 1, or quantise the base with "
@@ -228,7 +227,7 @@ class QALoraLinearMethod(LinearMethodBase):
                 f"{self.prefix}: g_idx does not put exactly {self.rows} columns into each group. The checkpoint is "
                 "damaged: download or merge it again."
             )
-        if (local == in_order).all():
+        if (g_idx == in_order).all():
             return None
         return order[:1] if (order == order[0]).all() else order
 

@@ -84,10 +84,9 @@ def pool(x: Tensor, groups: int) -> Tensor:
     """``P(x)``: ``[M, K] → [M, G]`` in float32."""
     m, k = x.shape
     pooled = torch.empty(m, groups, dtype=torch.float32, device=x.device)
-    block_m, block_g = 4, 16
-    grid = (triton.cdiv(m, block_m), triton.cdiv(groups, block_g))
-    block_i = columns_a_step(k // groups, block_m * block_g)
-    pool_kernel[grid](pooled, x, m, groups, k // groups, x.stride(0), BLOCK_M=block_m, BLOCK_G=block_g, BLOCK_I=block_i)
+    blocks = pool_blocks(k // groups)
+    grid = (triton.cdiv(m, blocks["BLOCK_M"]), triton.cdiv(groups, blocks["BLOCK_G"]))
+    pool_kernel[grid](pooled, x, m, groups, k // groups, x.stride(0), **blocks)
     return pooled
 
 
@@ -97,7 +96,7 @@ def add_offsets(y: Tensor, x: Tensor, offsets: Tensor) -> None:
     Args:
         y: ``[M, N]``, x: ``[M, K]``, rows of contiguous elements, any row stride. offsets: ``[G, N]``, contiguous.
     """
-    (m, n), k, groups = y.shape, x.shape[1], offsets.shape[0]
+    (m, n), groups = y.shape, offsets.shape[0]
     if m == 0:
         return
     exact = torch.float32 in (x.dtype, offsets.dtype)
@@ -105,26 +104,42 @@ def add_offsets(y: Tensor, x: Tensor, offsets: Tensor) -> None:
         x = x.contiguous()
     # Triton 3.6 does not compile pooling of float32 together with tf32x3.
     if m > (_FMA_ROWS if x.dtype == torch.float32 else ONE_KERNEL_ROWS):
-        x = pool(x, groups)
-        block_m, block_n, block_g = 64, 128, 32
+        x, blocks = pool(x, groups), blocks_of_pooled(exact)
     else:
-        block_m = triton.next_power_of_2(m) if m <= _FMA_ROWS else 16
-        block_n, block_g = 64, groups_a_step(k // groups, block_m)
-    precision = "fma" if block_m <= _FMA_ROWS else "tf32x3" if exact else "tf32"
-    group_size = x.shape[1] // groups
-    grid = (triton.cdiv(n, block_n), triton.cdiv(m, block_m))
-    add_kernel[grid](
-        y, x, offsets, m, n, groups, group_size, y.stride(0), x.stride(0),
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_G=block_g, BLOCK_I=columns_a_step(group_size, block_m * block_g),
-        PRECISION=precision,
-    )  # fmt: skip
+        blocks = blocks_of_few(m, x.shape[1] // groups, exact)
+    grid = (triton.cdiv(n, blocks["BLOCK_N"]), triton.cdiv(m, blocks["BLOCK_M"]))
+    add_kernel[grid](y, x, offsets, m, n, groups, x.shape[1] // groups, y.stride(0), x.stride(0), **blocks)
 
 
-def groups_a_step(group_size: int, rows: int) -> int:
+def pool_blocks(group_size: int) -> dict[str, int]:
+    """Constants of ``pool_kernel``."""
+    m, g = 4, 16
+    return {"BLOCK_M": m, "BLOCK_G": g, "BLOCK_I": _columns_a_step(group_size, m * g)}
+
+
+def blocks_of_few(rows: int, group_size: int, exact: bool) -> dict[str, int | str]:
+    """Constants of ``add_kernel`` that pools x itself. exact: x or the offsets are float32."""
+    m = triton.next_power_of_2(rows) if rows <= _FMA_ROWS else 16
+    g = _groups_a_step(group_size, m)
+    i = _columns_a_step(group_size, m * g)
+    precision = "fma" if m <= _FMA_ROWS else _dot_precision(exact)
+    return {"BLOCK_M": m, "BLOCK_N": 64, "BLOCK_G": g, "BLOCK_I": i, "PRECISION": precision}
+
+
+def blocks_of_pooled(exact: bool) -> dict[str, int | str]:
+    """Constants of ``add_kernel`` on pooled rows: groups of one column."""
+    return {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_G": 32, "BLOCK_I": 1, "PRECISION": _dot_precision(exact)}
+
+
+def _dot_precision(exact: bool) -> str:
+    return "tf32x3" if exact else "tf32"
+
+
+def _groups_a_step(group_size: int, rows: int) -> int:
     """How many groups a program pools at once. Each step waits for memory: few, large ones, within the registers."""
     return max(16, min(64, _POOL_TILE // 2 // triton.next_power_of_2(group_size)) // rows)
 
 
-def columns_a_step(group_size: int, sums: int) -> int:
+def _columns_a_step(group_size: int, sums: int) -> int:
     """How many columns of a group a program adds at once: a power of two, for ``sums`` sums side by side."""
     return min(triton.next_power_of_2(group_size), max(1, _POOL_TILE // sums))

@@ -109,6 +109,11 @@ class Checkpoint:
         return sum((self.folder / file).stat().st_size for file in self.files)
 
 
+def is_local(path: str | Path) -> bool:
+    """Whether this is a folder here; else :func:`resolve` takes it for a Hub id."""
+    return Path(path).expanduser().is_dir()
+
+
 def resolve(path: str | Path, revision: str | None = None, **hub: Any) -> Path:
     """Local folder as it is; anything that looks like a Hub id through the Hub cache.
 
@@ -116,7 +121,7 @@ def resolve(path: str | Path, revision: str | None = None, **hub: Any) -> Path:
         hub: passed to ``huggingface_hub.snapshot_download`` (``token``, ``cache_dir`` …).
     """
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    if is_local(path):
         return folder.resolve()
     if folder.exists():
         raise QALoraError(f"{path} is a file, expected a model folder. Pass the folder that holds config.json.")

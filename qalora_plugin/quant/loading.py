@@ -22,7 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import QALoraError
-from .checkpoint import Checkpoint, resolve
+from .checkpoint import Checkpoint, is_local, resolve
 from .fingerprint import fingerprint
 from .linear import QuantLinear
 from .modules import BASE_METHOD, MERGED_METHOD, check_values, checkpoint_format, quantized_modules, require_base
@@ -158,7 +158,7 @@ def load_base(path: str | Path, revision: str | None = None, **kwargs: Any) -> "
     require_base(Checkpoint.open(folder))
     with gptq_loads_trainable():
         model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
-    if not Path(path).expanduser().is_dir():
+    if not is_local(path):
         # A Hub id: what PEFT writes down as the adapter's base must not be a folder of this machine's cache.
         model.name_or_path = model.config.name_or_path = str(path)
     return model

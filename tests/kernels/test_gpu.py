@@ -1,13 +1,11 @@
 """The Triton kernels against ``quant/reference.py``: interpreted without a GPU, compiled with one."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from layers import adapter_for, make_layer, reference_weight
+from nvidia_machine_code import run_uninterpreted
 
 from qalora_plugin.kernels import gpu
 from qalora_plugin.kernels.dequant import effective_offsets
@@ -81,10 +79,7 @@ def test_matmul_keeps_the_leading_dimensions():
 
 def test_kernels_compile_for_nvidia_gpus():
     """What the interpreter accepts, the compiler may not; and whether loads and stores are wide shows in its code."""
-    program = Path(__file__).with_name("compile_gpu_kernels.py")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(program.parents[1])
-    subprocess.run([sys.executable, program], check=True, env=environment)
+    run_uninterpreted(Path(__file__).with_name("compile_gpu_kernels.py"))
 
 
 @pytest.mark.gpu

@@ -15,25 +15,21 @@ def check(capability, kernel, pointers, sizes, blocks):
     assert 128 in widths(names, "LDG"), (capability, blocks)
 
 
-def check_add(capability, rows, group_size, x, offsets, precision):
-    """Few rows: x is pooled inside."""
-    groups = offsets_triton.groups_a_step(group_size, rows)
-    columns = offsets_triton.columns_a_step(group_size, rows * groups)
-    blocks = {"BLOCK_M": rows, "BLOCK_N": 64, "BLOCK_G": groups, "BLOCK_I": columns, "PRECISION": precision}
-    pointers = {"y_ptr": "*bf16", "x_ptr": x, "offsets_ptr": offsets}
-    check(capability, offsets_triton.add_kernel, pointers, SIZES, blocks)
+def check_few(capability, rows, group_size, x, offsets):
+    exact = "*fp32" in (x, offsets)
+    blocks = offsets_triton.blocks_of_few(rows, group_size, exact)
+    check(capability, offsets_triton.add_kernel, {"y_ptr": "*bf16", "x_ptr": x, "offsets_ptr": offsets}, SIZES, blocks)
 
 
 for capability, rows, group_size in ((80, 1, 128), (90, 1, 32), (90, 1, 128), (90, 2, 32), (90, 4, 128)):
-    check_add(capability, rows, group_size, "*bf16", "*fp16", "fma")
+    check_few(capability, rows, group_size, "*bf16", "*fp16")
 
 for capability in (80, 90):
-    check_add(capability, 16, 128, "*fp16", "*fp16", "tf32")
-    check_add(capability, 16, 128, "*bf16", "*fp32", "tf32x3")
+    check_few(capability, 16, 128, "*fp16", "*fp16")
+    check_few(capability, 16, 128, "*bf16", "*fp32")
 
-    many = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_G": 32, "BLOCK_I": 1, "PRECISION": "tf32"}
     pointers = {"y_ptr": "*bf16", "x_ptr": "*fp32", "offsets_ptr": "*fp16"}
-    check(capability, offsets_triton.add_kernel, pointers, SIZES, many)
-    pool = {"BLOCK_M": 4, "BLOCK_G": 16, "BLOCK_I": offsets_triton.columns_a_step(128, 4 * 16)}
+    check(capability, offsets_triton.add_kernel, pointers, SIZES, offsets_triton.blocks_of_pooled(exact=False))
     sizes = {name: SIZES[name] for name in ("M", "G", "g", "stride_x")}
-    check(capability, offsets_triton.pool_kernel, {"pooled_ptr": "*fp32", "x_ptr": "*bf16"}, sizes, pool)
+    pointers = {"pooled_ptr": "*fp32", "x_ptr": "*bf16"}
+    check(capability, offsets_triton.pool_kernel, pointers, sizes, offsets_triton.pool_blocks(128))

@@ -4,66 +4,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fabricate import quantise
-from safetensors.torch import save_file
 from serve.hardware import HAS_KERNEL, needs_kernel
+from serve.layers import K, assert_close, config_for, expected, linear_tensors, load
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from qalora_plugin.errors import QALoraError
-from qalora_plugin.quant import reference
 from qalora_plugin.quant.layout import unpack_rows
 from vllm_ext import ops, paths
-from vllm_ext.config import QALoraConfig
 from vllm_ext.linear import QALoraLinearMethod
 
-K, HEAD, HEADS, KV_HEADS = 256, 64, 4, 2
+HEAD, HEADS, KV_HEADS = 64, 4, 2
 SIZES = {"q": HEAD * HEADS, "k": HEAD * KV_HEADS, "v": HEAD * KV_HEADS}
-# Relative to the result's norm. bfloat16: rounding of scales, of the kernel's weights, of y; 2⁻⁹ each.
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 pytestmark = pytest.mark.usefixtures("one_rank")
-
-
-def linear_tensors(n, seed, sym, checkpoint_format, group_size, bits=4, order_seed=None, offset_dtype=torch.float16):
-    """A random quantised linear ``[K, N]`` as a checkpoint stores it. ``offset_dtype`` None: not adapted."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(n, K, generator=generator) * 0.05
-    order = None if order_seed is None else torch.Generator().manual_seed(order_seed)
-    tensors = quantise(weight, bits, group_size, sym, checkpoint_format, order is not None, order)
-    if offset_dtype is not None:
-        shift = 0.5 * torch.randn(tensors["scales"].shape, generator=generator)
-        tensors["offsets"] = (tensors["scales"].float() * shift).to(offset_dtype)
-    tensors["bias"] = torch.randn(n, generator=generator)
-    return tensors
-
-
-def expected(x, tensors, checkpoint_format, bits=4):
-    """float64, from the stored tensors."""
-    names = ("qweight", "qzeros", "scales", "g_idx")
-    offsets = tensors.get("offsets")
-    weight = reference.dequantize(*(tensors[name] for name in names), bits, checkpoint_format, offsets)
-    return x.double() @ weight + tensors["bias"].double()
-
-
-def config_for(folder, modules, checkpoint_format, path=None):
-    """The vLLM config of a checkpoint that holds ``modules``; ``path``: the serving path to force."""
-    stored = {f"{name}.{part}": tensor for name, tensors in modules.items() for part, tensor in tensors.items()}
-    save_file(stored, folder / "model.safetensors")
-    method = "qalora" if any(name.endswith(".offsets") for name in stored) else "gptq"
-    quantization = {"quant_method": method, "checkpoint_format": checkpoint_format, "format_version": 1}
-    if path:
-        quantization["serving_path"] = path
-    config = QALoraConfig.from_config(quantization)
-    config.maybe_update_config(str(folder))
-    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-    return config
-
-
-def load(layer, tensors, *shard):
-    """What a vLLM model's ``load_weights`` does, then the step after loading."""
-    parameters = dict(layer.named_parameters())
-    for name, tensor in tensors.items():
-        parameters[name].weight_loader(parameters[name], tensor, *shard)
 
 
 def run_qkv(folder, parts, checkpoint_format, dtype, bits=4, path=None):
@@ -79,10 +31,6 @@ def run_qkv(folder, parts, checkpoint_format, dtype, bits=4, path=None):
     x = torch.randn(9, K, generator=torch.Generator().manual_seed(9)).to(dtype)
     y = torch.cat([expected(x, tensors, checkpoint_format, bits) for tensors in parts.values()], dim=-1)
     return layer, layer(x)[0], y
-
-
-def assert_close(found, wanted):
-    assert (found - wanted).norm() <= TOLERANCE[found.dtype] * wanted.norm()
 
 
 # The dtype that layers compute in, and the path forced for it.
@@ -262,31 +210,6 @@ def test_fused_parts_partly_dense_are_refused(tmp_path):
     config = config_for(tmp_path, parts, "gptq")
     with pytest.raises(QALoraError, match="quantises only q_proj"):
         QKVParallelLinear(K, HEAD, HEADS, KV_HEADS, quant_config=config, prefix="qkv_proj")
-
-
-@pytest.mark.parametrize("sym", [True, False])
-@pytest.mark.parametrize("vocabulary", [1024, 1000])  # vLLM pads it to a multiple of 64
-def test_quantised_head(tmp_path, vocabulary, sym):
-    tensors = linear_tensors(vocabulary, 0, sym, "gptq", 64)
-    bias = tensors.pop("bias")
-    config = config_for(tmp_path, {"lm_head": tensors}, "gptq")
-    head = ParallelLMHead(vocabulary, K, params_dtype=torch.bfloat16, quant_config=config, prefix="lm_head")
-    load(head, tensors)
-    head.quant_method.process_weights_after_loading(head)
-    assert head.quant_method.kind[0].symmetric == sym
-    x = torch.randn(9, K, generator=torch.Generator().manual_seed(9)).bfloat16()
-    y = head.quant_method.apply(head, x)[:, :vocabulary]  # as vLLM's logits processor cuts it
-    assert_close(y, expected(x, tensors | {"bias": torch.zeros_like(bias)}, "gptq"))
-
-
-def test_unused_head_of_a_pooling_model(tmp_path):
-    """vLLM leaves it on the meta device and still runs the step after loading."""
-    tensors = linear_tensors(128, 0, True, "gptq", 64)
-    del tensors["bias"]
-    config = config_for(tmp_path, {"lm_head": tensors}, "gptq")
-    with torch.device("meta"):
-        head = ParallelLMHead(128, K, params_dtype=torch.bfloat16, quant_config=config, prefix="lm_head")
-    head.quant_method.process_weights_after_loading(head)
 
 
 def test_reloaded_weights_of_another_kind(tmp_path):

@@ -1,12 +1,10 @@
 """The Triton kernels against ``quant/reference.py`` in float64; without a GPU interpreted (``tests/conftest.py``)."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from nvidia_machine_code import run_uninterpreted
 
 from qalora_plugin.quant import reference
 from vllm_ext import offsets_triton
@@ -66,7 +64,4 @@ def test_float16_sums_do_not_overflow(m):
 
 def test_compiles_for_nvidia_gpus():
     """What the interpreter accepts, the compiler may not; and its machine code shows spills and narrow loads."""
-    program = Path(__file__).with_name("compile_offsets_kernels.py")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(program.parents[1])
-    subprocess.run([sys.executable, program], check=True, env=environment)
+    run_uninterpreted(Path(__file__).with_name("compile_offsets_kernels.py"))

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from serve.test_linear import K, config_for, expected, linear_tensors, load
+from serve.layers import K, assert_close, config_for, expected, linear_tensors, load
 from vllm.model_executor import parameter
 from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
 
 pytestmark = pytest.mark.usefixtures("one_rank")
-TOLERANCE = 2e-6  # float32, relative to the result's norm
 
 
 @pytest.fixture
@@ -21,10 +20,6 @@ def act_as(monkeypatch):
             monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: ranks)
 
     return change
-
-
-def assert_close(found, wanted):
-    assert (found - wanted).norm() <= TOLERANCE * wanted.norm()
 
 
 def finished(layer, parts, shards):
