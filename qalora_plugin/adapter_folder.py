@@ -2,16 +2,15 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+import numpy as np
 
 from .errors import QALoraError
-from .quant.checkpoint import TensorInfo, read_header, read_json, read_tensor
+from .quant.checkpoint import TensorInfo, read_array, read_header, read_json
 from .quant.modules import QuantizedModule, all_finite
-from .quant.reference import adapter_offsets
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -133,18 +132,12 @@ class AdapterFolder:
                         "size, or its config was edited."
                     )
 
-    def factors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """``(name, A [R, G], B [N, R])`` linear by linear, as stored."""
-        for name in self.modules:
-            lora_a, lora_b = (read_tensor(self.folder, self.tensors[_key(name, part)]) for part in "AB")
-            if not (all_finite(lora_a) and all_finite(lora_b)):
-                raise QALoraError(f"{self.folder}: the adapter of {name} holds NaN or Inf. The training diverged.")
-            yield name, lora_a, lora_b
-
-    def offsets(self) -> Iterator[tuple[str, Tensor]]:
-        """What merging adds, linear by linear: ``α/R·(B·A)ᵀ`` [G, N] in float64, in weight units."""
-        for name, lora_a, lora_b in self.factors():
-            yield name, adapter_offsets(lora_a, lora_b, self.scaling(name))
+    def factors(self, module: str) -> tuple[np.ndarray, np.ndarray]:
+        """A ``[R, G]`` and B ``[N, R]`` of one linear, as stored (bfloat16 as float32)."""
+        lora_a, lora_b = (read_array(self.folder, self.tensors[_key(module, part)]) for part in "AB")
+        if not (all_finite(lora_a) and all_finite(lora_b)):
+            raise QALoraError(f"{self.folder}: the adapter of {module} holds NaN or Inf. The training diverged.")
+        return lora_a, lora_b
 
 
 def matching_pattern(patterns: Iterable[str], module: str) -> str | None:

@@ -33,10 +33,14 @@ def require_space(parent: Path, needed: int) -> None:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a work folder beside ``out``; on success it is flushed and renamed to ``out``, on error removed.
+def new_folder(out: Path, flush: bool = True) -> Iterator[Path]:
+    """Yield a work folder beside ``out``; on success it is renamed to ``out``, on error removed.
 
     A process killed half-way leaves only the hidden work folder ``.<name>.partial``, which the next attempt clears.
+
+    Args:
+        flush: have everything on the disk before the rename. Without, as after ``cp``, the system writes it within a
+            minute; should the power fail before, files are cut short, which :class:`.Checkpoint` refuses.
 
     Raises:
         QALoraError: ``out`` exists, another process is writing it, or the disk filled up.
@@ -56,13 +60,15 @@ def new_folder(out: Path) -> Iterator[Path]:
         _clear(work)
         try:
             yield work
-            for path in work.iterdir():
-                if path.stat().st_nlink == 1:  # what is linked was written, and is kept, by its owner
-                    _flush(path)
-            _flush(work)
+            if flush:
+                for path in work.iterdir():
+                    if path.stat().st_nlink == 1:  # what is linked was written, and is kept, by its owner
+                        _flush(path)
+                _flush(work)
             require_absent(out)
             work.rename(out)
-            _flush(out.parent)
+            if flush:
+                _flush(out.parent)
         except BaseException as error:
             shutil.rmtree(work, ignore_errors=True)
             if _is_out_of_space(error):

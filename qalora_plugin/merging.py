@@ -1,23 +1,26 @@
 """Adapter + GPTQ base → merged INT4 checkpoint. One addition, nothing re-quantised, the model is never loaded.
 
 The base's shards are linked (or copied) unchanged; the adapter becomes ``<module>.offsets`` [G, N] in files of its own:
-``w' = scales·(q − zeros) + offsets``. Memory is one linear's offsets plus one shard of them, at any model size.
+``w' = scales·(q − zeros) + offsets``. At any model size it takes
+the memory of two shards of offsets: one is computed while the other is written.
 """
 
 import logging
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import numpy as np
 from rich.progress import track
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
 from .adapter_folder import AdapterFolder
 from .atomic import link_or_copy, new_folder, require_absent, require_space, same_disk
 from .card import model_card
 from .companions import carry_special_tokens, copy_companions
 from .errors import QALoraError
-from .quant.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, read_json, write_json
+from .folding import fold, fold_workers
+from .quant.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, write_json
 from .quant.fingerprint import fingerprint
 from .quant.modules import (
     FORMAT_VERSION,
@@ -33,7 +36,7 @@ from .quant.modules import (
 
 logger = logging.getLogger(__name__)
 
-OFFSET_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+OFFSET_DTYPES = {"float16": 2, "float32": 4}  # bytes
 SHARD_BYTES = 64 << 20
 _KEPT_KEYS = (
     "bits",
@@ -82,23 +85,26 @@ def merge(
     require_absent(out)
     checkpoint, opened = Checkpoint.open(base, revision), AdapterFolder.open(adapter)
     modules = require_base(checkpoint)
-    check_values(checkpoint, modules)
-    opened.require_base(base_fingerprint := fingerprint(checkpoint), base)
+    with ThreadPoolExecutor(1) as worker:
+        hashing = worker.submit(fingerprint, checkpoint)
+        check_values(checkpoint, modules)
+    opened.require_base(base_fingerprint := hashing.result(), base)
     opened.check_fits(modules)
 
-    dtype = OFFSET_DTYPES[offset_dtype]
-    shards = _plan_shards({name: modules[name] for name in opened.modules}, dtype.itemsize)
-    new_bytes = sum(modules[name].groups * modules[name].out_features * dtype.itemsize for name in opened.modules)
+    sizes = {
+        name: modules[name].groups * modules[name].out_features * OFFSET_DTYPES[offset_dtype] for name in opened.modules
+    }
+    shards, new_bytes = _plan_shards(sizes), sum(sizes.values())
     out.parent.mkdir(parents=True, exist_ok=True)
     linked = not copy and same_disk(checkpoint.folder / checkpoint.files[0], out.parent)
     require_space(out.parent, new_bytes + (0 if linked else checkpoint.nbytes) + (16 << 20))
 
-    with new_folder(out) as work:
-        names = {file: "model-00001-of-00001.safetensors" if file == SINGLE_NAME else file for file in checkpoint.files}
+    names = {file: "model-00001-of-00001.safetensors" if file == SINGLE_NAME else file for file in checkpoint.files}
+    with new_folder(out, flush=linked) as work:  # to wait for copies would take twice their time
         for file, name in names.items():
             linked = link_or_copy(checkpoint.folder / file, work / name, copy) and linked
         weight_map = {tensor: names[info.file] for tensor, info in checkpoint.tensors.items()}
-        weight_map |= _write_offsets(work, opened, shards, dtype, progress)
+        weight_map |= _write_offsets(work, opened, shards, offset_dtype, progress)
         write_json(
             work / INDEX_NAME, {"metadata": {"total_size": checkpoint.nbytes + new_bytes}, "weight_map": weight_map}
         )
@@ -130,7 +136,7 @@ def is_merge_of(
     config = Path(folder) / "config.json"
     if not config.is_file():
         return False
-    recorded = read_json(config).get("quantization_config") or {}
+    recorded = Checkpoint.open(folder).quantization
     return (
         recorded.get("offset_dtype") == offset_dtype
         and recorded.get("adapter") == AdapterFolder.open(adapter).digest()
@@ -138,38 +144,44 @@ def is_merge_of(
     )
 
 
-def _plan_shards(modules: dict[str, QuantizedModule], itemsize: int) -> dict[str, str]:
-    """Module → name of the file that will hold its offsets, each file at most ``SHARD_BYTES`` (or one module)."""
-    part, used, parts = 0, 0, {}
-    for name, module in modules.items():
-        size = module.groups * module.out_features * itemsize
+def _plan_shards(sizes: dict[str, int]) -> dict[str, list[str]]:
+    """Name of an offset file → modules in it, each file at most ``SHARD_BYTES`` (or one module)."""
+    parts, used = [[]], 0
+    for name, size in sizes.items():
         if used and used + size > SHARD_BYTES:
-            part, used = part + 1, 0
+            parts, used = [*parts, []], 0
+        parts[-1].append(name)
         used += size
-        parts[name] = part
-    if part == 0:
-        return dict.fromkeys(parts, "offsets.safetensors")
-    return {name: f"offsets-{i + 1:05d}-of-{part + 1:05d}.safetensors" for name, i in parts.items()}
+    if len(parts) == 1:
+        return {"offsets.safetensors": parts[0]}
+    return {f"offsets-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
 
 
 def _write_offsets(
-    work: Path, adapter: AdapterFolder, shards: dict[str, str], dtype: torch.dtype, progress: bool
+    work: Path, adapter: AdapterFolder, shards: dict[str, list[str]], dtype: str, progress: bool
 ) -> dict[str, str]:
     """Write the offset files; returns their part of the weight map."""
-    pending, weight_map = {}, {}
-    names = list(shards)
-    for i, (name, delta) in enumerate(
-        track(adapter.offsets(), "merging", total=len(names), disable=not progress, transient=True)
-    ):
-        stored = delta.to(dtype)
-        if not all_finite(stored):
-            raise QALoraError(f"the offsets of {name} reach {delta.abs().max():.3g}: use offset_dtype float32.")
-        pending[f"{name}.offsets"] = stored.contiguous()
-        weight_map[f"{name}.offsets"] = file = shards[name]
-        if i + 1 == len(names) or shards[names[i + 1]] != file:
-            save_file(pending, work / file, metadata={"format": "pt"})
-            pending = {}
-    return weight_map
+    with fold_workers() as workers:
+
+        def begin(names: list[str]) -> list[Future]:
+            return [workers.submit(_offsets, adapter, name, dtype) for name in names]
+
+        files = list(shards)
+        begun = begin(shards[files[0]])
+        for i, file in enumerate(track(files, "merging", disable=not progress, transient=True), 1):
+            tensors = dict(future.result() for future in begun)
+            begun = begin(shards[files[i]]) if i < len(files) else []
+            save_file(tensors, work / file, metadata={"format": "pt"})
+    return {f"{name}.offsets": file for file, names in shards.items() for name in names}
+
+
+def _offsets(adapter: AdapterFolder, name: str, dtype: str) -> tuple[str, np.ndarray]:
+    """Name and value of one linear's ``offsets`` [G, N]."""
+    lora_a, lora_b = adapter.factors(name)
+    offsets = fold(lora_a, lora_b, adapter.scaling(name), dtype)
+    if not all_finite(offsets):
+        raise QALoraError(f"the offsets of {name} exceed what {dtype} can hold: use offset_dtype float32.")
+    return f"{name}.offsets", offsets
 
 
 def _quantization_config(checkpoint: Checkpoint, modules: dict[str, QuantizedModule]) -> dict:

@@ -13,7 +13,7 @@ import torch
 from .atomic import new_folder, require_absent
 from .errors import QALoraError
 from .quant.checkpoint import read_json, resolve
-from .quant.layout import SUPPORTED_BITS
+from .quant.words import SUPPORTED_BITS
 from .tokens import read_texts, tokenise
 
 

@@ -18,9 +18,8 @@ from torch import Tensor
 from .adapter_folder import AdapterFolder
 from .errors import QALoraError
 from .quant.checkpoint import Checkpoint
-from .quant.fingerprint import raw_bytes
 from .quant.modules import MERGED_METHOD, QuantizedModule, checkpoint_format, quantized_modules, require_base
-from .quant.reference import dequantize
+from .quant.reference import adapter_offsets, dequantize
 from .tokens import default_texts, tokenise
 
 # By how the offsets are stored: relative logit difference (maximum norm) and least top-1 agreement, float32 compute …
@@ -152,12 +151,16 @@ def _compare_tensors(source: Checkpoint, result: Checkpoint, progress: bool) -> 
     digest, identical = hashlib.sha256(), 0
     for name in track(sorted(source.tensors), "tensors", disable=not progress, transient=True):
         info, other = source.tensors[name], result.tensors.get(name)
-        data = raw_bytes(source.tensor(name))
+        data = _bytes_of(source.tensor(name))
         digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
         digest.update(data.numpy())
         if other is not None and (other.dtype, other.shape) == (info.dtype, info.shape):
-            identical += torch.equal(data, raw_bytes(result.tensor(name)))
+            identical += torch.equal(data, _bytes_of(result.tensor(name)))
     return identical, digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _compare_weights(
@@ -166,11 +169,11 @@ def _compare_weights(
     """Largest and relative error of the merged weights against ``w + α/R·(B·A)ᵀ`` per group, in float64."""
     merged_modules = quantized_modules(result)
     worst, error, contribution = 0.0, 0.0, 0.0
-    offsets = adapter.offsets()
-    for name, delta in track(offsets, "weights", total=len(adapter.modules), disable=not progress, transient=True):
+    for name in track(adapter.modules, "weights", disable=not progress, transient=True):
         if merged_modules[name].offset_dtype is None:
             raise QALoraError(f"{result.folder}: {name} has no offsets, but the adapter changes it. Merge again.")
         group = _group_of_columns(source, modules[name])
+        delta = adapter_offsets(*map(torch.from_numpy, adapter.factors(name)), adapter.scaling(name))
         before, after = _dense_columns(source, modules[name]), _dense_columns(result, merged_modules[name])
         for start in range(0, modules[name].out_features, _COLUMNS):
             columns = slice(start, start + _COLUMNS)

@@ -22,8 +22,9 @@ from vllm.model_executor.parameter import (
 
 from qalora_plugin.errors import QALoraError
 from qalora_plugin.kernels.dequant import gemm_dtype
-from qalora_plugin.quant.layout import codes_per_period, pack_rows, unpack_rows
+from qalora_plugin.quant.layout import pack_rows, unpack_rows
 from qalora_plugin.quant.modules import QuantizedModule
+from qalora_plugin.quant.words import codes_per_period
 
 from .dense import dense_weight, matmul
 from .kernels import hand_over, moved_zeros
@@ -63,8 +64,8 @@ class QALoraLinearMethod(LinearMethodBase):
                 "Quantise the base again with equal settings for them."
             )
         ((self.bits, self.in_features, self.group_size),) = kinds
-        self.scale_dtype = reduce(torch.promote_types, [part.scale_dtype for part in parts])
-        offset_dtypes = [part.offset_dtype for part in parts if part.offset_dtype is not None]
+        self.scale_dtype = reduce(torch.promote_types, [getattr(torch, part.scale_dtype) for part in parts])
+        offset_dtypes = [getattr(torch, part.offset_dtype) for part in parts if part.offset_dtype is not None]
         self.offset_dtype = reduce(torch.promote_types, offset_dtypes) if offset_dtypes else None
         self.has_g_idx = any(part.has_g_idx for part in parts)
 

@@ -9,9 +9,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
+import numpy as np
+from safetensors.numpy import save_file
 
 from ..adapter_folder import CONFIG_NAME, WEIGHTS_NAME, AdapterFolder
 from ..atomic import new_folder, require_absent, require_space
@@ -63,9 +62,10 @@ def export_lora(
     opened.check_fits(modules)
 
     tensors = {}
-    for name, lora_a, lora_b in opened.factors():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = lora_a[:, _groups(checkpoint, modules[name])].contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = lora_b
+    for name in opened.modules:
+        lora_a, lora_b = opened.factors(name)
+        lora_a = np.ascontiguousarray(lora_a[:, _groups(checkpoint, modules[name])])
+        tensors |= {f"base_model.model.{name}.lora_{part}.weight": t for part, t in (("A", lora_a), ("B", lora_b))}
     require_space(_existing(out.parent), sum(tensor.nbytes for tensor in tensors.values()) + (1 << 20))
     config = {key: value for key, value in opened.config.items() if key not in _OURS}
     config |= {"peft_type": "LORA", "base_model_name_or_path": str(base), "target_modules": opened.modules}
@@ -75,11 +75,11 @@ def export_lora(
     return ExportResult(out, len(opened.modules), max(map(opened.rank, opened.modules)))
 
 
-def _groups(checkpoint: Checkpoint, module: QuantizedModule) -> Tensor:
+def _groups(checkpoint: Checkpoint, module: QuantizedModule) -> np.ndarray:
     """The group of every column, ``[K]``."""
     if module.has_g_idx:
-        return checkpoint.tensor(f"{module.name}.g_idx").long()
-    return torch.arange(module.in_features) // module.group_size
+        return checkpoint.array(f"{module.name}.g_idx")
+    return np.arange(module.in_features) // module.group_size
 
 
 def _existing(folder: Path) -> Path:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.testing import do_bench
 
-from ..quant.layout import codes_per_period, words_per_period, zero_shift
+from ..quant.words import codes_per_period, words_per_period, zero_shift
 from .packed import PackedWeight
 
 MAX_TOKENS = 64  # of matmul: beyond, tensor cores are busy enough for the scratch to pay

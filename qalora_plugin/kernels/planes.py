@@ -7,7 +7,8 @@ weight. Arithmetic is float32 (float64 on request) and rounds once to the output
 import torch
 from torch import Tensor
 
-from ..quant.layout import code_plane, codes_per_period
+from ..quant.layout import code_plane
+from ..quant.words import codes_per_period
 from .packed import PackedWeight
 
 

@@ -1,6 +1,7 @@
 """A safetensors model folder, opened without loading it: files, tensor headers, config. Refuses what is damaged.
 
 Needs neither transformers nor a model class: merge, verify, inspect and the loader all see a checkpoint through this.
+Nor torch, until a tensor of it is asked for: torch takes longer to import than many a merge takes.
 """
 
 import json
@@ -9,22 +10,24 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from ..errors import QALoraError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "C64": torch.complex64,
+_DTYPES = {  # safetensors' names → torch's
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "C64": "complex64",
 }  # fmt: skip
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
@@ -79,9 +82,13 @@ class Checkpoint:
             tensors = {name: info for name, info in tensors.items() if name in listed}
         return cls(folder, config, tensors, files)
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> "Tensor":
         """Load one tensor, as stored."""
         return read_tensor(self.folder, self.tensors[name])
+
+    def array(self, name: str) -> np.ndarray:
+        """Load one tensor as a numpy array; bfloat16, which numpy lacks, as float32."""
+        return read_array(self.folder, self.tensors[name])
 
     def read(self, name: str, spans: Iterable[tuple[int, int]]) -> Iterator[bytes]:
         """Parts ``(start, length)`` of one tensor's bytes."""
@@ -166,7 +173,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             f"the shard {path.name} is missing from {path.parent}. Download or copy the checkpoint again."
         )
     try:
-        safe_open(path, framework="pt")  # checks that header and length fit together
+        safe_open(path, framework="np")  # checks that header and length fit together
     except (SafetensorError, OSError) as error:
         raise _damaged(path, f"; {error}") from error
     with open(path, "rb") as file:
@@ -187,20 +194,47 @@ def _damaged(path: Path, why: str = "") -> QALoraError:
     )
 
 
-def read_tensor(folder: Path, info: TensorInfo) -> Tensor:
+def read_tensor(folder: Path, info: TensorInfo) -> "Tensor":
     """One tensor, as stored, read into memory of its own.
 
     Raises:
         QALoraError: the file has become shorter since its header was read, or torch has no such dtype.
-
-    (``safe_open`` would parse the header once more and map the file, whose pages then count as this process's memory:
-    at 7 GB that is a third of a merge's time, and more memory than all the rest.)
     """
+    import torch
+
+    dtype = getattr(torch, _dtype(folder, info))
+    data = _read(folder, info)
+    return torch.frombuffer(data, dtype=dtype).view(info.shape) if data else torch.empty(info.shape, dtype=dtype)
+
+
+def read_array(folder: Path, info: TensorInfo) -> np.ndarray:
+    """One tensor as a numpy array of its own, bfloat16 as float32.
+
+    Raises:
+        QALoraError: the file has become shorter since its header was read, or numpy has no such dtype.
+    """
+    dtype = _dtype(folder, info)
+    if dtype.startswith("float8"):
+        raise QALoraError(f"{folder / info.file} holds {dtype} where 16 or 32 bits are expected. Is it damaged?")
+    stored = np.ndarray(info.shape, "uint16" if dtype == "bfloat16" else dtype, _read(folder, info))
+    return (stored.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else stored
+
+
+def _dtype(folder: Path, info: TensorInfo) -> str:
     if info.dtype not in _DTYPES:
         raise QALoraError(
             f"{folder / info.file} holds a tensor of dtype {info.dtype}, expected one of {', '.join(_DTYPES)}. "
             "Save it in one of these."
         )
+    return _DTYPES[info.dtype]
+
+
+def _read(folder: Path, info: TensorInfo) -> bytearray:
+    """A tensor's bytes.
+
+    (``safe_open`` would parse the header once more and map the file, whose pages then count as this process's memory:
+    at 7 GB that is a third of a merge's time, and more memory than all the rest.)
+    """
     data = bytearray(info.end - info.start)
     with open(folder / info.file, "rb", buffering=0) as file:
         file.seek(info.start)
@@ -209,9 +243,7 @@ def read_tensor(folder: Path, info: TensorInfo) -> Tensor:
             view = view[count:]
     if view:
         raise _damaged(folder / info.file)
-    if not data:
-        return torch.empty(info.shape, dtype=_DTYPES[info.dtype])
-    return torch.frombuffer(data, dtype=_DTYPES[info.dtype]).view(info.shape)
+    return data
 
 
 def _shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:

@@ -7,9 +7,6 @@ the tensors are spread over shards. (Byte identity of a whole merge is `qalora v
 
 import hashlib
 
-import torch
-from torch import Tensor
-
 from .checkpoint import Checkpoint
 
 _BLOCK, _BLOCKS = 4096, 64
@@ -26,11 +23,6 @@ def fingerprint(checkpoint: Checkpoint) -> str:
         for block in checkpoint.read(name, _sample(info.end - info.start)):
             digest.update(block)
     return f"sha256:{digest.hexdigest()}"
-
-
-def raw_bytes(tensor: Tensor) -> Tensor:
-    """The tensor's bytes as a flat uint8 view."""
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _sample(size: int) -> list[tuple[int, int]]:

@@ -1,26 +1,13 @@
 """GPTQ bit layouts ↔ integer codes. Plain torch, no other dependency: training and serving both use it.
 
-A tensor of codes is a little-endian bit stream in 32-bit words: code ``i`` holds bits ``i·b … i·b + b − 1``. For
-b = 2, 4, 8 a word holds 32/b whole codes; for b = 3 a period of three words holds 32 codes, two of which straddle
-words. ``qweight`` streams along K (dim 0), ``qzeros`` along N (dim 1). Layout as written by AutoGPTQ and GPTQModel.
+``qweight`` streams its codes along K (dim 0), ``qzeros`` along N (dim 1), as :mod:`.words` says. Layout as written by
+AutoGPTQ and GPTQModel.
 """
-
-import math
 
 import torch
 from torch import Tensor
 
-SUPPORTED_BITS = (2, 3, 4, 8)
-
-
-def codes_per_period(bits: int) -> int:
-    """Number of codes in the shortest run of whole 32-bit words (16, 32, 8, 4 for b = 2, 3, 4, 8)."""
-    return 32 // math.gcd(32, bits)
-
-
-def words_per_period(bits: int) -> int:
-    """Number of 32-bit words in that run (3 for b = 3, else 1)."""
-    return codes_per_period(bits) * bits // 32
+from .words import codes_per_period, words_per_period, zero_shift
 
 
 def code_plane(words: Tensor, bits: int, j: int) -> Tensor:
@@ -106,11 +93,6 @@ def write_zeros(zeros: Tensor, bits: int, checkpoint_format: str) -> Tensor:
     if bits == 3:
         return pack_cols((zeros.to(torch.int64) - 1) & 7, bits)
     return pack_cols(zeros, bits) - zero_shift(bits, checkpoint_format)  # int32, wraps
-
-
-def zero_shift(bits: int, checkpoint_format: str) -> int:
-    """What to add to every word of ``qzeros``, modulo 2^32, for true zeros: v1 needs 1 in every field (not 3 bits)."""
-    return 0 if checkpoint_format == "gptq_v2" else sum(1 << shift for shift in range(0, 32, bits))
 
 
 def _to_int32(words: Tensor) -> Tensor:

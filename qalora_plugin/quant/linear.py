@@ -9,7 +9,7 @@ from ..errors import QALoraError
 from ..kernels.dequant import dequantized
 from ..kernels.linear import linear
 from ..kernels.packed import PackedWeight
-from .layout import codes_per_period, words_per_period
+from .words import codes_per_period, words_per_period
 
 
 class QuantLinear(nn.Module):

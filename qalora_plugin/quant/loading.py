@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -80,9 +81,9 @@ class QALoraHfQuantizer(HfQuantizer):
                     spec.group_size,
                     checkpoint_format=fmt,
                     bias=spec.bias_dtype is not None,
-                    offset_dtype=spec.offset_dtype,
-                    scale_dtype=spec.scale_dtype,
-                    bias_dtype=spec.bias_dtype,
+                    offset_dtype=_dtype(spec.offset_dtype),
+                    scale_dtype=_dtype(spec.scale_dtype),
+                    bias_dtype=_dtype(spec.bias_dtype),
                     store_g_idx=spec.has_g_idx,
                     device="meta",
                 ),
@@ -174,3 +175,7 @@ def _prefix(model: "PreTrainedModel", linears: dict, modules: dict):
     head = f"{model.base_model_prefix}."
     bare = bool(modules) and not any(name in linears for name in modules)
     return (lambda name: name.removeprefix(head)) if bare else (lambda name: name)
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name)

@@ -10,9 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qalora_plugin.quant.layout import (
-    SUPPORTED_BITS,
     code_plane,
-    codes_per_period,
     pack_cols,
     pack_rows,
     read_zeros,
@@ -20,6 +18,7 @@ from qalora_plugin.quant.layout import (
     unpack_rows,
     write_zeros,
 )
+from qalora_plugin.quant.words import SUPPORTED_BITS, codes_per_period
 
 sizes = st.tuples(st.sampled_from(SUPPORTED_BITS), st.integers(1, 4), st.integers(1, 9), st.integers(0, 2**31))
 

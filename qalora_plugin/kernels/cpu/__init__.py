@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...quant.layout import codes_per_period, zero_shift
+from ...quant.words import codes_per_period, zero_shift
 from ..packed import PackedWeight
 from .build import library
 
