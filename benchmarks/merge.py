@@ -17,7 +17,6 @@ not. Writes one CSV row a size and method into ``results/``.
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ import time
 from pathlib import Path
 
 import torch
+from merge_worker import prepare
 from models import SHAPES, write_base
 from report import RESULTS, write_csv
 from rich.console import Console
@@ -42,28 +42,7 @@ from qalora_plugin.quant.modules import quantized_modules
 METHODS = ("cp -r", "cp -al", "merge", "merge --copy", "merge()", "merge(copy=True)")
 TIME_BARS = {"merge": 0.5, "merge --copy": 1.2, "merge()": 0.5, "merge(copy=True)": 1.2}  # of the seconds of cp -r
 PEAK_BAR = 600  # MB
-# The kernel's own figure: getrusage would count the pages of this process, too, from before the exec.
-REPORT = """
-import json
-from pathlib import Path
-def report(**found):
-    status = Path("/proc/self/status").read_text()
-    print("@@" + json.dumps(found | {"peak_mb": int(status.split("VmHWM:")[1].split()[0]) / 1024}))
-"""
-COMMAND = """
-import atexit
-from qalora_plugin import cli
-atexit.register(report)
-cli.app()
-"""
-FUNCTION = """
-import sys, time
-import torch
-from qalora_plugin import merge
-start = time.perf_counter()
-merge(*sys.argv[2:], copy=sys.argv[1] == "merge(copy=True)", progress=False)
-report(seconds=time.perf_counter() - start)
-"""
+WORKER = (sys.executable, str(Path(__file__).parent / "merge_worker.py"))
 
 
 def write_sized_base(folder: Path, shape: str, gigabytes: float, group_size: int) -> Path:
@@ -96,17 +75,12 @@ def write_adapter(folder: Path, base: Path, rank: int) -> Path:
 
 def run(method: str, base: Path, adapter: Path, out: Path) -> dict[str, float]:
     """``seconds`` of one process, or one call, that makes ``out``, which is removed; of a merge also ``peak_mb``."""
-    if method.startswith("cp"):
-        command = [*method.split(), str(base), str(out)]
-    elif "(" in method:
-        command = [sys.executable, "-c", REPORT + FUNCTION, method, str(base), str(adapter), str(out)]
+    if method.startswith("merge("):
+        command = [*WORKER, "function", base, adapter, out, "copy" if "copy" in method else "links"]
     else:
-        command = [sys.executable, "-c", REPORT + COMMAND, *method.split()]
-        command += ["--base", str(base), "--adapter", str(adapter), "--out", str(out)]
-    # The same memory for every run: a page that a virtual machine has given back to its host costs more at first use.
-    shutil.copytree(base, out)
-    shutil.rmtree(out)
-    os.sync()
+        merging = [*WORKER, "command", *method.split(), "--base", base, "--adapter", adapter, "--out", out]
+        command = merging if method.startswith("merge") else [*method.split(), base, out]
+        prepare(base, out)
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     seconds = time.perf_counter() - start

@@ -13,7 +13,14 @@ def test_merge(tmp_path):
     done = subprocess.run([*command, "--work", tmp_path, "--out", tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / "merge_cpu.csv").open()))
-    assert [row["method"] for row in rows] == ["cp -r", "cp -al", "merge", "merge --copy"]
+    assert [row["method"] for row in rows] == [
+        "cp -r",
+        "cp -al",
+        "merge",
+        "merge --copy",
+        "merge()",
+        "merge(copy=True)",
+    ]
     assert all(float(row["seconds"]) > 0 for row in rows)
     assert all(float(row["peak_mb"]) > 0 for row in rows[2:])
     assert [path.name for path in tmp_path.iterdir()] == ["merge_cpu.csv"]
