@@ -101,10 +101,10 @@ def merge(
 
     names = {file: "model-00001-of-00001.safetensors" if file == SINGLE_NAME else file for file in checkpoint.files}
     with new_folder(out, flush=linked) as work:  # to wait for copies would take twice their time
-        weight_map = {tensor: names[info.file] for tensor, info in checkpoint.tensors.items()}
-        weight_map |= _write_offsets(work, opened, shards, offset_dtype, progress)
         for file, name in names.items():
             linked = link_or_copy(checkpoint.folder / file, work / name, copy) and linked
+        weight_map = {tensor: names[info.file] for tensor, info in checkpoint.tensors.items()}
+        weight_map |= _write_offsets(work, opened, shards, offset_dtype, progress)
         write_json(
             work / INDEX_NAME, {"metadata": {"total_size": checkpoint.nbytes + new_bytes}, "weight_map": weight_map}
         )

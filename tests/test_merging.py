@@ -7,12 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fabricate import make_adapter, make_base
 from safetensors.torch import load_file, save_file
 
-from qalora_plugin import merging
+from qalora_plugin import folding, merging
 from qalora_plugin.adapter_folder import AdapterFolder
 from qalora_plugin.errors import QALoraError
 from qalora_plugin.merging import is_merge_of, merge
@@ -197,25 +198,25 @@ def test_no_space_is_known_beforehand(base, adapter, tmp_path, monkeypatch):
     refuse("MB free, .* MB are needed", base, adapter, tmp_path / "out")
 
 
-@pytest.mark.parametrize("moment", range(4))
-def test_killed_at_any_moment(base, adapter, tmp_path, moment):
+@pytest.mark.parametrize("step", [1, 5, 10, 15])
+def test_killed_at_any_moment(base, adapter, tmp_path, step):
     """SIGKILL in the middle of a slowed-down merge: nothing or everything under the final name; then merging works."""
-    code = """
-import sys, time
-from qalora_plugin import merging
+    code = r"""
+import os, sys, time
+from qalora_plugin import folding, merging
 slow = merging.link_or_copy
 def slower(*args, **kwargs):
-    print("step", flush=True); time.sleep(0.1); return slow(*args, **kwargs)
+    os.write(1, b"step\n"); time.sleep(0.1); return slow(*args, **kwargs)
 merging.link_or_copy = slower
 offsets = merging._offsets
 def slow_offsets(*args):
-    print("step", flush=True); time.sleep(0.02); return offsets(*args)
+    os.write(1, b"step\n"); time.sleep(0.02); return offsets(*args)
 merging._offsets = slow_offsets
 merging.merge(*sys.argv[1:], progress=False)
 """
     out = tmp_path / "out"
     child = subprocess.Popen([sys.executable, "-c", code, base, adapter, out], stdout=subprocess.PIPE)
-    for _ in range(1 + 5 * moment):
+    for _ in range(step):
         assert child.stdout.readline() == b"step\n"
     child.send_signal(signal.SIGKILL)
     child.wait()
@@ -251,3 +252,31 @@ def test_adapter_digest_is_of_the_weights(adapter):
 
     expected = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
     assert AdapterFolder.open(adapter).digest() == f"sha256:{expected}"
+
+
+@pytest.mark.parametrize("offset_dtype", ["float16", "float32"])
+def test_the_command_needs_no_torch_and_writes_the_same(base, adapter, tmp_path, offset_dtype):
+    code = "import sys; sys.modules['torch'] = None; from qalora_plugin.cli import app; app()"
+    command = ["merge", "--base", base, "--adapter", adapter, "--out", tmp_path / "a", "--offset-dtype", offset_dtype]
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    merge(base, adapter, tmp_path / "b", offset_dtype, progress=False)
+    a, b = ((tmp_path / out / "offsets.safetensors").read_bytes() for out in "ab")
+    assert a == b
+
+
+def test_folding_in_numpy_is_folding_in_torch(monkeypatch):
+    """Blocks that do not come out even, subnormal, huge and overflowing values included."""
+    monkeypatch.setattr(folding, "_BLOCK", 5 * 96)
+    generator = np.random.default_rng(0)
+    lora_a = generator.standard_normal((4, 33)).astype(np.float32) * np.logspace(-9, 5, 33, dtype=np.float32)
+    lora_b = generator.standard_normal((96, 4)).astype(np.float32)
+    expected = reference.adapter_offsets(torch.from_numpy(lora_a), torch.from_numpy(lora_b), 0.5)
+    for dtype in ("float16", "float32"):
+        by_torch = folding.fold(lora_a, lora_b, 0.5, dtype)
+        with monkeypatch.context() as without:
+            without.delitem(sys.modules, "torch")
+            by_numpy = folding.fold(lora_a, lora_b, 0.5, dtype)
+        assert np.array_equal(by_torch, by_numpy)
+        assert torch.equal(torch.from_numpy(by_numpy), expected.to(getattr(torch, dtype)))
+    assert expected.half().isinf().any()

@@ -9,9 +9,16 @@ from fabricate import make_base
 from safetensors.torch import load_file, save_file
 
 from qalora_plugin.errors import QALoraError
-from qalora_plugin.quant.checkpoint import Checkpoint
+from qalora_plugin.quant.checkpoint import Checkpoint, read_array, read_header
 from qalora_plugin.quant.fingerprint import fingerprint
-from qalora_plugin.quant.modules import check_values, is_act_order, is_symmetric, quantized_modules, require_base
+from qalora_plugin.quant.modules import (
+    all_finite,
+    check_values,
+    is_act_order,
+    is_symmetric,
+    quantized_modules,
+    require_base,
+)
 
 
 @pytest.fixture
@@ -181,6 +188,7 @@ def test_bad_scales(copy, bad):
         ("qweight", lambda t: t.float(), "qweight is F32, expected int32 words"),
         ("g_idx", lambda t: t[:-1].clone(), "g_idx has shape"),
         ("g_idx", lambda t: torch.zeros_like(t), "does not put exactly 32 columns"),
+        ("g_idx", lambda t: t + 2**30, "does not put exactly 32 columns"),
         ("g_idx", lambda t: t - 1, "does not put exactly 32 columns"),
     ],
 )
@@ -225,3 +233,28 @@ def test_not_a_folder(base, tmp_path):
 def test_broken_config(copy):
     (copy / "config.json").write_text("{")
     refuse(copy, "config.json is not valid JSON")
+
+
+def test_tensors_as_arrays(tmp_path):
+    """As torch reads them; bfloat16, which numpy lacks, as float32; other dtypes are refused."""
+    values = torch.tensor([[1.5, -0.0, float("inf")], [3e-39, 1e38, -7.25]])
+    stored = {name: values.to(getattr(torch, name)) for name in ("float32", "float16", "bfloat16", "float8_e5m2")}
+    save_file(stored | {"empty": torch.empty(0, 4), "int32": torch.arange(5).int()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint = Checkpoint.open(tmp_path)
+    for name in ("float32", "float16", "empty", "int32"):
+        array = checkpoint.array(name)
+        assert torch.equal(torch.from_numpy(array), checkpoint.tensor(name))
+    assert torch.equal(torch.from_numpy(checkpoint.array("bfloat16")), stored["bfloat16"].float())
+    with pytest.raises(QALoraError, match="holds float8_e5m2 where 16 or 32 bits are expected"):
+        checkpoint.array("float8_e5m2")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_all_finite(tmp_path, dtype, bad):
+    info = torch.finfo(dtype)
+    values = torch.tensor([[0.0, -0.0, info.max, info.min, info.tiny]], dtype=dtype)
+    for last, finite in ((1.0, True), (bad, False)):
+        save_file({"t": torch.cat([values, torch.full((1, 1), last, dtype=dtype)], 1)}, tmp_path / "t.safetensors")
+        assert all_finite(read_array(tmp_path, read_header(tmp_path / "t.safetensors")["t"])) == finite

@@ -18,7 +18,7 @@ from qalora_plugin.quant.layout import (
     unpack_rows,
     write_zeros,
 )
-from qalora_plugin.quant.words import SUPPORTED_BITS, codes_per_period
+from qalora_plugin.quant.words import SUPPORTED_BITS, codes_per_period, symmetric_words
 
 sizes = st.tuples(st.sampled_from(SUPPORTED_BITS), st.integers(1, 4), st.integers(1, 9), st.integers(0, 2**31))
 
@@ -125,3 +125,12 @@ def test_reads_what_auto_gptq_packs(auto_gptq_linear, bits):
     assert torch.equal(read_zeros(packed.qzeros, bits, "gptq").t().float(), zeros)
     weight = dequantize(packed.qweight, packed.qzeros, packed.scales, packed.g_idx, bits, "gptq")
     torch.testing.assert_close(weight.t().float(), linear.weight.data, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
+@pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
+def test_symmetric_words_are_packed_symmetric_zeros(bits, checkpoint_format):
+    zeros = torch.full((3, 64), 1 << (bits - 1))
+    packed = write_zeros(zeros, bits, checkpoint_format)
+    period = torch.from_numpy(symmetric_words(bits, checkpoint_format).copy())
+    assert torch.equal(packed, period.repeat(3, packed.shape[1] // len(period)))

@@ -26,7 +26,7 @@ def test_merged_folder_needs_no_flag(merged):
     found = read(merged).quant_config
     assert isinstance(found, QALoraConfig)
     module = found.modules["model.layers.0.mlp.down_proj"]
-    assert (module.bits, module.group_size, module.offset_dtype) == (4, 32, torch.float16)
+    assert (module.bits, module.group_size, module.offset_dtype) == (4, 32, "float16")
     assert len(found.modules) == 14
 
 
