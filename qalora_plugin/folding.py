@@ -20,9 +20,13 @@ _MOST_THREADS = 8
 @contextmanager
 def fold_workers() -> Iterator[Executor]:
     """Threads to call :func:`fold` in: one where torch spreads the work itself, else one a core."""
-    threads = 1 if "torch" in sys.modules else min(os.cpu_count() or 1, _MOST_THREADS)
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
-        yield pool
+    if sys.modules.get("torch"):
+        with ThreadPoolExecutor(1) as pool:
+            yield pool
+    else:
+        threads = min(os.cpu_count() or 1, _MOST_THREADS)
+        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
+            yield pool
 
 
 def fold(lora_a: np.ndarray, lora_b: np.ndarray, scaling: float, dtype: str) -> np.ndarray:

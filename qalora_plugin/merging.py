@@ -1,8 +1,8 @@
 """Adapter + GPTQ base → merged INT4 checkpoint. One addition, nothing re-quantised, the model is never loaded.
 
 The base's shards are linked (or copied) unchanged; the adapter becomes ``<module>.offsets`` [G, N] in files of its own:
-``w' = scales·(q − zeros) + offsets``. At any model size it takes
-the memory of two shards of offsets: one is computed while the other is written.
+``w' = scales·(q − zeros) + offsets``. At any model size it takes the memory of two shards of offsets: one is computed
+while the other is written.
 """
 
 import logging
@@ -20,7 +20,7 @@ from .card import model_card
 from .companions import carry_special_tokens, copy_companions
 from .errors import QALoraError
 from .folding import fold, fold_workers
-from .quant.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, write_json
+from .quant.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, read_json, write_json
 from .quant.fingerprint import fingerprint
 from .quant.modules import (
     FORMAT_VERSION,
@@ -132,15 +132,20 @@ def require_offset_dtype(name: str) -> None:
 def is_merge_of(
     folder: str | Path, base: str | Path, adapter: str | Path, offset_dtype: str, revision: str | None = None
 ) -> bool:
-    """True if ``folder`` is already the merge of exactly this adapter into exactly this base, with such offsets."""
+    """True if ``folder`` is already the merge of exactly this adapter into exactly this base, with such offsets.
+
+    Raises:
+        QALoraError: it is, but damaged (a power failure soon after merging can cut copied shards short).
+    """
     config = Path(folder) / "config.json"
     if not config.is_file():
         return False
-    recorded = Checkpoint.open(folder).quantization
+    recorded = read_json(config).get("quantization_config") or {}
     return (
         recorded.get("offset_dtype") == offset_dtype
         and recorded.get("adapter") == AdapterFolder.open(adapter).digest()
         and recorded.get("base_fingerprint") == fingerprint(Checkpoint.open(base, revision))
+        and Checkpoint.open(folder).method == MERGED_METHOD
     )
 
 

@@ -1,6 +1,7 @@
 """The merge: exact, atomic, and picky about what it merges."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -104,6 +105,16 @@ def test_is_merge_of(base, adapter, merged, tmp_path):
     assert not is_merge_of(merged, base, adapter, "float32")
     assert not is_merge_of(merged, base, make_adapter(base, tmp_path / "other", seed=3), "float16")
     assert not is_merge_of(tmp_path / "nothing", base, adapter, "float16")
+
+
+def test_a_merge_cut_short_is_refused(base, adapter, merged, tmp_path):
+    """What a power failure can leave of copied shards."""
+    folder = shutil.copytree(merged, tmp_path / "merged")
+    os.truncate(folder / "model-00001-of-00001.safetensors", 1000)
+    with pytest.raises(QALoraError, match="truncated or damaged"):
+        is_merge_of(folder, base, adapter, "float16")
+    (folder / "config.json").write_text("{}")
+    assert not is_merge_of(folder, base, adapter, "float16")
 
 
 def refuse(match, base, adapter, out, **options):
