@@ -36,17 +36,18 @@ def main() -> None:
     if kind == "command":
         from qalora_plugin.cli import app
 
-        atexit.register(report)
+        atexit.register(report)  # the command ends the process
         app()
-    import torch  # noqa: F401 (loaded, as in a training run)
+    else:
+        import torch  # noqa: F401 (loaded, as in a training run)
 
-    from qalora_plugin import merge
+        from qalora_plugin import merge
 
-    base, adapter, out, how = sys.argv[1:]
-    prepare(base, out)
-    start = time.perf_counter()
-    merge(base, adapter, out, copy=how == "copy", progress=False)
-    report(seconds=time.perf_counter() - start)
+        base, adapter, out, how = sys.argv[1:]
+        prepare(base, out)
+        start = time.perf_counter()
+        merge(base, adapter, out, copy=how == "copy", progress=False)
+        report(seconds=time.perf_counter() - start)
 
 
 if __name__ == "__main__":

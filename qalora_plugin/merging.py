@@ -36,7 +36,7 @@ from .quant.modules import (
 
 logger = logging.getLogger(__name__)
 
-OFFSET_DTYPES = {"float16": 2, "float32": 4}  # bytes
+OFFSET_DTYPES = ("float16", "float32")
 SHARD_BYTES = 64 << 20
 _KEPT_KEYS = (
     "bits",
@@ -91,9 +91,8 @@ def merge(
     opened.require_base(base_fingerprint := hashing.result(), base)
     opened.check_fits(modules)
 
-    sizes = {
-        name: modules[name].groups * modules[name].out_features * OFFSET_DTYPES[offset_dtype] for name in opened.modules
-    }
+    itemsize = np.dtype(offset_dtype).itemsize
+    sizes = {name: modules[name].groups * modules[name].out_features * itemsize for name in opened.modules}
     shards, new_bytes = _plan_shards(sizes), sum(sizes.values())
     out.parent.mkdir(parents=True, exist_ok=True)
     linked = not copy and same_disk(checkpoint.folder / checkpoint.files[0], out.parent)

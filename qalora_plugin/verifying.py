@@ -18,7 +18,14 @@ from torch import Tensor
 from .adapter_folder import AdapterFolder
 from .errors import QALoraError
 from .quant.checkpoint import Checkpoint
-from .quant.modules import MERGED_METHOD, QuantizedModule, checkpoint_format, quantized_modules, require_base
+from .quant.modules import (
+    MERGED_METHOD,
+    QuantizedModule,
+    checkpoint_format,
+    column_groups,
+    quantized_modules,
+    require_base,
+)
 from .quant.reference import adapter_offsets, dequantize
 from .tokens import default_texts, tokenise
 
@@ -172,7 +179,7 @@ def _compare_weights(
     for name in track(adapter.modules, "weights", disable=not progress, transient=True):
         if merged_modules[name].offset_dtype is None:
             raise QALoraError(f"{result.folder}: {name} has no offsets, but the adapter changes it. Merge again.")
-        group = _group_of_columns(source, modules[name])
+        group = torch.from_numpy(column_groups(source, modules[name])).long()
         delta = adapter_offsets(*map(torch.from_numpy, adapter.factors(name)), adapter.scaling(name))
         before, after = _dense_columns(source, modules[name]), _dense_columns(result, merged_modules[name])
         for start in range(0, modules[name].out_features, _COLUMNS):
@@ -185,17 +192,12 @@ def _compare_weights(
     return worst, (error / contribution) ** 0.5 if contribution else 0.0
 
 
-def _group_of_columns(checkpoint: Checkpoint, module: QuantizedModule) -> Tensor:
-    if module.has_g_idx:
-        return checkpoint.tensor(f"{module.name}.g_idx").long()
-    return torch.arange(module.in_features) // module.group_size
-
-
 def _dense_columns(checkpoint: Checkpoint, module: QuantizedModule) -> Callable[[slice], Tensor]:
     """Columns of the dense weight [K, …] in float64, by the reference, offsets included if there are any."""
     names = ("qweight", "qzeros", "scales", "offsets") if module.offset_dtype else ("qweight", "qzeros", "scales")
     parts = {name: checkpoint.tensor(f"{module.name}.{name}") for name in names}
-    group, fmt = _group_of_columns(checkpoint, module), checkpoint_format(checkpoint.quantization)
+    group = torch.from_numpy(column_groups(checkpoint, module))
+    fmt = checkpoint_format(checkpoint.quantization)
 
     def columns(n: slice) -> Tensor:
         words = slice(n.start * module.bits // 32, n.stop * module.bits // 32)

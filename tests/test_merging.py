@@ -209,12 +209,12 @@ def test_no_space_is_known_beforehand(base, adapter, tmp_path, monkeypatch):
     refuse("MB free, .* MB are needed", base, adapter, tmp_path / "out")
 
 
-@pytest.mark.parametrize("step", [1, 5, 10, 15])
-def test_killed_at_any_moment(base, adapter, tmp_path, step):
+@pytest.mark.parametrize("moment", range(4))
+def test_killed_at_any_moment(base, adapter, tmp_path, moment):
     """SIGKILL in the middle of a slowed-down merge: nothing or everything under the final name; then merging works."""
     code = r"""
 import os, sys, time
-from qalora_plugin import folding, merging
+from qalora_plugin import merging
 slow = merging.link_or_copy
 def slower(*args, **kwargs):
     os.write(1, b"step\n"); time.sleep(0.1); return slow(*args, **kwargs)
@@ -224,10 +224,11 @@ def slow_offsets(*args):
     os.write(1, b"step\n"); time.sleep(0.02); return offsets(*args)
 merging._offsets = slow_offsets
 merging.merge(*sys.argv[1:], progress=False)
+os.write(1, b"step\n")  # the last moment: it is there
 """
     out = tmp_path / "out"
     child = subprocess.Popen([sys.executable, "-c", code, base, adapter, out], stdout=subprocess.PIPE)
-    for _ in range(step):
+    for _ in range(1 + 5 * moment):
         assert child.stdout.readline() == b"step\n"
     child.send_signal(signal.SIGKILL)
     child.wait()

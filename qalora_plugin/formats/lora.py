@@ -17,7 +17,7 @@ from ..atomic import new_folder, require_absent, require_space
 from ..errors import QALoraError
 from ..quant.checkpoint import Checkpoint
 from ..quant.fingerprint import fingerprint
-from ..quant.modules import QuantizedModule, require_base
+from ..quant.modules import column_groups, require_base
 
 _OURS = ("qalora", "qalora_group_size", "use_qalora", "exclude_modules")
 
@@ -64,7 +64,7 @@ def export_lora(
     tensors = {}
     for name in opened.modules:
         lora_a, lora_b = opened.factors(name)
-        lora_a = np.ascontiguousarray(lora_a[:, _groups(checkpoint, modules[name])])
+        lora_a = np.ascontiguousarray(lora_a[:, column_groups(checkpoint, modules[name])])
         tensors |= {f"base_model.model.{name}.lora_{part}.weight": t for part, t in (("A", lora_a), ("B", lora_b))}
     require_space(_existing(out.parent), sum(tensor.nbytes for tensor in tensors.values()) + (1 << 20))
     config = {key: value for key, value in opened.config.items() if key not in _OURS}
@@ -73,13 +73,6 @@ def export_lora(
         save_file(tensors, work / WEIGHTS_NAME, metadata={"format": "pt"})
         (work / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return ExportResult(out, len(opened.modules), max(map(opened.rank, opened.modules)))
-
-
-def _groups(checkpoint: Checkpoint, module: QuantizedModule) -> np.ndarray:
-    """The group of every column, ``[K]``."""
-    if module.has_g_idx:
-        return checkpoint.array(f"{module.name}.g_idx")
-    return np.arange(module.in_features) // module.group_size
 
 
 def _existing(folder: Path) -> Path:

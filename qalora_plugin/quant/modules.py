@@ -181,12 +181,18 @@ def all_finite(array: np.ndarray) -> bool:
     return not ((array.view(exponent.dtype) & exponent) == exponent).any()
 
 
+def column_groups(checkpoint: Checkpoint, module: QuantizedModule) -> np.ndarray:
+    """The group of every column, int ``[K]``: ``g_idx``, or in order where none is stored."""
+    return checkpoint.array(f"{module.name}.g_idx") if module.has_g_idx else _in_order(module)
+
+
+def _in_order(module: QuantizedModule) -> np.ndarray:
+    return np.arange(module.in_features) // module.group_size
+
+
 def is_act_order(checkpoint: Checkpoint, module: QuantizedModule) -> bool:
     """True if the columns of this linear were quantised out of order (``desc_act``)."""
-    if not module.has_g_idx:
-        return False
-    in_order = np.arange(module.in_features) // module.group_size
-    return not np.array_equal(checkpoint.array(f"{module.name}.g_idx"), in_order)
+    return not np.array_equal(column_groups(checkpoint, module), _in_order(module))
 
 
 def is_symmetric(checkpoint: Checkpoint, module: QuantizedModule) -> bool:
