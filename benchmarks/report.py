@@ -4,7 +4,7 @@ import csv
 import datetime
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -19,10 +19,18 @@ def describe(*packages: str) -> dict[str, str]:
     dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
     return {
         "machine": machine(),
-        **{package: version(package) for package in ("torch", *packages)},
+        **{package: installed(package) for package in ("torch", *packages)},
         "commit": (commit or "unknown") + ("+" if dirty else ""),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def installed(package: str) -> str:
+    """Its version, "" where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def machine() -> str:
@@ -43,14 +51,14 @@ def write_csv(path: Path, rows: list[dict], *packages: str) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows({key: _short(value) for key, value in row.items()} for row in rows)
+        writer.writerows({key: short(value) for key, value in row.items()} for row in rows)
     print(f"\n{path}")
 
 
 def print_table(header: list[str], rows: list[list]) -> None:
     """A Markdown table."""
     for row in (header, ["---"] * len(header), *rows):
-        print("| " + " | ".join(str(_short(value)) for value in row) + " |")
+        print("| " + " | ".join(str(short(value)) for value in row) + " |")
 
 
 def verdict(value: float, bar: float, at_least: bool) -> str:
@@ -59,5 +67,6 @@ def verdict(value: float, bar: float, at_least: bool) -> str:
     return f"{value:.3f} ({'≥' if at_least else '≤'} {bar}: {'yes' if holds else 'NO'})"
 
 
-def _short(value: object) -> object:
+def short(value: object) -> object:
+    """Four significant digits of a float."""
     return float(f"{value:.4g}") if isinstance(value, float) else value

@@ -54,3 +54,13 @@ def widths(names: list[str], kind: str) -> set[int]:
             width = re.search(r"\.[US]?(8|16|64|128)\b", name)
             found.add(int(width[1]) if width else 32)
     return found
+
+
+def bits_moved(names: list[str], kind: str) -> int:
+    """Bits that a thread moves in all, where no such instruction is inside a loop."""
+    moved = 0
+    for name in names:
+        if name.split(".")[0] == kind:
+            width = re.search(r"\.[US]?(8|16|64|128)\b", name)
+            moved += int(width[1]) if width else 32
+    return moved

@@ -17,6 +17,4 @@ def register() -> None:
     if problem := versions.problem(vllm.__version__):
         versions.register_refusal(problem)
         return
-    from . import config, ops  # noqa: F401 (importing config registers it)
-
-    ops.register()
+    from . import config  # noqa: F401 (importing it registers it)

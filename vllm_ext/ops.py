@@ -3,11 +3,14 @@
 CUDA runs Triton (``offsets_triton``). A CPU with bfloat16 instructions runs C++ (``qalora_plugin/kernels/cpu``), where
 pooled inputs and offsets are rounded to bfloat16: 0.2 % of the term, as every bfloat16 kernel rounds its scales. All
 else runs torch, in float32.
+
+Nothing here needs vLLM: what a GPU computes can be tested and timed where vLLM is not.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from vllm.utils.torch_utils import direct_register_custom_op
 
 from qalora_plugin.kernels import cpu
 
@@ -31,14 +34,7 @@ def add_offsets(y: Tensor, x: Tensor, offsets: Tensor, group_size: int) -> None:
         y: ``[..., N]``, contiguous. x: ``[..., K]``, the columns of a group side by side.
         offsets: from :func:`prepare`.
     """
-    torch.ops.vllm.qalora_add_offsets(y, x, offsets, group_size)
-
-
-def register() -> None:
-    """Define ``torch.ops.vllm.qalora_…``, opaque to torch.compile; again is harmless."""
-    if not hasattr(torch.ops.vllm, "qalora_add_offsets"):
-        direct_register_custom_op("qalora_add_offsets", _add_offsets, mutates_args=["y"], fake_impl=_add_offsets_fake)
-        direct_register_custom_op("qalora_int4_linear", int4_cpu.int4_linear, fake_impl=int4_cpu.int4_linear_fake)
+    torch.ops.qalora.add_offsets(y, x, offsets, group_size)
 
 
 def _add_offsets(y: Tensor, x: Tensor, offsets: Tensor, group_size: int) -> None:
@@ -59,3 +55,17 @@ def _add_offsets_fake(y: Tensor, x: Tensor, offsets: Tensor, group_size: int) ->
 
 def _runs_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.version.cuda is not None  # not ROCm, where the tf32 products are not available
+
+
+_LIBRARY = torch.library.Library("qalora", "FRAGMENT")  # the ops live as long as it does
+
+
+def _define(name: str, function: Callable, fake: Callable, mutates: tuple[str, ...] = ()) -> None:
+    """``torch.ops.qalora.<name>``, opaque to torch.compile. (``torch.library.custom_op`` costs more at every call.)"""
+    _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=mutates))
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qalora::{name}", fake, lib=_LIBRARY)
+
+
+_define("add_offsets", _add_offsets, _add_offsets_fake, mutates=("y",))
+_define("int4_linear", int4_cpu.int4_linear, int4_cpu.int4_linear_fake)

@@ -4,8 +4,10 @@
     matmul   y = x·(the same, tile by tile), for T ≤ 64
 
 ``fill`` writes four times the bytes that it reads and cuBLAS reads them again: nothing at thousands of tokens, all the
-time at a handful (evaluation, generation during training). Both are bound by memory: lanes run along N, where words,
-scales and weights lie side by side; a program stays inside one group and reads scale, zero and offset once a column.
+time at a handful (evaluation, generation during training). Both are bound by memory. Lanes run along N, where words,
+scales and weights lie side by side. A *period* is the shortest run of whole words, one word of 32/b codes or three words
+of 32 at 3 bits: its words are loaded once and all its codes shifted out of registers, so a weight costs b/8 bytes of
+loads plus its share of the group's scale, zero-point and offset.
 """
 
 import torch
@@ -18,153 +20,173 @@ from ..quant.words import codes_per_period, words_per_period, zero_shift
 from .packed import PackedWeight
 
 MAX_TOKENS = 64  # of matmul: beyond, tensor cores are busy enough for the scratch to pay
-MATMUL_COLUMNS = 64  # of a program
+FILL_COLUMNS, FILL_PERIODS, FILL_WARPS = 512, 8, 2  # of a program of fill; fewer periods where a group has fewer
+MATMUL_COLUMNS, MATMUL_PERIODS = 64, 16  # of a program, and of one of its steps: the least that a tensor core takes
 
 
 @triton.jit
-def _codes(base, index, stride, mask, BITS: tl.constexpr, PERIOD: tl.constexpr, WORDS: tl.constexpr):
-    """Code ``index`` of a bit stream whose 32-bit words lie ``stride`` apart, starting at ``base`` (layout.py)."""
-    bit = index % PERIOD * BITS
-    word = index // PERIOD * WORDS + bit // 32
-    shift = (bit % 32).to(tl.uint32)
-    low = tl.load(base + word.to(tl.int64) * stride, mask=mask, other=0).to(tl.uint32, bitcast=True) >> shift
-    if BITS == 3:  # the only width with codes that straddle words
-        straddles = shift > 32 - BITS
-        high = tl.load(base + (word + 1).to(tl.int64) * stride, mask=mask & straddles, other=0)
-        low = tl.where(straddles, low | (high.to(tl.uint32, bitcast=True) << (32 - shift) % 32), low)
-    return low & ((1 << BITS) - 1)
+def _load_period(words, period, n, N, mask, WORDS: tl.constexpr):
+    """The 32-bit words of ``period`` in the columns ``n``: three, of which only the first counts where WORDS is 1."""
+    place = words + (period * WORDS).to(tl.int64) * N + n
+    first = tl.load(place, mask=mask, other=0).to(tl.uint32, bitcast=True)
+    second, third = first, first
+    if WORDS == 3:
+        second = tl.load(place + N, mask=mask, other=0).to(tl.uint32, bitcast=True)
+        third = tl.load(place + 2 * N, mask=mask, other=0).to(tl.uint32, bitcast=True)
+    return first, second, third
+
+
+@triton.jit
+def _code(words, j: tl.constexpr, BITS: tl.constexpr):
+    """Code ``j`` of a period, as float32. At 3 bits codes 10 and 21 straddle two words (layout.py)."""
+    bit: tl.constexpr = j * BITS % 32
+    code = words[j * BITS // 32] >> bit
+    if bit + BITS > 32:
+        code |= words[j * BITS // 32 + 1] << (32 - bit)
+    return (code & ((1 << BITS) - 1)).to(tl.float32)
 
 
 @triton.jit
 def _zeros(qzeros, group, n, N, zero_shift, mask, BITS: tl.constexpr, PERIOD: tl.constexpr, WORDS: tl.constexpr):
-    """Integer zero-points of columns ``n`` in ``group``; ``zero_shift`` turns stored ones into true ones."""
+    """Integer zero-points of columns ``n`` in ``group``, float32; ``zero_shift`` turns stored ones into true ones."""
     row = qzeros + group.to(tl.int64) * (N // PERIOD * WORDS)
-    if BITS == 3:  # per field, modulo 8
-        return (_codes(row, n, 1, mask, BITS, PERIOD, WORDS) + zero_shift) & 7
-    word = tl.load(row + n // PERIOD, mask=mask, other=0).to(tl.uint32, bitcast=True) + zero_shift
-    return (word >> (n % PERIOD * BITS).to(tl.uint32)) & ((1 << BITS) - 1)
+    bit = n % PERIOD * BITS
+    place = row + n // PERIOD * WORDS + bit // 32
+    word = tl.load(place, mask=mask, other=0).to(tl.uint32, bitcast=True)
+    shift = (bit % 32).to(tl.uint32)
+    if BITS == 3:  # shifted field by field, modulo 8; two fields of a period straddle words
+        straddles = shift > 32 - BITS
+        after = tl.load(place + 1, mask=mask & straddles, other=0).to(tl.uint32, bitcast=True)
+        zero = (word >> shift) | tl.where(straddles, after << (32 - shift) % 32, 0)
+        return ((zero + zero_shift) & 7).to(tl.float32)
+    return (((word + zero_shift) >> shift) & ((1 << BITS) - 1)).to(tl.float32)
 
 
 @triton.jit
-def _weights(
-    qweight, qzeros, scales, offsets, group, k, n, N, zero_shift, mask_n, mask,
+def _group_terms(
+    qzeros, scales, offsets, group, n, N, zero_shift, mask,
     HAS_OFFSETS: tl.constexpr, BITS: tl.constexpr, PERIOD: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Effective weights in float32. ``group`` and ``k`` broadcast against ``n`` and its masks."""
+    """scale and shift of ``w' = scale·q + shift``, what all columns of K in a group share; float32."""
     at = group.to(tl.int64) * N + n
-    code = _codes(qweight + n, k, N, mask, BITS, PERIOD, WORDS).to(tl.float32)
-    zero = _zeros(qzeros, group, n, N, zero_shift, mask_n, BITS, PERIOD, WORDS).to(tl.float32)
-    weight = (code - zero) * tl.load(scales + at, mask=mask_n, other=0).to(tl.float32)
+    scale = tl.load(scales + at, mask=mask, other=0).to(tl.float32)
+    shift = -scale * _zeros(qzeros, group, n, N, zero_shift, mask, BITS, PERIOD, WORDS)
     if HAS_OFFSETS:
-        weight += tl.load(offsets + at, mask=mask_n, other=0)
-    return weight
+        shift += tl.load(offsets + at, mask=mask, other=0)
+    return scale, shift
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["zero_shift"])
 def fill_kernel(
-    qweight, qzeros, scales, offsets, g_idx, out, K, N, group_size, zero_shift,
-    HAS_OFFSETS: tl.constexpr, ACT_ORDER: tl.constexpr, BITS: tl.constexpr, PERIOD: tl.constexpr, WORDS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    qweight, qzeros, scales, offsets, g_idx, out, N, group_size, zero_shift,
+    HAS_OFFSETS: tl.constexpr, ALIGNED: tl.constexpr, ACT_ORDER: tl.constexpr,
+    BITS: tl.constexpr, PERIOD: tl.constexpr, WORDS: tl.constexpr, PERIODS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``ROWS × COLUMNS`` weights a program; the rows are in one group, or anywhere with ``ACT_ORDER``."""
-    n = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    if ACT_ORDER:
-        k = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-        mask_k = k < K
-        group = tl.load(g_idx + k, mask=mask_k, other=0)
-        mask_n = mask_k & (n < N)
-    else:
-        parts = tl.cdiv(group_size, ROWS)
-        group = tl.program_id(0) // parts
-        row = (tl.program_id(0) % parts * ROWS + tl.arange(0, ROWS))[:, None]
-        k = group * group_size + row
-        mask_k = row < group_size
-        mask_n = n < N
-    mask = mask_k & (n < N)
-    weight = _weights(
-        qweight, qzeros, scales, offsets, group, k, n, N, zero_shift, mask_n, mask, HAS_OFFSETS, BITS, PERIOD, WORDS
-    )
-    tl.store(out + k.to(tl.int64) * N + n, weight.to(out.dtype.element_ty), mask=mask)
+    """``PERIODS·PERIOD × COLUMNS`` weights a program.
+
+    ALIGNED: all its rows are in one group, whose terms it reads once. Else each row finds its own group, by ``g_idx``
+    with ACT_ORDER.
+    """
+    n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = n < N
+    first = tl.program_id(0) * PERIODS
+    if ALIGNED:
+        group = first * PERIOD // group_size
+        scale, shift = _group_terms(
+            qzeros, scales, offsets, group, n, N, zero_shift, mask, HAS_OFFSETS, BITS, PERIOD, WORDS
+        )
+    for period in tl.static_range(PERIODS):
+        words = _load_period(qweight, first + period, n, N, mask, WORDS)
+        for j in tl.static_range(PERIOD):
+            k = (first + period) * PERIOD + j
+            if not ALIGNED:
+                group = tl.load(g_idx + k) if ACT_ORDER else k // group_size
+                scale, shift = _group_terms(
+                    qzeros, scales, offsets, group, n, N, zero_shift, mask, HAS_OFFSETS, BITS, PERIOD, WORDS
+                )
+            weight = _code(words, j, BITS) * scale + shift
+            tl.store(out + k.to(tl.int64) * N + n, weight.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["zero_shift", "T", "steps_each"])
 def matmul_kernel(
-    x, qweight, qzeros, scales, offsets, partial, T, K, N, group_size, zero_shift, groups_each,
+    x, qweight, qzeros, scales, offsets, partial, T, K, N, group_size, zero_shift, steps_each,
     HAS_OFFSETS: tl.constexpr, BITS: tl.constexpr, PERIOD: tl.constexpr, WORDS: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr, PERIODS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A strip of columns times ``groups_each`` groups → ``partial[program_id(1)]`` float32 ``[T, N]``."""
+    """A strip of columns times ``steps_each`` steps of K → ``partial[program_id(1)]`` float32 ``[T, N]``.
+
+    A step is ``PERIODS`` periods, and in it code j of each is one product of depth ``PERIODS``: the rows j, j + PERIOD …
+    """
     n = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     t = tl.arange(0, TOKENS)[:, None]
     mask_n, mask_t = n < N, t < T
     sums = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32)
-    first = tl.program_id(1) * groups_each
-    for group in range(first, tl.minimum(first + groups_each, K // group_size)):
-        for start in range(0, group_size, ROWS):
-            row = start + tl.arange(0, ROWS)
-            k, inside = group * group_size + row, row < group_size
-            weight = _weights(
-                qweight, qzeros, scales, offsets, (group + row * 0)[:, None], k[:, None], n, N, zero_shift, mask_n,
-                inside[:, None] & mask_n, HAS_OFFSETS, BITS, PERIOD, WORDS,
-            )  # fmt: skip
-            tile = tl.load(x + t * K + k[None, :], mask=mask_t & inside[None, :], other=0)
+    first = tl.program_id(1) * steps_each
+    for step in range(first, tl.minimum(first + steps_each, tl.cdiv(K // PERIOD, PERIODS))):
+        row = step * PERIODS + tl.arange(0, PERIODS)
+        inside = row < K // PERIOD
+        period = row[:, None]
+        mask = inside[:, None] & mask_n
+        words = _load_period(qweight, period, n, N, mask, WORDS)
+        scale, shift = _group_terms(
+            qzeros, scales, offsets, period * PERIOD // group_size, n, N, zero_shift, mask,
+            HAS_OFFSETS, BITS, PERIOD, WORDS,
+        )  # fmt: skip
+        for j in tl.static_range(PERIOD):
+            weight = _code(words, j, BITS) * scale + shift
+            tile = tl.load(x + t * K + row[None, :] * PERIOD + j, mask=mask_t & inside[None, :], other=0)
             sums = tl.dot(tile, weight.to(x.dtype.element_ty), sums, input_precision="ieee")
-    tl.store(partial + tl.program_id(1) * T * N + t * N + n, sums, mask=mask_t & mask_n)
-
-
-FILL_CONFIGS = [
-    triton.Config({"ROWS": rows, "COLUMNS": columns}, num_warps=warps)
-    for rows, columns, warps in ((16, 128, 4), (32, 64, 4), (32, 128, 4), (32, 128, 8), (32, 256, 8), (64, 128, 8))
-]
-_tuned_fill = triton.autotune(FILL_CONFIGS, key=["K", "N", "group_size"])(fill_kernel)
+    place = tl.program_id(1).to(tl.int64) * T * N + t * N + n
+    tl.store(partial + place, sums, mask=mask_t & mask_n)
 
 
 def fill(packed: PackedWeight, offsets: Tensor | None, out: Tensor) -> None:
     """Write the dense weight, plus ``offsets`` [G, N] instead of the packed ones, to ``out`` ``[K, N]``."""
-    launch_fill(_tuned_fill, packed, offsets, out)
-
-
-def launch_fill(kernel, packed: PackedWeight, offsets: Tensor | None, out: Tensor, **config: int) -> None:
-    """Run ``kernel``: the tuned one, or ``fill_kernel`` with its ``ROWS`` and ``COLUMNS`` given."""
-    act_order = packed.g_idx is not None
-
-    def grid(meta: dict) -> tuple[int, int]:
-        parts = triton.cdiv(packed.in_features if act_order else packed.group_size, meta["ROWS"])
-        return parts * (1 if act_order else packed.groups), triton.cdiv(packed.out_features, meta["COLUMNS"])
-
+    period, act_order = codes_per_period(packed.bits), packed.g_idx is not None
+    aligned = not act_order and packed.group_size % period == 0
+    run = (packed.group_size if aligned else packed.in_features) // period
+    periods = min(run & -run, FILL_PERIODS)  # a power of two that divides the run: no program leaves its group
+    grid = (packed.in_features // period // periods, triton.cdiv(packed.out_features, FILL_COLUMNS))
     g_idx = packed.g_idx if act_order else packed.qweight  # not read
     with torch.cuda.device_of(out):  # Triton launches on the current device, whichever its tensors are on
-        kernel[grid](
+        fill_kernel[grid](
             packed.qweight, packed.qzeros, packed.scales, _float(offsets, packed), g_idx, out,
-            packed.in_features, packed.out_features, packed.group_size, _shift(packed),
-            HAS_OFFSETS=offsets is not None, ACT_ORDER=act_order, **layout_constants(packed.bits), **config,
+            packed.out_features, packed.group_size, _shift(packed),
+            HAS_OFFSETS=offsets is not None, ALIGNED=aligned, ACT_ORDER=act_order, **layout_constants(packed.bits),
+            PERIODS=periods, COLUMNS=FILL_COLUMNS, num_warps=FILL_WARPS,
         )  # fmt: skip
 
 
 def takes_matmul(x: Tensor, packed: PackedWeight) -> bool:
-    """Whether :func:`matmul` can run: few tokens, on CUDA, groups in order and wide enough for a tensor core."""
-    return 0 < x[..., 0].numel() <= MAX_TOKENS and packed.g_idx is None and packed.group_size >= 16
+    """Whether :func:`matmul` can run: few tokens, on CUDA, groups in order that hold whole periods, a dtype that its
+    tensor cores multiply (bfloat16 since compute capability 8.0)."""
+    return (
+        0 < x[..., 0].numel() <= MAX_TOKENS
+        and packed.g_idx is None
+        and packed.group_size % codes_per_period(packed.bits) == 0
+        and (x.dtype != torch.bfloat16 or not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0))
+    )
 
 
 def matmul(x: Tensor, packed: PackedWeight, offsets: Tensor | None) -> Tensor:
     """``x·w`` with ``offsets`` [G, N] instead of the packed ones: ``[..., K] → [..., N]``, at most 64 tokens.
 
-    The groups are split over programs until the GPU is full; their float32 sums are then added in a fixed order.
+    K is split over programs until the GPU is full; their float32 sums are then added in a fixed order.
     """
     flat = x.reshape(-1, packed.in_features).contiguous()
     tokens, n = len(flat), packed.out_features
     strips = triton.cdiv(n, MATMUL_COLUMNS)
-    parts = max(1, min(packed.groups, triton.cdiv(2 * _processors(x.device), strips)))
-    each = triton.cdiv(packed.groups, parts)
-    partial = flat.new_empty(triton.cdiv(packed.groups, each), tokens, n, dtype=torch.float32)
+    steps = triton.cdiv(packed.in_features // codes_per_period(packed.bits), MATMUL_PERIODS)
+    parts = max(1, min(steps, triton.cdiv(2 * _processors(x.device), strips)))
+    each = triton.cdiv(steps, parts)
+    partial = flat.new_empty(triton.cdiv(steps, each), tokens, n, dtype=torch.float32)
     with torch.cuda.device_of(x):
         matmul_kernel[(strips, len(partial))](
             flat, packed.qweight, packed.qzeros, packed.scales, _float(offsets, packed), partial,
             tokens, packed.in_features, n, packed.group_size, _shift(packed), each,
             HAS_OFFSETS=offsets is not None, **layout_constants(packed.bits),
-            TOKENS=max(16, triton.next_power_of_2(tokens)),
-            ROWS=32 if packed.group_size >= 32 else 16,
-            COLUMNS=MATMUL_COLUMNS,
+            TOKENS=max(16, triton.next_power_of_2(tokens)), PERIODS=MATMUL_PERIODS, COLUMNS=MATMUL_COLUMNS,
         )  # fmt: skip
     return partial.sum(0).to(x.dtype).view(*x.shape[:-1], n)
 

@@ -2,39 +2,51 @@
 construction. Run by ``test_gpu.py`` in a process without Triton's interpreter.
 """
 
-from nvidia_machine_code import instructions, spills, widths
+from nvidia_machine_code import bits_moved, instructions, spills, widths
 
 from qalora_plugin.kernels import gpu
+from qalora_plugin.quant.words import codes_per_period
 
 PACKED = {"qweight": "*i32", "qzeros": "*i32", "scales": "*fp16", "offsets": "*fp32"}
-SIZES = {"K": "i32", "N": "i32", "group_size": "i32", "zero_shift": "i32"}
-TURING, AMPERE, HOPPER, BLACKWELL = 75, 80, 90, 100
+SIZES = {"N": "i32", "group_size": "i32", "zero_shift": "i32"}
+TURING, AMPERE, ADA, HOPPER, BLACKWELL, CONSUMER_BLACKWELL = 75, 80, 89, 90, 100, 120
 
 
-def compile_fill(capability, dtype, bits, config=gpu.FILL_CONFIGS[0], act_order=False, offsets=True):
-    constants = {"HAS_OFFSETS": offsets, "ACT_ORDER": act_order} | config.kwargs
-    arguments = PACKED | {"g_idx": "*i32", "out": dtype} | SIZES
-    return instructions(
-        gpu.fill_kernel, arguments, constants | gpu.layout_constants(bits), capability, config.num_warps
-    )
+def compile_fill(capability, dtype, bits, periods=4, aligned=True, act_order=False, offsets=True, scales="*fp16"):
+    constants = {"HAS_OFFSETS": offsets, "ALIGNED": aligned, "ACT_ORDER": act_order, "PERIODS": periods}
+    constants |= {"COLUMNS": gpu.FILL_COLUMNS} | gpu.layout_constants(bits)
+    arguments = PACKED | {"scales": scales, "g_idx": "*i32", "out": dtype} | SIZES
+    return instructions(gpu.fill_kernel, arguments, constants, capability, gpu.FILL_WARPS)
 
 
 def compile_matmul(capability, dtype, bits, tokens):
-    blocks = {"HAS_OFFSETS": True, "TOKENS": tokens, "ROWS": 32, "COLUMNS": gpu.MATMUL_COLUMNS}
-    arguments = {"x": dtype} | PACKED | {"partial": "*fp32", "T": "i32"} | SIZES | {"groups_each": "i32"}
+    blocks = {"HAS_OFFSETS": True, "TOKENS": tokens, "PERIODS": gpu.MATMUL_PERIODS, "COLUMNS": gpu.MATMUL_COLUMNS}
+    sizes = {"T": "i32", "K": "i32"} | SIZES | {"steps_each": "i32"}
+    arguments = {"x": dtype} | PACKED | {"partial": "*fp32"} | sizes
     return instructions(gpu.matmul_kernel, arguments, blocks | gpu.layout_constants(bits), capability)
 
 
-for capability, bits in ((TURING, 4), (AMPERE, 4), (BLACKWELL, 4), (HOPPER, 2), (HOPPER, 3), (HOPPER, 4), (HOPPER, 8)):
-    assert compile_fill(capability, "*bf16", bits, act_order=True, offsets=False)
-    assert compile_matmul(capability, "*fp16", bits, tokens=64)
+for capability in (TURING, AMPERE, ADA, HOPPER, BLACKWELL, CONSUMER_BLACKWELL):
+    assert compile_fill(capability, "*bf16", 4, scales="*bf16")
+    assert compile_matmul(capability, "*fp16", 4, tokens=64)
+    if capability >= AMPERE:
+        assert compile_matmul(capability, "*bf16", 4, tokens=16)
 
-for dtype in ("*fp16", "*fp32"):
-    assert compile_fill(HOPPER, dtype, 4)
-    assert compile_matmul(HOPPER, dtype, 4, tokens=16)
+for bits in (2, 3, 4, 8):
+    assert compile_fill(HOPPER, "*bf16", bits, aligned=False, act_order=True, offsets=False)
+    assert compile_fill(HOPPER, "*fp32", bits, periods=1, aligned=False)
+    assert compile_matmul(HOPPER, "*bf16", bits, tokens=16)
+    assert not spills(compile_matmul(HOPPER, "*bf16", bits, tokens=64)), bits
 
-for config in gpu.FILL_CONFIGS:
-    names = compile_fill(HOPPER, "*bf16", 4, config)
-    assert not spills(names), config
-    assert widths(names, "STG") == {128}, config
-    assert 128 in widths(names, "LDG"), config
+for bits, periods in ((2, 2), (3, 1), (4, 4), (4, 8), (8, 8)):
+    names = compile_fill(HOPPER, "*bf16", bits, periods)
+    columns = gpu.FILL_COLUMNS // (32 * gpu.FILL_WARPS)  # of a thread
+    weights = columns * periods * codes_per_period(bits)
+    assert not spills(names), bits
+    assert not any(name.startswith(("LDS", "STS", "BAR")) for name in names), bits  # nothing goes between threads
+    assert widths(names, "STG") == {128}, bits
+    assert bits_moved(names, "STG") == 16 * weights, bits
+    # Every packed word once. A column's scale (16 bits), word of zero-points (32; at 3 bits sometimes two) and offset (32).
+    terms = columns * (16 + (64 if bits == 3 else 32) + 32)
+    assert bits_moved(names, "LDG") <= bits * weights + terms, bits
+    assert len(names) <= 7 * weights, bits  # instructions; without a wide load or fused multiply-add there would be more

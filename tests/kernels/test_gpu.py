@@ -10,6 +10,7 @@ from nvidia_machine_code import run_uninterpreted
 from qalora_plugin.kernels import gpu
 from qalora_plugin.kernels.dequant import effective_offsets
 from qalora_plugin.quant import reference
+from qalora_plugin.quant.words import codes_per_period
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of the largest weight or output. Weights are worked out in float32 and rounded once; to bfloat16, Triton's interpreter
@@ -36,18 +37,27 @@ def assert_close(found, expected, tolerance):
 @pytest.mark.parametrize("with_adapter", [False, True])
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("fmt", ["gptq", "gptq_v2"])
-@pytest.mark.parametrize("group_size", [32, 96, -1])
+@pytest.mark.parametrize("group_size", [6, 24, 32, -1])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_fill(bits, group_size, fmt, act_order, with_adapter):
-    """192 columns and groups of 96 fill no tile evenly."""
-    layer = make_layer(192, 160, bits, group_size, fmt, act_order, offsets=with_adapter)
+    """160 columns fill no tile evenly, groups of 24 no period of 3 bits, groups of 6 no period at all."""
+    layer = make_layer(96, 160, bits, group_size, fmt, act_order, offsets=with_adapter)
     expected, offsets = weight_and_offsets(layer, with_adapter)
     layer = layer.to(DEVICE)
-    for dtype, rows, columns in ((torch.float32, 16, 128), (torch.bfloat16, 32, 64), (torch.float16, 64, 256)):
-        out = torch.full((192, 160), float("nan"), dtype=dtype, device=DEVICE)
-        offsets = None if offsets is None else offsets.to(DEVICE)
-        gpu.launch_fill(gpu.fill_kernel, layer.packed, offsets, out, ROWS=rows, COLUMNS=columns)
+    offsets = None if offsets is None else offsets.to(DEVICE)
+    for dtype in TOLERANCE if group_size == 32 else [torch.float32]:
+        out = torch.full((96, 160), float("nan"), dtype=dtype, device=DEVICE)
+        gpu.fill(layer.packed, offsets, out)
         assert_close(out, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float32])
+def test_fill_with_other_scales(scale_dtype):
+    layer = make_layer(64, 32, 4, 32)
+    layer.scales = layer.scales.to(scale_dtype)
+    out = torch.empty(64, 32, device=DEVICE)
+    gpu.fill(layer.to(DEVICE).packed, None, out)
+    assert_close(out, reference_weight(layer.cpu()), TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 64])
@@ -55,6 +65,7 @@ def test_fill(bits, group_size, fmt, act_order, with_adapter):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_matmul(bits, shape, tokens):
     in_features, out_features, group_size = shape
+    group_size = max(group_size, codes_per_period(bits))  # a group holds whole periods, or takes_matmul refuses
     layer = make_layer(in_features, out_features, bits, group_size, offsets=True)
     weight, offsets = weight_and_offsets(layer, True)
     layer = layer.to(DEVICE)
@@ -75,6 +86,7 @@ def test_matmul_keeps_the_leading_dimensions():
     torch.testing.assert_close(gpu.matmul(x, layer.packed, None), layer(x), rtol=1e-5, atol=1e-5)
     assert not gpu.takes_matmul(torch.empty(0, 64), layer.packed)
     assert not gpu.takes_matmul(torch.empty(65, 64), layer.packed)
+    assert not gpu.takes_matmul(torch.empty(1, 64), make_layer(64, 32, 3, 16).packed)
 
 
 def test_kernels_compile_for_nvidia_gpus():

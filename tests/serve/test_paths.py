@@ -125,7 +125,7 @@ def test_int4_kernel_of_the_cpu(rows):
     wanted = x.double() @ (scales.double()[group] * (codes - 8) + folded.double()[group])
     found = kernel.apply_weights(layer, x)
     assert (found - wanted).norm() <= 4e-3 * wanted.norm()
-    torch.library.opcheck(torch.ops.vllm.qalora_int4_linear.default, (x, layer.qweight, layer.scales, 128))
+    torch.library.opcheck(torch.ops.qalora.int4_linear.default, (x, layer.qweight, layer.scales, 128))
 
 
 @pytest.mark.gpu
