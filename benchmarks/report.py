@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -13,14 +14,17 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def describe(*packages: str) -> dict[str, str]:
-    """Machine, versions of torch and ``packages``, commit (+: with uncommitted changes) and date of this run."""
+    """Machine, versions of torch and ``packages``, commit (+: with uncommitted changes) and date of this run.
+
+    A copy without its history is told the commit by the environment's ``BENCHMARK_COMMIT``.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
     return {
         "machine": machine(),
         **{package: installed(package) for package in ("torch", *packages)},
-        "commit": (commit or "unknown") + ("+" if dirty else ""),
+        "commit": (commit or os.environ.get("BENCHMARK_COMMIT", "unknown")) + ("+" if dirty else ""),
         "date": datetime.date.today().isoformat(),
     }
 

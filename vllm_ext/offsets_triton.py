@@ -42,9 +42,12 @@ def _pool_tile(
 def add_kernel(
     y_ptr, x_ptr, offsets_ptr, M, N, G, g, stride_y, stride_x,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_I: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One tile ``[BLOCK_M, BLOCK_N]`` of y. PRECISION: "fma" or an ``input_precision`` of ``tl.dot``."""
+    """One tile ``[BLOCK_M, BLOCK_N]`` of y. PRECISION: "fma" or an ``input_precision`` of ``tl.dot``.
+
+    EARLY: launched while the kernel before it, which writes y, may still run; it waits for that before it reads y.
+    """
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     if PRECISION == "fma":  # added up over groups at the end: a sum across threads costs barriers
@@ -64,6 +67,8 @@ def add_kernel(
         total = tl.sum(total, axis=1)
     inside = (rows < M)[:, None] & (columns < N)[None, :]
     place = y_ptr + rows.to(tl.int64)[:, None] * stride_y + columns[None, :]
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     y = tl.load(place, mask=inside, other=0.0)
     tl.store(place, (y.to(tl.float32) + total).to(y.dtype), mask=inside)
 
@@ -90,7 +95,7 @@ def pool(x: Tensor, groups: int) -> Tensor:
     return pooled
 
 
-def add_offsets(y: Tensor, x: Tensor, offsets: Tensor) -> None:
+def add_offsets(y: Tensor, x: Tensor, offsets: Tensor, early: bool = False) -> None:
     """``y += P(x)·offsets`` in place.
 
     Args:
@@ -108,7 +113,20 @@ def add_offsets(y: Tensor, x: Tensor, offsets: Tensor) -> None:
     else:
         blocks = blocks_of_few(m, x.shape[1] // groups, exact)
     grid = (triton.cdiv(n, blocks["BLOCK_N"]), triton.cdiv(m, blocks["BLOCK_M"]))
-    add_kernel[grid](y, x, offsets, m, n, groups, x.shape[1] // groups, y.stride(0), x.stride(0), **blocks)
+    add_kernel[grid](
+        y,
+        x,
+        offsets,
+        m,
+        n,
+        groups,
+        x.shape[1] // groups,
+        y.stride(0),
+        x.stride(0),
+        **blocks,
+        EARLY=early,
+        launch_pdl=early,
+    )
 
 
 def pool_blocks(group_size: int) -> dict[str, int]:

@@ -37,13 +37,13 @@ def build(method: str, config: LlamaConfig, rank: int, group_size: int) -> nn.Mo
     """
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
-    packed = {"ours": lambda k, n: QuantLinear(k, n, 4, group_size, device="meta")}
+    packed = {"ours": lambda k, n: QuantLinear(k, n, 4, group_size, store_g_idx=False, device="meta")}
     packed["peft"] = lambda k, n: PlainTorchLinear(k, n, group_size)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name.endswith(tuple(TARGETS)) and method in packed:
             model.set_submodule(name, packed[method](module.in_features, module.out_features))
     model = model.to_empty(device=DEVICE)
-    model.model.rotary_emb = LlamaRotaryEmbedding(config, device=DEVICE)  # its buffers are computed, not loaded
+    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(DEVICE)  # its buffers are computed, not loaded
     for parameter in model.parameters():
         parameter.data.normal_(0, _STD) if parameter.ndim == 2 else parameter.data.fill_(1)
     for module in model.modules():

@@ -49,4 +49,6 @@ for bits, periods in ((2, 2), (3, 1), (4, 4), (4, 8), (8, 8)):
     # Every packed word once. A column's scale (16 bits), word of zero-points (32; at 3 bits sometimes two) and offset (32).
     terms = columns * (16 + (64 if bits == 3 else 32) + 32)
     assert bits_moved(names, "LDG") <= bits * weights + terms, bits
-    assert len(names) <= 7 * weights, bits  # instructions; without a wide load or fused multiply-add there would be more
+    assert len(names) <= 7 * weights, (
+        bits
+    )  # instructions; without a wide load or fused multiply-add there would be more
