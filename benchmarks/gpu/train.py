@@ -6,32 +6,32 @@ Started by ``gpu_check.py`` once a method, so that one that fails leaves the oth
 import os
 import statistics
 import time
+from functools import partial
 
 import torch
 from gpu.llama import build, config_of
 from gpu.record import CUDA, DEVICE, Record, part_arguments, reading
+from torch import nn
 from train_step_worker import make_step
 
 NAMES = ["method", "batch", "length", "rank", "group_size", "checkpointing"]
 NAMES += ["tokens_per_second", "seconds", "spread", "peak_gb", "loss", "longest", "note"]
-# batch, length, rank, group size, checkpointing; in order of worth
-SCENARIOS = [
-    (1, 2048, 16, 32, False),
-    (4, 2048, 16, 32, True),
-    (1, 2048, 64, 32, True),
-    (1, 8192, 16, 32, True),
-    (1, 2048, 16, 128, False),
-    (4, 2048, 16, 32, False),
-]
-TINY = [(1, 64, 4, 32, False), (2, 32, 4, 32, True)]
-STEPS = 5
+# rank, group size → batch, length, checkpointing; in order of worth
+SCENARIOS = {
+    (16, 32): [(1, 2048, False), (4, 2048, True), (1, 8192, True), (4, 2048, False)],
+    (64, 32): [(1, 2048, True)],
+    (16, 128): [(1, 2048, False)],
+}
+TINY = {(4, 32): [(1, 64, False), (2, 32, True)]}
+STEPS = 4
 
 
-def measure(method: str, tiny: bool, batch: int, length: int, rank: int, group_size: int, checkpointing: bool) -> dict:
-    torch.manual_seed(0)
-    model = build(method, config_of(tiny), rank, group_size)
+def measure(model: nn.Module, tiny: bool, batch: int, length: int, checkpointing: bool) -> dict:
+    """Timings of one scenario."""
+    if not checkpointing:
+        model.gradient_checkpointing_disable()
     step = make_step(model, batch, length, checkpointing, torch.bfloat16, DEVICE)
-    for _ in range(1 if tiny else 2):
+    for _ in range(1 if tiny else 2):  # the first compiles and fills the caches
         step()
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
@@ -67,11 +67,15 @@ def longest(step) -> str:
 def main() -> None:
     arguments, method = part_arguments(__doc__), os.environ["QALORA_CHECK_METHOD"]
     record = Record(arguments.out / f"gpu_train_{method}.csv", NAMES)
-    for batch, length, rank, group_size, checkpointing in TINY if arguments.tiny else SCENARIOS:
-        scenario = {"batch": batch, "length": length, "rank": rank, "group_size": group_size}
-        scenario["checkpointing"] = checkpointing
-        found = reading(method, lambda scenario=scenario: measure(method, arguments.tiny, **scenario))
-        record.add(method=method, **scenario, **found)
+    torch.manual_seed(0)
+    for (rank, group_size), scenarios in (TINY if arguments.tiny else SCENARIOS).items():
+        model = build(method, config_of(arguments.tiny), rank, group_size)
+        for batch, length, checkpointing in scenarios:
+            scenario = {"batch": batch, "length": length, "rank": rank, "group_size": group_size}
+            scenario["checkpointing"] = checkpointing
+            found = reading(method, partial(measure, model, arguments.tiny, batch, length, checkpointing))
+            record.add(method=method, **scenario, **found)
+        del model
 
 
 if __name__ == "__main__":

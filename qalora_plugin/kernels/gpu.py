@@ -162,7 +162,7 @@ def takes_matmul(x: Tensor, packed: PackedWeight) -> bool:
     """Whether :func:`matmul` can run: few tokens, on CUDA, groups in order that hold whole periods, a dtype that its
     tensor cores multiply (bfloat16 since compute capability 8.0)."""
     return (
-        0 < x[..., 0].numel() <= MAX_TOKENS
+        0 < x.numel() <= MAX_TOKENS * x.shape[-1]
         and packed.g_idx is None
         and packed.group_size % codes_per_period(packed.bits) == 0
         and (x.dtype != torch.bfloat16 or not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0))

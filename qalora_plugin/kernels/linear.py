@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import cpu
-from .dequant import dequantized, effective_offsets, gemm_dtype, runs_triton
+from .dequant import dequantized, effective_offsets, gemm_dtype, runs_triton, scaled_product
 from .packed import PackedWeight
 
 
@@ -21,6 +21,12 @@ def pool(x: Tensor, packed: PackedWeight) -> Tensor:
     """``P(x)``: x summed over each quantisation group, ``[..., K] → [..., G]``."""
     if packed.group_order is not None:
         x = x.index_select(-1, packed.group_order)
+    if runs_triton(x) and x.numel():
+        from . import pool_triton  # Triton is not everywhere
+
+        flat = x.reshape(-1, x.shape[-1])
+        flat = flat if flat.stride(1) == 1 else flat.contiguous()
+        return pool_triton.pool(flat, packed.groups, x.dtype).view(*x.shape[:-1], packed.groups)
     return x.unflatten(-1, (packed.groups, packed.group_size)).sum(-1)
 
 
@@ -178,9 +184,17 @@ def _adapter_gradients(
     if pooled.shape[1] <= 4 * len(lora_a):
         math_dtype = torch.promote_types(lora_a.dtype, torch.float32)
         a, b = lora_a.to(math_dtype), lora_b.to(math_dtype)
-        de = (cpu.offset_gradient(pooled, dy) if compiled else pooled.t() @ dy).to(math_dtype)
-        da, db = scaling * (b.t() @ de.t()), de.t() @ (scaling * a).t()
+        de = (cpu.offset_gradient(pooled, dy) if compiled else _product(pooled.t(), dy)).to(math_dtype)
+        da, db = scaled_product(b.t(), de.t(), scaling), scaled_product(de.t(), a.t(), scaling)
     else:
-        a, b = ((scaling * t).to(dy.dtype) for t in (lora_a, lora_b))
-        da, db = (dy @ b).t() @ pooled, dy.t() @ (pooled @ a.t())
+        a, b = lora_a.to(dy.dtype), lora_b.to(dy.dtype)
+        da = _product(scaled_product(dy, b, scaling).t(), pooled)
+        db = _product(dy.t(), scaled_product(pooled, a.t(), scaling))
     return da.to(lora_a.dtype), db.to(lora_b.dtype)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a·b``, on CUDA in float32 as it was summed: no rounding, and no kernel to convert it."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b
