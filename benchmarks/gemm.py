@@ -75,7 +75,7 @@ def candidates(k: int, n: int, group_size: int) -> dict[str, Callable[[torch.Ten
         return in_turn(functions)
 
     found = {"kernel": built(lambda: find_kernel(4, False, group_size, torch.bfloat16, shape, shape))}
-    prepared = [prepare(offsets.clone(), torch.bfloat16) for _ in range(COPIES if CUDA else 1)]
+    prepared = [prepare(offsets.clone(), torch.bfloat16, group_size) for _ in range(COPIES if CUDA else 1)]
     add = in_turn([lambda pair, values=values: add_offsets(*pair, values, group_size) for values in prepared])
 
     def with_offsets(x: torch.Tensor) -> torch.Tensor:

@@ -181,7 +181,7 @@ class QALoraLinearMethod(LinearMethodBase):
                 moved = moved_zeros(layer.scales.data.to(self.act_dtype), zeros, self.bits)  # the kernel's scales
                 offsets = moved if offsets is None else moved + offsets
             hand_over(self.kernel, layer, zeros, self.bits)
-            offsets = None if offsets is None else prepare(offsets, self.act_dtype)
+            offsets = None if offsets is None else prepare(offsets, self.act_dtype, self.rows)
         if offsets is not None:
             layer.offsets = nn.Parameter(offsets, requires_grad=False)
 

@@ -1,7 +1,7 @@
 """The second term of a merged linear, ``y += P(x)·offsets``: one opaque op, so torch.compile sees a single node.
 
-CUDA runs Triton (``offsets_triton``). A CPU with bfloat16 instructions runs C++ (``qalora_plugin/kernels/cpu``), where
-pooled inputs and offsets are rounded to bfloat16: 0.2 % of the term, as every bfloat16 kernel rounds its scales. All
+CUDA runs ``offsets_triton``, a CPU with bfloat16 instructions C++ (``qalora_plugin/kernels/cpu``); both round pooled
+inputs and offsets to bfloat16: 0.2 % of the term, as every bfloat16 kernel rounds its scales. All
 else runs torch, in float32.
 
 Nothing here needs vLLM: what a GPU computes can be tested and timed where vLLM is not.
@@ -19,10 +19,12 @@ from . import int4_cpu
 _SMALLEST = 1 << 11  # offsets; a layer with fewer is a toy, not worth the wait for the compiler
 
 
-def prepare(offsets: Tensor, act_dtype: torch.dtype) -> Tensor:
+def prepare(offsets: Tensor, act_dtype: torch.dtype, group_size: int) -> Tensor:
     """Offsets ``[G, N]`` as :func:`add_offsets` reads them, converted once."""
     if _runs_triton(offsets):
-        return offsets
+        from . import offsets_triton  # needs Triton, which a CPU may lack
+
+        return offsets_triton.prepare(offsets, act_dtype, group_size)
     on_cpu = offsets.device.type == "cpu" and act_dtype == torch.bfloat16 and offsets.numel() >= _SMALLEST
     return cpu.offset_panels(offsets) if on_cpu and cpu.adds_offsets() else offsets.float()
 
@@ -40,9 +42,9 @@ def add_offsets(y: Tensor, x: Tensor, offsets: Tensor, group_size: int) -> None:
 def _add_offsets(y: Tensor, x: Tensor, offsets: Tensor, group_size: int) -> None:
     y, x = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
     if _runs_triton(x):
-        from . import offsets_triton  # needs Triton, which a CPU may lack
+        from . import offsets_triton
 
-        offsets_triton.add_offsets(y, x, offsets)
+        offsets_triton.add_offsets(y, x, offsets, group_size)
     elif offsets.ndim == 4:  # panels
         cpu.add_offsets(y, x, offsets, group_size)
     else:

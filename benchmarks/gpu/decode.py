@@ -74,7 +74,7 @@ def linear_paths(k: int, n: int, group_size: int, has_ops: bool) -> dict[str, Li
         else:
             base = stock.marlin(subject.qweight, subject.scales, k, n)
     paths["base"] = base
-    paths["merged"] = partial(with_offsets, base, ops.prepare(subject.offsets, DTYPE), group_size)
+    paths["merged"] = partial(with_offsets, base, ops.prepare(subject.offsets, DTYPE, group_size), group_size)
     lora_a, lora_b = (torch.randn(*shape, device=DEVICE).to(DTYPE) for shape in ((RANK, k), (RANK, n)))
 
     def with_lora(x: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def paths(subject: Subject, has_ops: bool) -> dict[str, tuple[str | None, Callab
         kernels["marlin"] = stock.marlin(subject.qweight, subject.scales, subject.k, subject.n)
         if stock.machete_takes(subject.group_size):
             kernels["machete"] = stock.machete(subject.qweight, subject.scales, subject.group_size)
-    prepared = ops.prepare(subject.offsets, dtype)
+    prepared = ops.prepare(subject.offsets, dtype, subject.group_size)
     for name, kernel in (kernels or {"dense": found["dense"][1]}).items():
         found[name] = None, kernel
         found[f"{name}+offsets"] = name, partial(with_offsets, kernel, prepared, subject.group_size)

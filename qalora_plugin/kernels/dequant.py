@@ -113,7 +113,7 @@ def effective_offsets(
     if lora_a is None:
         return offsets
     math_dtype = torch.promote_types(lora_a.dtype, torch.float32)
-    lora_a, lora_b = lora_a.t().to(math_dtype), lora_b.t().to(math_dtype)
+    lora_a, lora_b = lora_a.to(math_dtype).t(), lora_b.to(math_dtype).t()
     if offsets is None:
         return scaled_product(lora_a, lora_b, scaling)
     return torch.addmm(offsets.to(math_dtype), lora_a, lora_b, alpha=scaling)

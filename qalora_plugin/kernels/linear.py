@@ -18,16 +18,28 @@ from .packed import PackedWeight
 
 
 def pool(x: Tensor, packed: PackedWeight) -> Tensor:
-    """``P(x)``: x summed over each quantisation group, ``[..., K] → [..., G]``."""
+    """``P(x)``: x summed over each quantisation group, ``[..., K] → [..., G]``. Differentiable."""
     if packed.group_order is not None:
         x = x.index_select(-1, packed.group_order)
     if runs_triton(x) and x.numel():
+        return _Pool.apply(x.contiguous(), packed.groups)
+    return x.unflatten(-1, (packed.groups, packed.group_size)).sum(-1)
+
+
+class _Pool(torch.autograd.Function):
+    """The sum over groups in order, by a kernel of its own (Triton)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, groups: int) -> Tensor:
         from . import pool_triton  # Triton is not everywhere
 
-        flat = x.reshape(-1, x.shape[-1])
-        flat = flat if flat.stride(1) == 1 else flat.contiguous()
-        return pool_triton.pool(flat, packed.groups, x.dtype).view(*x.shape[:-1], packed.groups)
-    return x.unflatten(-1, (packed.groups, packed.group_size)).sum(-1)
+        ctx.group_size = x.shape[-1] // groups
+        return pool_triton.pool(x, groups, x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.repeat_interleave(ctx.group_size, dim=-1), None
 
 
 def linear(

@@ -1,12 +1,15 @@
-"""Compile the Triton kernels of serving for NVIDIA GPUs; fails where one does not compile or is slow by construction.
-Run by ``test_offsets_triton.py`` in a process without Triton's interpreter.
+"""Compile the Triton kernels of ``P(x)`` and the offsets' term for NVIDIA GPUs; fails where one does not compile or is
+slow by construction. Run by ``test_offsets_triton.py`` in a process without Triton's interpreter.
 """
 
 from nvidia_machine_code import instructions, spills, widths
 
+from qalora_plugin.kernels import pool_triton
 from vllm_ext import offsets_triton
 
-SIZES = dict.fromkeys(("M", "N", "G", "g", "stride_y", "stride_x"), "i32")
+TURING, AMPERE, HOPPER, BLACKWELL = 75, 80, 90, 120
+SIZES = dict.fromkeys(("M", "N", "G", "g", "stride_y", "stride_x"), "i32") | {"divisor": "fp32"}
+POOL_SIZES = dict.fromkeys(("rows", "groups", "g", "stride"), "i32") | {"divisor": "fp32"}
 
 
 def check(capability, kernel, pointers, sizes, blocks):
@@ -15,21 +18,16 @@ def check(capability, kernel, pointers, sizes, blocks):
     assert 128 in widths(names, "LDG"), (capability, blocks)
 
 
-def check_few(capability, rows, group_size, x, offsets):
-    exact = "*fp32" in (x, offsets)
-    blocks = offsets_triton.blocks_of_few(rows, group_size, exact)
-    check(capability, offsets_triton.add_kernel, {"y_ptr": "*bf16", "x_ptr": x, "offsets_ptr": offsets}, SIZES, blocks)
+for capability, rows, group_size in ((TURING, 1, 32), (AMPERE, 1, 128), (HOPPER, 1, 32), (HOPPER, 4, 128)):
+    pointers = {"y_ptr": "*bf16", "x_ptr": "*bf16", "offsets_ptr": "*bf16"}
+    blocks = offsets_triton.blocks_of_few(rows, group_size)
+    check(capability, offsets_triton.few_kernel, pointers, SIZES, blocks)
 
+for capability in (TURING, AMPERE, HOPPER, BLACKWELL):
+    pointers = {"x": "*bf16", "pooled": "*bf16"}
+    check(capability, pool_triton.pool_kernel, pointers, POOL_SIZES, pool_triton.pool_blocks(32))
 
-for capability, rows, group_size in ((80, 1, 128), (90, 1, 32), (90, 1, 128), (90, 2, 32), (90, 4, 128)):
-    check_few(capability, rows, group_size, "*bf16", "*fp16")
-
-for capability in (80, 90):
-    check_few(capability, 16, 128, "*fp16", "*fp16")
-    check_few(capability, 16, 128, "*bf16", "*fp32")
-
-    pointers = {"y_ptr": "*bf16", "x_ptr": "*fp32", "offsets_ptr": "*fp16"}
-    check(capability, offsets_triton.add_kernel, pointers, SIZES, offsets_triton.blocks_of_pooled(exact=False))
-    sizes = {name: SIZES[name] for name in ("M", "G", "g", "stride_x")}
-    pointers = {"pooled_ptr": "*fp32", "x_ptr": "*bf16"}
-    check(capability, offsets_triton.pool_kernel, pointers, sizes, offsets_triton.pool_blocks(128))
+for capability in (AMPERE, HOPPER, BLACKWELL):
+    pointers = {"y_ptr": "*bf16", "pooled_ptr": "*fp32", "offsets_ptr": "*fp32"}
+    sizes = {name: SIZES[name] for name in ("M", "N", "G", "stride_y")}
+    check(capability, offsets_triton.add_kernel, pointers, sizes, offsets_triton.BLOCKS_OF_POOLED)

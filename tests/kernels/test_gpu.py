@@ -7,8 +7,9 @@ import torch
 from layers import adapter_for, make_layer, reference_weight
 from nvidia_machine_code import run_uninterpreted
 
-from qalora_plugin.kernels import gpu
+from qalora_plugin.kernels import gpu, pool_triton
 from qalora_plugin.kernels.dequant import effective_offsets
+from qalora_plugin.kernels.linear import pool
 from qalora_plugin.quant import reference
 from qalora_plugin.quant.words import codes_per_period
 
@@ -78,6 +79,31 @@ def test_matmul(bits, shape, tokens):
         assert y.dtype == dtype
         # x, y and the weights are rounded; the products add up in float32
         assert_close(y, x.cpu().double() @ weight, 3 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("groups", "group_size"), [(3, 24), (5, 32), (2, 1200)])
+def test_pool(groups, group_size, dtype):
+    """Groups of 24 and 1200 fill no tile; rows lie apart where x is a part of something wider."""
+    wide = torch.randn(7, groups * group_size + 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = wide[:, : groups * group_size]
+    expected = reference.pool(x.double(), torch.arange(groups * group_size) // group_size, groups)
+    for given in (x.to(DEVICE), x.contiguous().view(1, 7, -1).to(DEVICE)):
+        found = pool_triton.pool(given, groups, dtype, divisor=4)
+        assert found.shape == (*given.shape[:-1], groups)
+        assert_close(4 * found.view(7, groups), expected, TOLERANCE[dtype])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("act_order", [False, True])
+def test_pool_is_differentiable(act_order):
+    """As the second path of an adapter with dropout needs it."""
+    layer = make_layer(256, 32, 4, 32, act_order=act_order).cuda()
+    x = torch.randn(2, 3, 256, device="cuda", requires_grad=True)
+    dy = torch.randn(2, 3, 8, device="cuda")
+    (found,) = torch.autograd.grad(pool(x, layer.packed), x, dy)
+    (expected,) = torch.autograd.grad(reference.pool(x, layer.g_idx, 8), x, dy)
+    assert torch.equal(found, expected)
 
 
 def test_matmul_keeps_the_leading_dimensions():

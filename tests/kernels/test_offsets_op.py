@@ -36,7 +36,7 @@ def test_adds_pooled_times_offsets(dtype, offset_dtype, group_size, lead):
     g_idx = torch.arange(K) // group_size
     expected = y.double() + reference.pool(x.double(), g_idx, groups) @ offsets.double()
     found = y.to(DEVICE)
-    add_offsets(found, x.to(DEVICE), prepare(offsets.to(DEVICE), dtype), group_size)
+    add_offsets(found, x.to(DEVICE), prepare(offsets.to(DEVICE), dtype, group_size), group_size)
     assert found.dtype == dtype
     assert (found.cpu() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
 
@@ -46,14 +46,14 @@ def test_adds_pooled_times_offsets(dtype, offset_dtype, group_size, lead):
 def test_pooling_does_not_round_before_it_has_summed(rows):
     x = torch.ones(rows, 512, dtype=torch.bfloat16, device=DEVICE)  # 256 + 1 is no bfloat16: a running sum would stay
     y = torch.zeros(rows, 1, dtype=torch.bfloat16, device=DEVICE)
-    add_offsets(y, x, prepare(torch.ones(1, 1, device=DEVICE), torch.bfloat16), 512)
+    add_offsets(y, x, prepare(torch.ones(1, 1, device=DEVICE), torch.bfloat16, 512), 512)
     assert (y == 512).all()
 
 
 def test_float16_sums_do_not_overflow():
     x = torch.full((1, 128), 6e3, dtype=torch.float16, device=DEVICE)
     y = torch.zeros(1, 1, dtype=torch.float16, device=DEVICE)
-    add_offsets(y, x, prepare(torch.full((1, 1), 1e-3, dtype=torch.float16, device=DEVICE), torch.float16), 128)
+    add_offsets(y, x, prepare(torch.full((1, 1), 1e-3, dtype=torch.float16, device=DEVICE), torch.float16, 128), 128)
     assert y.item() == pytest.approx(128 * 6, rel=1e-3)
 
 
@@ -61,7 +61,7 @@ def test_float16_sums_do_not_overflow():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_op_is_well_formed_for_torch_compile(dtype):
     y, x = torch.randn(3, 8).to(DEVICE, dtype), torch.randn(3, 64).to(DEVICE, dtype)
-    arguments = (y, x, prepare(torch.randn(2, 8, device=DEVICE), dtype), 32)
+    arguments = (y, x, prepare(torch.randn(2, 8, device=DEVICE), dtype, 32), 32)
     torch.library.opcheck(torch.ops.qalora.add_offsets.default, arguments)
 
 
@@ -69,7 +69,7 @@ def test_op_is_well_formed_for_torch_compile(dtype):
 @pytest.mark.parametrize("rows", [1, 40])
 def test_inside_a_cuda_graph(rows):
     x, y = torch.randn(rows, K, device="cuda").bfloat16(), torch.zeros(rows, 192, device="cuda").bfloat16()
-    offsets = prepare(torch.randn(8, 192, device="cuda"), torch.bfloat16)
+    offsets = prepare(torch.randn(8, 192, device="cuda").half(), torch.bfloat16, 32)
     add_offsets(y, x, offsets, 32)  # compiles
     wanted, graph = y.clone(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
