@@ -39,6 +39,7 @@ class Part:
 
 
 PARTS = [
+    Part("gpu tests", 60),
     Part("tests", 90),
     Part("train ours", 70, "train.py", "ours"),
     Part("train dense", 60, "train.py", "dense"),
@@ -55,8 +56,8 @@ def run(part: Part, args: argparse.Namespace, seconds: float) -> str:
     command = [sys.executable, HERE / "gpu" / part.script, "--out", args.out, *(["--tiny"] if args.rehearse else [])]
     if args.bundle:
         command += ["--bundle", args.bundle]
-    if part.name == "tests":
-        command = tests_command(args.rehearse)
+    if not part.script:
+        command = tests_command(part.name, args.rehearse)
     paths = [ROOT, HERE, *([args.bundle] if args.bundle else []), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
@@ -79,10 +80,10 @@ def run(part: Part, args: argparse.Namespace, seconds: float) -> str:
     return f"{ended} in {time.monotonic() - start:.0f} s"
 
 
-def tests_command(rehearse: bool) -> list[str]:
-    """pytest over what CUDA runs: those marked gpu first, in as many processes as there are cores to compile."""
+def tests_command(part: str, rehearse: bool) -> list[str]:
+    """pytest over what CUDA runs, first what is marked gpu; in several processes, which compile side by side."""
     command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "--no-header", *TESTS]
-    command += ["-k", REHEARSED if rehearse else NOT_HERE]
+    command += ["-k", REHEARSED if rehearse else NOT_HERE, *(["-m", "gpu"] if part == "gpu tests" else [])]
     try:
         import xdist  # noqa: F401 (asked for whether it is there)
     except ImportError:

@@ -11,7 +11,7 @@ Row = dict[str, str]
 
 
 def print_bars(out: Path) -> None:
-    rows = [*_tests(out / "gpu_tests.txt"), *_training(out), *_linear(_read(out / "gpu_linear.csv"))]
+    rows = [*_tests(out / "gpu_gpu_tests.txt"), *_tests(out / "gpu_tests.txt"), *_training(out), *_linear(_read(out / "gpu_linear.csv"))]
     rows += _decoding(_read(out / "gpu_decode.csv"))
     print()
     print_table(["what", "bar", "found", "holds"], rows or [["nothing was measured", "", "", ""]])
