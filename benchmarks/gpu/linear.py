@@ -15,6 +15,7 @@ from gpu.timing import COPIES, gigabytes_per_second, microseconds
 from torch import Tensor
 from torch.nn import functional
 
+from qalora_plugin.kernels import gpu as gpu_kernels
 from qalora_plugin.kernels.packed import PackedWeight
 from qalora_plugin.quant import reference
 from vllm_ext import ops
@@ -68,10 +69,8 @@ def paths(subject: Subject, has_ops: bool) -> dict[str, tuple[str | None, Callab
         zeros = (subject.offsets.float() - 8 * subject.scales.float()).to(dtype)
         found["fused-zeros"] = "machete", stock.machete(subject.qweight, subject.scales, subject.group_size, zeros)
     if CUDA:
-        from qalora_plugin.kernels import gpu
-
         packed, offsets = subject.packed(), subject.offsets.float()
-        found["triton matmul"] = None, lambda x: gpu.matmul(x, packed, offsets)
+        found["triton matmul"] = None, lambda x: gpu_kernels.matmul(x, packed, offsets)
     return found
 
 
@@ -122,7 +121,7 @@ def compare(
     for rows in all_rows:
         x, times = torch.randn(rows, k, device=DEVICE).to(dtype), {}
         for name, (kernel, function) in built[0].items():
-            if name == "triton matmul" and rows > 64:
+            if name == "triton matmul" and rows > gpu_kernels.MAX_TOKENS:
                 continue
             offsets = kernel is not None or name == "triton matmul"
             calls = [partial(one[name][1], x) for one in built]

@@ -1,10 +1,10 @@
 """Triton kernels for CUDA: the effective weight into the scratch, and a matmul that skips the scratch for few tokens.
 
     fill     out[k,n] = scales[γ,n]·(q[k,n] − zeros[γ,n]) + offsets[γ,n]          then cuBLAS multiplies
-    matmul   y = x·(the same, tile by tile), for T ≤ 64
+    matmul   y = x·(the same, tile by tile), for T ≤ 8
 
 ``fill`` writes four times the bytes that it reads and cuBLAS reads them again: nothing at thousands of tokens, all the
-time at a handful (evaluation, generation during training). Both are bound by memory. Lanes run along N, where words,
+time at a handful (generation during training). Both are bound by memory. Lanes run along N, where words,
 scales and weights lie side by side. A *period* is the shortest run of whole words, one word of 32/b codes or three words
 of 32 at 3 bits: its words are loaded once and all its codes shifted out of registers, so a weight costs b/8 bytes of
 loads plus its share of the group's scale, zero-point and offset.
@@ -19,9 +19,9 @@ from triton.testing import do_bench
 from ..quant.words import codes_per_period, words_per_period, zero_shift
 from .packed import PackedWeight
 
-MAX_TOKENS = 64  # of matmul: beyond, tensor cores are busy enough for the scratch to pay
+MAX_TOKENS = 8  # of matmul, which multiplies without tensor cores
 FILL_COLUMNS, FILL_PERIODS, FILL_WARPS = 512, 8, 2  # of a program of fill; fewer periods where a group has fewer
-MATMUL_COLUMNS, MATMUL_PERIODS = 64, 16  # of a program, and of one of its steps: the least that a tensor core takes
+MATMUL_COLUMNS = 64  # of a program
 
 
 @triton.jit
@@ -116,12 +116,12 @@ def matmul_kernel(
 ):  # fmt: skip
     """A strip of columns times ``steps_each`` steps of K → ``partial[program_id(1)]`` float32 ``[T, N]``.
 
-    A step is ``PERIODS`` periods, and in it code j of each is one product of depth ``PERIODS``: the rows j, j + PERIOD …
+    A step is ``PERIODS`` periods, whose sums stay apart until the end: to add them up takes barriers.
     """
     n = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     t = tl.arange(0, TOKENS)[:, None]
-    mask_n, mask_t = n < N, t < T
-    sums = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32)
+    mask_n = n < N
+    sums = tl.zeros((TOKENS, PERIODS, COLUMNS), dtype=tl.float32)
     first = tl.program_id(1) * steps_each
     for step in range(first, tl.minimum(first + steps_each, tl.cdiv(K // PERIOD, PERIODS))):
         row = step * PERIODS + tl.arange(0, PERIODS)
@@ -135,10 +135,10 @@ def matmul_kernel(
         )  # fmt: skip
         for j in tl.static_range(PERIOD):
             weight = _code(words, j, BITS) * scale + shift
-            tile = tl.load(x + t * K + row[None, :] * PERIOD + j, mask=mask_t & inside[None, :], other=0)
-            sums = tl.dot(tile, weight.to(x.dtype.element_ty), sums, input_precision="ieee")
+            tokens = tl.load(x + t * K + row[None, :] * PERIOD + j, mask=(t < T) & inside[None, :], other=0)
+            sums += weight[None, :, :] * tokens.to(tl.float32)[:, :, None]
     place = tl.program_id(1).to(tl.int64) * T * N + t * N + n
-    tl.store(partial + place, sums, mask=mask_t & mask_n)
+    tl.store(partial + place, tl.sum(sums, axis=1), mask=(t < T) & mask_n)
 
 
 def fill(packed: PackedWeight, offsets: Tensor | None, out: Tensor) -> None:
@@ -159,25 +159,24 @@ def fill(packed: PackedWeight, offsets: Tensor | None, out: Tensor) -> None:
 
 
 def takes_matmul(x: Tensor, packed: PackedWeight) -> bool:
-    """Whether :func:`matmul` can run: few tokens, on CUDA, groups in order that hold whole periods, a dtype that its
-    tensor cores multiply (bfloat16 since compute capability 8.0)."""
+    """Whether :func:`matmul` can run: few tokens, and groups in order that hold whole periods."""
     return (
         0 < x.numel() <= MAX_TOKENS * x.shape[-1]
         and packed.g_idx is None
         and packed.group_size % codes_per_period(packed.bits) == 0
-        and (x.dtype != torch.bfloat16 or not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0))
     )
 
 
 def matmul(x: Tensor, packed: PackedWeight, offsets: Tensor | None) -> Tensor:
-    """``x·w`` with ``offsets`` [G, N] instead of the packed ones: ``[..., K] → [..., N]``, at most 64 tokens.
+    """``x·w`` with ``offsets`` [G, N] instead of the packed ones: ``[..., K] → [..., N]``, at most 8 tokens.
 
     K is split over programs until the GPU is full; their float32 sums are then added in a fixed order.
     """
     flat = x.reshape(-1, packed.in_features).contiguous()
     tokens, n = len(flat), packed.out_features
     strips = triton.cdiv(n, MATMUL_COLUMNS)
-    steps = triton.cdiv(packed.in_features // codes_per_period(packed.bits), MATMUL_PERIODS)
+    blocks = matmul_blocks(tokens, packed.bits)
+    steps = triton.cdiv(packed.in_features // codes_per_period(packed.bits), blocks["PERIODS"])
     parts = max(1, min(steps, triton.cdiv(2 * _processors(x.device), strips)))
     each = triton.cdiv(steps, parts)
     partial = flat.new_empty(triton.cdiv(steps, each), tokens, n, dtype=torch.float32)
@@ -185,17 +184,26 @@ def matmul(x: Tensor, packed: PackedWeight, offsets: Tensor | None) -> Tensor:
         matmul_kernel[(strips, len(partial))](
             flat, packed.qweight, packed.qzeros, packed.scales, _float(offsets, packed), partial,
             tokens, packed.in_features, n, packed.group_size, _shift(packed), each,
-            HAS_OFFSETS=offsets is not None, **layout_constants(packed.bits),
-            TOKENS=max(16, triton.next_power_of_2(tokens)), PERIODS=MATMUL_PERIODS, COLUMNS=MATMUL_COLUMNS,
+            HAS_OFFSETS=offsets is not None, **layout_constants(packed.bits), **blocks,
         )  # fmt: skip
     return partial.sum(0).to(x.dtype).view(*x.shape[:-1], n)
+
+
+def matmul_blocks(tokens: int, bits: int) -> dict[str, int]:
+    """Constants of :func:`matmul_kernel`: the sums of all tokens fit into the registers."""
+    return {
+        "TOKENS": triton.next_power_of_2(tokens),
+        "PERIODS": 16 if tokens <= 2 and bits >= 4 else 4,
+        "COLUMNS": MATMUL_COLUMNS,
+    }
 
 
 _wins: dict[tuple, bool] = {}
 
 
 def matmul_wins(x: Tensor, packed: PackedWeight) -> bool:
-    """Whether :func:`matmul` beats :func:`fill` and cuBLAS on this GPU: timed once a shape and power of 2 of tokens."""
+    """Whether :func:`matmul` beats :func:`fill` and cuBLAS on this GPU: timed once a shape and power of 2 of tokens
+    (1, 2, 4, 8), for some 50 ms."""
     tokens = triton.next_power_of_2(x[..., 0].numel())
     key = (x.device, x.dtype, tokens, packed.in_features, packed.out_features, packed.group_size, packed.bits)
     if key not in _wins:
@@ -204,8 +212,8 @@ def matmul_wins(x: Tensor, packed: PackedWeight) -> bool:
         trial = x.new_ones(tokens, packed.in_features)
         out = x.new_empty(packed.in_features, packed.out_features)
         with torch.cuda.device_of(x):
-            fused = do_bench(lambda: matmul(trial, packed, packed.offsets))
-            _wins[key] = fused < do_bench(lambda: (fill(packed, packed.offsets, out), trial @ out))
+            fused = do_bench(lambda: matmul(trial, packed, packed.offsets), warmup=5, rep=20)
+            _wins[key] = fused < do_bench(lambda: (fill(packed, packed.offsets, out), trial @ out), warmup=5, rep=20)
     return _wins[key]
 
 

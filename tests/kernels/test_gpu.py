@@ -61,7 +61,7 @@ def test_fill_with_other_scales(scale_dtype):
     assert_close(out, reference_weight(layer.cpu()), TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 64])
+@pytest.mark.parametrize("tokens", [1, 7])
 @pytest.mark.parametrize("shape", [(256, 96, 32), (192, 160, 96), (192, 32, -1), (64, 64, 16)])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_matmul(bits, shape, tokens):
@@ -71,14 +71,12 @@ def test_matmul(bits, shape, tokens):
     weight, offsets = weight_and_offsets(layer, True)
     layer = layer.to(DEVICE)
     for dtype in TOLERANCE:
-        if dtype == torch.bfloat16 and DEVICE == "cpu":
-            continue  # Triton's interpreter multiplies bfloat16's bits as if they were integers
         x = torch.randn(tokens, in_features, generator=torch.Generator().manual_seed(2)).to(DEVICE, dtype)
         assert gpu.takes_matmul(x, layer.packed)
         y = gpu.matmul(x, layer.packed, offsets.to(DEVICE))
         assert y.dtype == dtype
-        # x, y and the weights are rounded; the products add up in float32
-        assert_close(y, x.cpu().double() @ weight, 3 * TOLERANCE[dtype])
+        # y is rounded; the products add up in float32
+        assert_close(y, x.cpu().double() @ weight, 2 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -111,7 +109,7 @@ def test_matmul_keeps_the_leading_dimensions():
     x = torch.randn(2, 3, 64, device=DEVICE)
     torch.testing.assert_close(gpu.matmul(x, layer.packed, None), layer(x), rtol=1e-5, atol=1e-5)
     assert not gpu.takes_matmul(torch.empty(0, 64), layer.packed)
-    assert not gpu.takes_matmul(torch.empty(65, 64), layer.packed)
+    assert not gpu.takes_matmul(torch.empty(9, 64), layer.packed)
     assert not gpu.takes_matmul(torch.empty(1, 64), make_layer(64, 32, 3, 16).packed)
 
 
