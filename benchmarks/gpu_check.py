@@ -94,7 +94,7 @@ def tests_command(part: str, rehearse: bool) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, help="folder that gpu_bundle.py made")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu", help="folder of the CSVs and logs")
     parser.add_argument("--minutes", type=float, default=8, help="for all parts together")
     parser.add_argument("--parts", default="", help="only parts whose name has one of these words (comma-separated)")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes, without CUDA")
