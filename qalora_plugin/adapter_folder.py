@@ -65,8 +65,9 @@ class AdapterFolder:
         if config.get("peft_type") != PEFT_TYPE:
             pooled = " with use_qalora, which pools sum·K/g² instead of the sum" if config.get("use_qalora") else ""
             raise QALoraError(
-                f"{folder} is a PEFT {_plain(config.get('peft_type'))} adapter{pooled}; expected a QA-LoRA adapter of "
-                f"this project (peft_type {PEFT_TYPE}). Merging it would scale it wrongly. Train with `adapter: qalora`."
+                f"{folder} is a PEFT {_plain(config.get('peft_type'))} adapter{pooled}; expected a QA-LoRA "
+                "adapter "
+                f"of this project (peft_type {PEFT_TYPE}). Merging it would scale it wrongly. Train with `adapter: qalora`."
             )
         _check_config(config, folder / CONFIG_NAME)
         check_pooling(config.get("qalora") or {}, str(folder))

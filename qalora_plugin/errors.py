@@ -4,9 +4,12 @@ Every message says what was found, what was expected, and what to do about it.
 """
 
 import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_SHOWN = 300  # characters of a word
+_ENDLESS = re.compile(r"\S{400,}")
 _ADVICE = {
     errno.EACCES: "Give yourself the permission, or choose another place.",
     errno.EPERM: "Give yourself the permission, or choose another place.",
@@ -24,11 +27,11 @@ _ADVICE = {
 class QALoraError(ValueError):
     """A config, checkpoint, adapter or flag that cannot be used as it is.
 
-    Messages quote names out of files; what a terminal would obey instead of showing is escaped.
+    Messages quote names out of files: what a terminal would obey instead of showing is escaped, what is endless cut.
     """
 
     def __init__(self, message: object = ""):
-        super().__init__(printable(message))
+        super().__init__(_ENDLESS.sub(lambda word: f"{word[0][:_SHOWN]}…", printable(message)))
 
 
 def printable(text: object) -> str:

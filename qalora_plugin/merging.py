@@ -124,7 +124,6 @@ def merge(
         write_json(
             work / INDEX_NAME, {"metadata": {"total_size": checkpoint.nbytes + new_bytes}, "weight_map": weight_map}
         )
-        copy_companions(checkpoint.folder, opened.folder, work)
         quantization = _quantization_config(checkpoint, modules) | {
             "offset_dtype": offset_dtype,
             "base_model": str(base),
@@ -133,6 +132,7 @@ def merge(
             "format_version": FORMAT_VERSION,
         }
         write_json(work / "config.json", checkpoint.config | {"quantization_config": quantization})
+        copy_companions(checkpoint.folder, opened.folder, work)
         carry_special_tokens(checkpoint.folder, work)
         card = model_card(out.name, quantization, opened, new_bytes, checkpoint.nbytes)
         (work / "README.md").write_text(card, encoding="utf-8")

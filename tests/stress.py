@@ -2,7 +2,7 @@
 
     python tests/stress.py --kills 500 --races 2000
 
-Kills: a merge is killed at a random moment. Races: four merges of four adapters start for one name at once, some of them
+Kills: a merge is killed at a random moment. Races: four merges of four adapters start for one name at once, some
 are killed. After each, the folder must be absent or, byte for byte, one of the four merges made in peace; nothing else
 in the place may have changed; and a merge in peace at the end must leave no work folder behind. Exit status 1 if not.
 """

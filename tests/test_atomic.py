@@ -67,16 +67,21 @@ def test_leftovers_of_killed_runs_are_swept_and_what_lies_beside_them_is_not(tmp
 @pytest.mark.parametrize("planted", ["empty folder", "folder", "file", "link"])
 def test_what_appears_under_the_name_while_writing_is_not_replaced(tmp_path, planted):
     out = tmp_path / "out"
-    with pytest.raises(QALoraError, match="in the meantime"), new_folder(out) as work:
-        (work / "x").write_text("ours")
-        if planted.endswith("folder"):
-            out.mkdir()
-            if planted == "folder":
-                (out / "x").write_text("theirs")
-        elif planted == "file":
-            out.write_text("theirs")
-        else:
-            out.symlink_to("nowhere")
+
+    def write_while_it_is_planted():
+        with new_folder(out) as work:
+            (work / "x").write_text("ours")
+            if planted.endswith("folder"):
+                out.mkdir()
+                if planted == "folder":
+                    (out / "x").write_text("theirs")
+            elif planted == "file":
+                out.write_text("theirs")
+            else:
+                out.symlink_to("nowhere")
+
+    with pytest.raises(QALoraError, match="in the meantime"):
+        write_while_it_is_planted()
     assert out.is_symlink() or out.exists()
     if planted == "folder":
         assert (out / "x").read_text() == "theirs"
@@ -96,10 +101,14 @@ def test_the_same_where_the_system_has_no_such_rename(tmp_path, monkeypatch, pla
 
 
 def test_a_work_folder_that_is_exchanged_is_noticed(tmp_path, stranger):
-    with pytest.raises(QALoraError, match="was replaced while it was written"), new_folder(tmp_path / "out") as work:
-        work.parent.rename(tmp_path / "elsewhere")
-        work.parent.mkdir()
-        work.symlink_to(stranger)
+    def write_while_it_is_exchanged():
+        with new_folder(tmp_path / "out") as work:
+            work.parent.rename(tmp_path / "elsewhere")
+            work.parent.mkdir()
+            work.symlink_to(stranger)
+
+    with pytest.raises(QALoraError, match="was replaced while it was written"):
+        write_while_it_is_exchanged()
     assert (stranger / "thesis.txt").read_text() == "mine"
     assert not (tmp_path / "out").exists()
 

@@ -80,14 +80,12 @@ def export_lora(
 
 
 def _full_factors(adapter: AdapterFolder, name: str, groups: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """A ``[rank, K]`` and B ``[N, rank]``, α/R inside B, filled up with zeros where the linear's own rank is smaller."""
+    """A ``[rank, K]`` and B ``[N, rank]``, α/R inside B, filled up with zeros where the linear's rank is smaller."""
     lora_a, lora_b = adapter.factors(name)
     with np.errstate(over="ignore"):
         lora_b = (adapter.scaling(name) * lora_b.astype(np.float64)).astype(np.float32)
     if not all_finite(lora_b):
-        raise QALoraError(
-            f"{adapter.folder}: α/R times B of {name} exceeds what float32 can hold. The training diverged."
-        )
+        raise QALoraError(f"{adapter.folder}: α/R·B of {name} exceeds what float32 can hold. The training diverged.")
     missing = rank - len(lora_a)
     full = np.pad(lora_a[:, groups], ((0, missing), (0, 0))), np.pad(lora_b, ((0, 0), (0, missing)))
     return tuple(map(np.ascontiguousarray, full))  # the writer takes memory as it lies

@@ -23,7 +23,7 @@ _FIELDS = {  # of quantization_config; None stands for "not given"
     "modules_to_not_convert": list, "modules_in_block_to_quantize": list,
 }  # fmt: skip
 _NOT_FINITE = {
-    "scales": "The quantisation of this layer failed: quantise again (more calibration data, or a higher damp_percent).",
+    "scales": "The quantisation of this layer failed: do it again (more calibration data, or a higher damp_percent).",
     "bias": "The checkpoint is damaged: download or copy it again.",
     "offsets": "They are not what a merge writes: merge or download the checkpoint again.",
 }
