@@ -64,10 +64,10 @@ class AdapterFolder:
         config = read_json(folder / CONFIG_NAME)
         if config.get("peft_type") != PEFT_TYPE:
             pooled = " with use_qalora, which pools sum·K/g² instead of the sum" if config.get("use_qalora") else ""
+            found = f"a PEFT {_plain(config.get('peft_type'))} adapter{pooled}"
             raise QALoraError(
-                f"{folder} is a PEFT {_plain(config.get('peft_type'))} adapter{pooled}; expected a QA-LoRA "
-                "adapter "
-                f"of this project (peft_type {PEFT_TYPE}). Merging it would scale it wrongly. Train with `adapter: qalora`."
+                f"{folder} is {found}; expected a QA-LoRA adapter of this project (peft_type {PEFT_TYPE}). Merging it "
+                "would scale it wrongly. Train with `adapter: qalora`."
             )
         _check_config(config, folder / CONFIG_NAME)
         check_pooling(config.get("qalora") or {}, str(folder))

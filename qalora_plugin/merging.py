@@ -6,6 +6,7 @@ while the other is written.
 """
 
 import logging
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,6 +246,8 @@ def _quantization_config(checkpoint: Checkpoint, modules: dict[str, QuantizedMod
     base = checkpoint.quantization
     return {
         "quant_method": MERGED_METHOD,
+        "bits": Counter(module.bits for module in modules.values()).most_common(1)[0][0],  # if the base names none
+        "group_size": Counter(module.group_size for module in modules.values()).most_common(1)[0][0],
         **{key: base[key] for key in _KEPT_KEYS if base.get(key) is not None},
         "desc_act": any(is_act_order(checkpoint, module) for module in modules.values()),
         "sym": all(is_symmetric(checkpoint, module) for module in modules.values()),

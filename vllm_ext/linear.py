@@ -150,6 +150,7 @@ class QALoraLinearMethod(LinearMethodBase):
         order = self._group_order(layer.g_idx.data) if self.has_g_idx else None
         if order is not None:
             layer.qweight.data = _sort_rows(layer.qweight.data, self.bits, order, self.output_sizes)
+        self._require_finite(layer)
         layer.register_buffer("input_order", order, persistent=False)
         if self.has_g_idx:
             del layer.g_idx
@@ -197,6 +198,19 @@ class QALoraLinearMethod(LinearMethodBase):
                 layer.offsets.data[:, start : start + n] = 0
             if self.has_g_idx and not part.has_g_idx:
                 layer.g_idx.data[row] = self._in_order().to(layer.g_idx.device)
+
+    def _require_finite(self, layer: nn.Module) -> None:
+        """Refuse NaN and Inf, which would make every answer of the server worthless; the tensor is named."""
+        for name in ("scales", "offsets"):
+            if (stored := getattr(layer, name, None)) is None or stored.data.isfinite().all():
+                continue
+            column = int((~stored.data.isfinite()).any(0).nonzero()[0])
+            ends = torch.tensor(self.output_sizes if len(self.parts) > 1 else [sum(self.output_sizes)]).cumsum(0)
+            part = self.parts[int((ends <= column).sum())]
+            raise QALoraError(
+                f"{part.name}.{name} holds NaN or Inf (served as {self.prefix}). The quantisation failed or the "
+                "training diverged: make the base, or the merge, again."
+            )
 
     def _in_order(self) -> Tensor:
         """``g_idx`` [K] of this rank's share without act-order."""

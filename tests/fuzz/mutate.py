@@ -1,4 +1,4 @@
-"""Damage to checkpoints, adapters and configs: what accidents leave, and what somebody with bad intentions would write."""
+"""Damage to checkpoints, adapters and configs: what accidents leave, and what bad intentions would write."""
 
 import copy
 import json
@@ -12,8 +12,9 @@ from typing import Any
 
 ESCAPE = "\x1b[31m\x1b]0;owned\x07[bold]\u202e"
 STRINGS = [
-    "", " ", "x", "../../outside", "/etc/passwd", "\0", ESCAPE, "a" * 5000, "\ud800", "[/]", "---\n- a: !!python/x",
-    "{{ 7 * 7 }}", "int4", "float16", "gptq", "gptq_v2", "qalora", "QALORA", "4", "true", "null", "(a+)+$", "(", "((a|a)*)*b",
+    "", " ", "x", "../../outside", "/etc/passwd", "\0", ESCAPE, "a" * 5000, "\ud800", "[/]",
+    "---\n- a: !!python/x",
+    "{{ 7 * 7 }}", "int4", "float16", "gptq", "gptq_v2", "qalora", "QALORA", "4", "true", "null", "(a+)+$", "(", "(a|a)*b",
     ".*.*.*.*.*.*.*.*x", "model.safetensors", "offsets.safetensors", "owner/name", "~nobody/x", "<script>", "é" * 300,
 ]  # fmt: skip
 NUMBERS = [

@@ -1,11 +1,11 @@
 """Damaged and hostile input: one clear error each, no traceback, no hang, no code run, nothing outside touched.
 
-    python tests/fuzz/run.py --mutations 10000 [--seed 0] [--only folders|configs] [--show]
+    PYTHONPATH=tests python -m fuzz.run --mutations 10000 [--seed 0] [--only folders|configs] [--show]
     make fuzz
 
 Each mutation damages a base or an adapter (see mutate.py), then inspects, merges and exports it, now and then through
 the command line; every fifth damages an Axolotl config instead. Whatever happens must be success or one QALoraError of
-one printable line, within seconds; folders are complete or absent; base, adapter and everything around stay as they are.
+one printable line, within seconds; folders are complete or absent; base, adapter and all around them stay as they are.
 """
 
 import argparse
@@ -22,11 +22,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-
-from fabricate import make_adapter, make_base
-from mutate import mutate, mutated_value
+from fabricate import make_adapter, make_base, make_tokenizer
+from fuzz.mutate import mutate, mutated_value
+from huggingface_hub import constants
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
@@ -69,6 +67,9 @@ class Fuzzer:
             base = make_base(place / f"intact{i}", **kind)
             (base / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
             self.intact.append((base, make_adapter(base, place / f"adapter{i}", rank_pattern={"up_proj": 2})))
+        tokenizer = make_tokenizer()  # a run's own: BOS, EOS and PAD have to be carried
+        tokenizer.add_special_tokens({"eos_token": "~"})
+        tokenizer.save_pretrained(self.intact[1][1])
         self.arena = place / "arena"
         self.counts: collections.Counter = collections.Counter()
         self.seen: collections.Counter = collections.Counter()
@@ -184,6 +185,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["folders", "configs"])
     parser.add_argument("--show", action="store_true", help="print every fault as it is found")
     args = parser.parse_args()
+    constants.HF_HUB_OFFLINE = True
     with tempfile.TemporaryDirectory() as place:
         os.chdir(place)
         fuzzer = Fuzzer(Path(place), args.seed, args.show)
