@@ -30,7 +30,7 @@ def check_patterns(patterns: Iterable[str], modules: list[str], what: str) -> No
     for pattern in patterns:
         try:
             repeats, ways = _cost(parser.parse(pattern)) if len(pattern) <= _LONGEST else (None, 0)
-            re.compile(f"({pattern})")  # as PEFT puts it inside another: no flags for the whole
+            re.compile(f"(?:{pattern})")  # as PEFT puts it inside another: no flags for the whole
         except (re.error, RecursionError, OverflowError) as error:
             raise QALoraError(f"{what} holds {short(pattern)}, which is no regular expression ({error}).") from error
         cost = None if repeats is None else ways * comb(longest + repeats + 1, repeats + 1)

@@ -219,11 +219,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise QALoraError(
             f"the shard {path.name} is missing from {path.parent}. Download or copy the checkpoint again."
         )
-    try:
-        safe_open(path, framework="np")  # checks that header and length fit together, and every entry
-    except (SafetensorError, OSError) as error:
-        raise damaged(path, f"; {error}") from error
     with open(path, "rb") as file:
+        try:
+            safe_open(path, framework="np")  # checks that header and length fit together, and every entry
+        except (SafetensorError, OSError) as error:
+            raise damaged(path, f"; {error}") from error
         length = int.from_bytes(file.read(8), "little")
         header = _parse_json(file.read(length), path)
     header.pop("__metadata__", None)

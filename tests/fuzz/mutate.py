@@ -14,8 +14,9 @@ ESCAPE = "\x1b[31m\x1b]0;owned\x07[bold]\u202e"
 STRINGS = [
     "", " ", "x", "../../outside", "/etc/passwd", "\0", ESCAPE, "a" * 5000, "\ud800", "[/]",
     "---\n- a: !!python/x",
-    "{{ 7 * 7 }}", "int4", "float16", "gptq", "gptq_v2", "qalora", "QALORA", "4", "true", "null", "(a+)+$", "(", "(a|a)*b",
-    ".*.*.*.*.*.*.*.*x", "model.safetensors", "offsets.safetensors", "owner/name", "~nobody/x", "<script>", "é" * 300,
+    "{{ 7 * 7 }}", "int4", "float16", "gptq", "gptq_v2", "qalora", "QALORA", "4", "true", "null", "(a+)+$", "(",
+    "(a|a)*b", ".*.*.*.*.*.*.*.*x", "model.safetensors", "offsets.safetensors", "owner/name", "~nobody/x",
+    "<script>", "é" * 300,
 ]  # fmt: skip
 NUMBERS = [
     0, 1, -1, 2, 3, 5, 8, 31, 33, 2**31, -(2**31), 2**63, 2**64, 10**400, 0.0, 0.5, -0.5, 1e308, -1e308, 1e-320,
