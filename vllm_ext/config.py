@@ -29,7 +29,7 @@ from qalora_plugin.quant.modules import (
 )
 
 from .linear import QALoraLinearMethod
-from .paths import PATH_KEY, forced_path
+from .paths import PATH_KEY, TIMED_KEY, forced_path, timed_path
 from .versions import load_every_tensor
 
 DRAFT_PREFIX = "draft_model."  # what vLLM puts before every name of a model that drafts for another
@@ -50,7 +50,7 @@ class QALoraConfig(QuantizationConfig):
         self.quantization = {"quant_method": BASE_METHOD, **quantization}
         check_fields(self.quantization)
         self.checkpoint_format = checkpoint_format(self.quantization)
-        self.forced_path = self.quantization.get(PATH_KEY)
+        self.forced_path, self.timed_path = self.quantization.get(PATH_KEY), self.quantization.get(TIMED_KEY)
         self.modules: dict[str, QuantizedModule] = {}
         self.weights: set[str] = set()
 
@@ -81,6 +81,10 @@ class QALoraConfig(QuantizationConfig):
         if path := forced_path(config):
             config[PATH_KEY] = path
         config["serving_code"] = _code_hash()  # and to the code that chose the path
+        check_fields(config)
+        config.pop(TIMED_KEY, None)
+        if not path and (timed := timed_path(config, _code_hash())):
+            config[TIMED_KEY] = timed
         return cls(config)
 
     @classmethod
@@ -148,7 +152,9 @@ class QALoraConfig(QuantizationConfig):
             return None
         if parts := self._parts(prefix):
             symmetric = self.quantization.get("sym", True)
-            return QALoraLinearMethod(prefix, parts, self.checkpoint_format, self.forced_path, symmetric)
+            return QALoraLinearMethod(
+                prefix, parts, self.checkpoint_format, self.forced_path, symmetric, self.timed_path
+            )
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
     def _parts(self, prefix: str) -> list[QuantizedModule]:

@@ -42,6 +42,7 @@ class QALoraLinearMethod(LinearMethodBase):
         parts: the checkpoint's linears behind it, in order.
         checkpoint_format: how ``qzeros`` is stored, ``"gptq"`` (v1) or ``"gptq_v2"``.
         forced_path: one of ``paths.PATHS``, or None to choose.
+        timed_path: the faster one where both are possible (``paths.timed_path``).
         symmetric: what the config says. Only weights that are not loaded (``--load-format dummy``) go by it.
     """
 
@@ -52,9 +53,10 @@ class QALoraLinearMethod(LinearMethodBase):
         checkpoint_format: str,
         forced_path: str | None = None,
         symmetric: bool = True,
+        timed_path: str | None = None,
     ):
         self.prefix, self.parts, self.checkpoint_format = prefix, parts, checkpoint_format
-        self.forced_path, self.symmetric = forced_path, symmetric
+        self.forced_path, self.symmetric, self.timed_path = forced_path, symmetric, timed_path
         self.kind: tuple[LayerKind, bool] | None = None
         kinds = {(part.bits, part.in_features, part.group_size) for part in parts}
         if len(kinds) > 1:
@@ -170,7 +172,7 @@ class QALoraLinearMethod(LinearMethodBase):
             sortable=order is None or len(order) == 1,
         )
         self._require_same_kind(kind, order is not None)
-        path, self.kernel = choose_path(kind, self.forced_path)
+        path, self.kernel = choose_path(kind, self.forced_path, self.timed_path)
         if path == FUSED:
             shifts = torch.zeros_like(layer.scales.data) if offsets is None else offsets
             self.kernel.hand_over(layer, zeros, self.bits, shifts)
