@@ -27,11 +27,13 @@ _ADVICE = {
 class QALoraError(ValueError):
     """A config, checkpoint, adapter or flag that cannot be used as it is.
 
-    Messages quote names out of files: what a terminal would obey instead of showing is escaped, what is endless cut.
+    One line, whatever it quotes from files and other libraries: what a terminal would obey instead of showing is
+    escaped, what is endless is cut.
     """
 
     def __init__(self, message: object = ""):
-        super().__init__(_ENDLESS.sub(lambda word: f"{word[0][:_SHOWN]}…", printable(message)))
+        line = re.sub(r"\s*\n\s*", " ", printable(message))
+        super().__init__(_ENDLESS.sub(lambda word: f"{word[0][:_SHOWN]}…", line))
 
 
 def printable(text: object) -> str:

@@ -52,8 +52,8 @@ def quantize(
     if find_spec("gptqmodel") is None:
         raise QALoraError(
             "GPTQModel is not installed here. It cannot share an environment with axolotl 0.19; make one for "
-            "quantising and serving:\n  python -m venv .venv-serve && .venv-serve/bin/pip install torch\n"
-            "  .venv-serve/bin/pip install --no-build-isolation gptqmodel==7.6.0 && .venv-serve/bin/pip install ."
+            "quantising and serving: python -m venv .venv-serve && .venv-serve/bin/pip install torch && "
+            ".venv-serve/bin/pip install --no-build-isolation gptqmodel==7.6.0 && .venv-serve/bin/pip install ."
         )
     folder = resolve(model, revision)
     config = read_json(folder / "config.json")
