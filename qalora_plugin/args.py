@@ -133,6 +133,8 @@ def refuse_unmergeable(cfg: dict) -> None:
 
 def _check_types(cfg: dict) -> None:
     """Of keys that are looked at before Axolotl validates them."""
+    if not cfg.get("base_model"):
+        raise QALoraError("adapter: qalora needs base_model. Set it as for a LoRA.")
     for key in _STRINGS:
         if not isinstance(cfg.get(key), str | None):
             raise QALoraError(f"{key} is {short(cfg[key])}, expected a string. Correct it.")
