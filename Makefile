@@ -25,7 +25,7 @@ install_torch = $(1)/bin/pip install $(PIP_FLAGS) "torch==$(TORCH)"
 SERVE := serve
 endif
 
-.PHONY: help demo test lint test-train test-serve format clean
+.PHONY: help demo test lint test-train test-serve fuzz stress format clean
 help:
 	@sed -n '1,9p' Makefile
 
@@ -48,6 +48,13 @@ test-train: .venv/.installed .venv-serve/.installed .cache/auto_gptq
 
 test-serve: .venv-serve/.installed
 	.venv-serve/bin/python -m pytest tests/serve --durations 10
+
+# Long runs of what the tests run briefly: damaged and hostile input (half an hour); killed and racing merges (minutes).
+fuzz: .venv/.installed
+	PYTHONPATH=tests .venv/bin/python -m fuzz.run --mutations 10000
+
+stress: .venv/.installed
+	.venv/bin/python tests/stress.py --kills 500 --races 2000
 
 .venv/.installed: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv

@@ -6,7 +6,9 @@ would scale it wrongly. In memory the type is ``LORA``, so everything that PEFT 
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,17 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .adapter_folder import ADAPTER_FORMAT, PEFT_TYPE, POOLING, AdapterFolder, check_pooling
+from .adapter_folder import (
+    ADAPTER_FORMAT,
+    PEFT_TYPE,
+    POOLING,
+    AdapterFolder,
+    check_config_patterns,
+    check_pooling,
+)
 from .errors import QALoraError
 from .kernels.linear import pool
-from .quant.checkpoint import Checkpoint
+from .quant.checkpoint import Checkpoint, is_local
 from .quant.linear import QuantLinear
 
 logger = logging.getLogger(__name__)
@@ -80,6 +89,28 @@ class QALoraConfig(LoraConfig):
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = QALoraConfig
 
 
+def _check_base_first(load: Callable) -> Callable:
+    """PEFT's ``load_adapter``, for a training run that is resumed, too.
+
+    There the model has the adapter already, bound to the base that was loaded; PEFT then reads the checkpoint's weights
+    alone, and not the config that names the base they were trained on.
+    """
+
+    @wraps(load)
+    def load_adapter(self: PeftModel, model_id: str | Path, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        layer = next((module for module in self.modules() if isinstance(module, QuantLinear)), None)
+        ours = isinstance(self.peft_config.get(adapter_name), QALoraConfig)
+        if ours and layer is not None and layer.base_fingerprint and is_local(model_id):
+            saved = AdapterFolder.open(model_id)
+            saved.require_base(layer.base_fingerprint(saved.base_fingerprint), "the base that was loaded")
+        return load(self, model_id, adapter_name, *args, **kwargs)
+
+    return load_adapter
+
+
+PeftModel.load_adapter = _check_base_first(PeftModel.load_adapter)
+
+
 class QALoraLayer(nn.Module, LoraLayer):
     """``y = base(x) + α/R · P(x)·Aᵀ·Bᵀ`` over a :class:`QuantLinear`; A is ``[R, G]``, B ``[N, R]``.
 
@@ -111,10 +142,11 @@ class QALoraLayer(nn.Module, LoraLayer):
                 f"the adapter was trained with group size {trained_on}, {kwargs.get('target_name')} of this base has "
                 f"{base.group_size}. Load it on the base it was trained on."
             )
-        if base.base_fingerprint and base.base_fingerprint() != fingerprint:
+        if base.base_fingerprint and base.base_fingerprint(fingerprint) != fingerprint:
             raise QALoraError(
                 f"adapter {adapter_name!r} belongs to another base: its config records {fingerprint}, this base is "
-                f"{base.base_fingerprint()}. Load it on the base it was trained on; make new ones with add_adapter."
+                f"{base.base_fingerprint(fingerprint)}. Load it on the base it was trained on; make new ones with "
+                "add_adapter."
             )
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
@@ -196,6 +228,7 @@ def bind_config(model: PreTrainedModel, config: LoraConfig) -> QALoraConfig:
         fields.pop(name, None)
     _require_own_embeddings(model, quantizer.checkpoint)
     bound = QALoraConfig(**fields)
+    check_config_patterns(vars(bound), list(layers), "the adapter's config")  # what no merge would read later
     targets = _restrict_to_quantised(model, bound, layers)
     group_sizes = {layers[name].group_size for name in targets}
     bound.qalora = {
@@ -255,5 +288,6 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool 
         QALoraError: no adapter of ours, or one of another base.
     """
     adapter = AdapterFolder.open(folder)
-    adapter.require_base(model.hf_quantizer.base_fingerprint(), str(model.hf_quantizer.checkpoint.folder))
+    found = model.hf_quantizer.base_fingerprint(adapter.base_fingerprint)
+    adapter.require_base(found, str(model.hf_quantizer.checkpoint.folder))
     return keep_packed_weights_out_of_ddp(PeftModel.from_pretrained(model, folder, is_trainable=is_trainable, **kwargs))

@@ -1,15 +1,18 @@
 """A saved adapter, opened without the model: what merge and verify need from it."""
 
 import hashlib
+import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from blake3 import blake3
 
-from .errors import QALoraError
-from .quant.checkpoint import TensorInfo, read_array, read_header, read_json
+from .errors import QALoraError, os_errors_in_one_line
+from .patterns import check_patterns, matching_pattern
+from .quant.checkpoint import TensorInfo, expanded, read_array, read_header, read_json, short
 from .quant.modules import QuantizedModule, all_finite
 
 CONFIG_NAME = "adapter_config.json"
@@ -17,6 +20,8 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_TYPE = "QALORA"
 ADAPTER_FORMAT = 1
 POOLING = "sum"
+_LARGEST_ALPHA = 1e9
+_FLOATS = ("F16", "BF16", "F32", "F64")
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
 
 
@@ -25,7 +30,7 @@ def check_pooling(qalora: dict, what: str) -> None:
     for key, expected in {"pooling": POOLING, "format_version": ADAPTER_FORMAT}.items():
         if qalora.get(key) != expected:
             raise QALoraError(
-                f"{what} has {key} {qalora.get(key)!r}, expected {expected!r}: it would be scaled wrongly. "
+                f"{what} has {key} {short(qalora.get(key))}, expected {expected!r}: it would be scaled wrongly. "
                 "Train it with this version of qalora."
             )
 
@@ -47,21 +52,24 @@ class AdapterFolder:
     tensors: dict[str, TensorInfo]
 
     @classmethod
+    @os_errors_in_one_line()
     def open(cls, folder: str | Path) -> "AdapterFolder":
         """
         Raises:
             QALoraError: no adapter, not one of ours, pickled, incomplete or damaged.
         """
-        folder = Path(folder).expanduser()
+        folder = expanded(folder)
         if not folder.is_dir():
             raise QALoraError(f"the adapter folder {folder} does not exist. Pass the training run's output folder.")
         config = read_json(folder / CONFIG_NAME)
         if config.get("peft_type") != PEFT_TYPE:
             pooled = " with use_qalora, which pools sum·K/g² instead of the sum" if config.get("use_qalora") else ""
+            found = f"a PEFT {_plain(config.get('peft_type'))} adapter{pooled}"
             raise QALoraError(
-                f"{folder} is a PEFT {config.get('peft_type')} adapter{pooled}; expected a QA-LoRA adapter of this "
-                f"project (peft_type {PEFT_TYPE}). Merging it would scale it wrongly. Train with `adapter: qalora`."
+                f"{folder} is {found}; expected a QA-LoRA adapter of this project (peft_type {PEFT_TYPE}). Merging it "
+                "would scale it wrongly. Train with `adapter: qalora`."
             )
+        _check_config(config, folder / CONFIG_NAME)
         check_pooling(config.get("qalora") or {}, str(folder))
         if not (folder / WEIGHTS_NAME).is_file():
             pickled = (
@@ -77,22 +85,30 @@ class AdapterFolder:
                     f"{folder / WEIGHTS_NAME} holds {key!r}, which is no pooled adapter weight and cannot be merged. "
                     "Train without modules_to_save and with `adapter: qalora` alone."
                 )
+            if tensors[key].dtype not in _FLOATS:
+                raise QALoraError(
+                    f"{folder / WEIGHTS_NAME}: {key} is {tensors[key].dtype}, expected a float type. Save it again."
+                )
             found.setdefault(match["module"], set()).add(match["part"])
         half = [module for module, parts in found.items() if len(parts) < 2]
         if half or not found:
             raise QALoraError(
                 f"{folder / WEIGHTS_NAME} lacks A or B of {half[0] if half else 'every layer'}. Save it again."
             )
+        check_config_patterns(config, sorted(found), folder / CONFIG_NAME)
         return cls(folder, config, sorted(found), tensors)
 
     @property
     def base_fingerprint(self) -> str | None:
         return self.config["qalora"].get("base_fingerprint")
 
+    @os_errors_in_one_line()
     def digest(self) -> str:
-        """``"sha256:…"`` of the adapter's weights file."""
+        """``"blake3:…"`` of what a merge takes from this folder: the weights file, and the scaling of each linear."""
         with open(self.folder / WEIGHTS_NAME, "rb") as file:
-            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+            weights = hashlib.file_digest(file, blake3).hexdigest()
+        scalings = [(module, self.scaling(module)) for module in self.modules]
+        return f"blake3:{blake3(json.dumps([weights, scalings]).encode()).hexdigest()}"
 
     def require_base(self, fingerprint: str, base: str | Path) -> None:
         """Refuse a base other than the one trained on."""
@@ -140,9 +156,46 @@ class AdapterFolder:
         return lora_a, lora_b
 
 
-def matching_pattern(patterns: Iterable[str], module: str) -> str | None:
-    """The first pattern that matches the end of a module's name, from a dot on. (PEFT's rule, without its import.)"""
-    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)), None)
+def _check_config(config: dict, path: Path) -> None:
+    """Refuse what no PEFT adapter has in its config where a merge reads it."""
+
+    def check(name: str, value: Any, right: bool, expected: str) -> None:
+        if not right:
+            raise QALoraError(f"{path}: {name} is {short(value)}, expected {expected}. Save the adapter again.")
+
+    for name, kind, expected in (
+        ("qalora", dict, "an object"),
+        ("rank_pattern", dict, "an object"),
+        ("alpha_pattern", dict, "an object"),
+        ("use_rslora", bool, "a boolean"),
+        ("base_model_name_or_path", str, "a string"),
+    ):
+        check(name, config.get(name), isinstance(config.get(name), kind | None), expected)
+    recorded = (config.get("qalora") or {}).get("base_fingerprint")
+    check("qalora.base_fingerprint", recorded, isinstance(recorded, str | None), "a string")
+    ranks = {"r": config.get("r"), **_named("rank_pattern", config)}
+    for name, rank in ranks.items():
+        check(name, rank, type(rank) is int and rank > 0, "a positive integer")
+    for name, alpha in {"lora_alpha": config.get("lora_alpha"), **_named("alpha_pattern", config)}.items():
+        check(name, alpha, type(alpha) in (int, float) and abs(alpha) < _LARGEST_ALPHA, "a finite number")
+
+
+def _named(field: str, config: dict) -> dict[str, Any]:
+    return {f"{field}[{key!r}]": value for key, value in (config.get(field) or {}).items()}
+
+
+def check_config_patterns(config: dict, modules: list[str], what: object) -> None:
+    """Refuse patterns that PEFT, loading this config, could match for ever; see :mod:`.patterns`."""
+    for name in ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern"):
+        found = config.get(name) or ()
+        patterns = [found] if isinstance(found, str) else [None] if isinstance(found, int | float) else list(found)
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise QALoraError(f"{what}: {name} is {short(found)}, expected names. Save the adapter again.")
+        check_patterns(patterns, modules, f"{what}: {name}")
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else short(value)
 
 
 def _key(module: str, part: str) -> str:

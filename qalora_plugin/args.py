@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .errors import QALoraError
+from .quant.checkpoint import short
 
 ADAPTER = "qalora"
 
@@ -34,6 +35,8 @@ _REFUSED = {
 }
 _STARTS_FROM_THE_BASE = ("dpo", "ipo", "kto")  # Axolotl 0.19, loaders/model.py: hands TRL a config, not an adapter
 _REQUIRED = ("base_model", "lora_r", "lora_alpha")
+_STRINGS = ("base_model", "revision_of_model", "lora_model_dir", "output_dir", "rl")  # read before Axolotl checks them
+_NAMES = ("plugins", "lora_target_modules", "lora_exclude_modules")
 
 
 class QALoraBlock(BaseModel):
@@ -60,7 +63,9 @@ class QALoraBlock(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def name_the_nearest_key(cls, data: Any) -> Any:
-        for key in data or {}:
+        if not isinstance(data, dict):
+            raise QALoraError(f"qalora: is {short(data)}, expected a block of keys, or nothing.")
+        for key in map(str, data):
             if key not in cls.model_fields:
                 near = difflib.get_close_matches(key, cls.model_fields, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -99,6 +104,7 @@ def refuse_unmergeable(cfg: dict) -> None:
     Raises:
         QALoraError: names the key, why it is refused, and what to do.
     """
+    _check_types(cfg)
     for key, why in _REFUSED.items():
         if cfg.get(key):
             raise QALoraError(f"{key} cannot be combined with adapter: qalora: {why}. Remove {key}.")
@@ -107,7 +113,8 @@ def refuse_unmergeable(cfg: dict) -> None:
             f"peft_init_lora_weights: {cfg['peft_init_lora_weights']} rewrites the base weight, which stays packed. "
             "Use true, false or gaussian."
         )
-    if (cfg.get("trl") or {}).get("use_vllm"):
+    trl = cfg.get("trl")
+    if isinstance(trl, dict) and trl.get("use_vllm"):
         raise QALoraError(
             "trl.use_vllm cannot be combined with adapter: qalora: TRL sends vLLM merged weights or a plain LoRA, and "
             "this adapter is neither. Set trl.use_vllm: false."
@@ -122,3 +129,18 @@ def refuse_unmergeable(cfg: dict) -> None:
         raise QALoraError(f"adapter: qalora needs {', '.join(missing)}. Set them as for a LoRA.")
     if not (cfg.get("lora_target_linear") or cfg.get("lora_target_modules") or cfg.get("lora_model_dir")):
         raise QALoraError("adapter: qalora needs lora_target_linear: true or a list of lora_target_modules.")
+
+
+def _check_types(cfg: dict) -> None:
+    """Of keys that are looked at before Axolotl validates them."""
+    if not cfg.get("base_model"):
+        raise QALoraError("adapter: qalora needs base_model. Set it as for a LoRA.")
+    for key in _STRINGS:
+        if not isinstance(cfg.get(key), str | None):
+            raise QALoraError(f"{key} is {short(cfg[key])}, expected a string. Correct it.")
+    for key in _NAMES:
+        found = cfg.get(key)
+        if found is None or (isinstance(found, str) and key != "plugins"):
+            continue
+        if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
+            raise QALoraError(f"{key} is {short(found)}, expected a list of names. Correct it.")

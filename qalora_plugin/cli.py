@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .errors import QALoraError
+from .errors import QALoraError, printable
 
 app = typer.Typer(
     help="Fine-tune a GPTQ INT4 model, merge exactly, serve it still INT4.", no_args_is_help=True, add_completion=False
@@ -34,7 +34,8 @@ def quantize(
     """Make a GPTQ base of a 16-bit model (GPTQModel does the work)."""
     from .quantizing import quantize
 
-    print(quantize(model, out, dataset, bits, group_size, sym, act_order, samples, length, seed, revision=revision))
+    made = quantize(model, out, dataset, bits, group_size, sym, act_order, samples, length, seed, revision=revision)
+    print(printable(made))
 
 
 @app.command()
@@ -64,7 +65,8 @@ def merge(
 
     result = merge(base, adapter, out, offset_dtype, copy, revision)
     how = "linked" if result.linked else "copied"
-    print(f"{result.folder}: {result.modules} linears merged, {result.new_bytes / 1e6:.1f} MB new, base shards {how}")
+    folder = printable(result.folder)
+    print(f"{folder}: {result.modules} linears merged, {result.new_bytes / 1e6:.1f} MB new, base shards {how}")
 
 
 @app.command()
@@ -111,7 +113,8 @@ def lora(
     from .formats.lora import export_lora
 
     result = export_lora(adapter, out, base, revision)
-    print(f"{result.folder}: {result.modules} linears; serve it with --enable-lora --max-lora-rank {result.max_rank} …")
+    folder = printable(result.folder)
+    print(f"{folder}: {result.modules} linears; serve it with --enable-lora --max-lora-rank {result.max_rank} …")
 
 
 class _Command(typer.core.TyperGroup):

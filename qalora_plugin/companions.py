@@ -1,4 +1,7 @@
-"""The files beside the weights of a merged checkpoint: tokenizer, generation config, licence …"""
+"""The files beside the weights of a merged checkpoint: tokenizer, generation config, licence …
+
+Copied is what is known to belong to a model, never what else lies in the folder: logs, keys, a run's state.
+"""
 
 import logging
 import math
@@ -6,17 +9,24 @@ import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 
-from .quant.checkpoint import INDEX_NAME, read_json, write_json
+from .errors import printable
+from .quant.checkpoint import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
-_NOT_COPIED = {"config.json", "README.md", "quantize_config.json", "quant_log.csv", INDEX_NAME}
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".msgpack", ".h5")
 _TOKENIZER_CONFIG, _TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"
 _TOKENIZER_FILES = (
-    "tokenizer*", _TOKENS_MAP, "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*", "*.jinja",
+    "tokenizer*.json", _TOKENS_MAP, "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken",
+    "*.model", "chat_template*.json", "*.jinja",
 )  # fmt: skip
 _PROCESSOR_FILES = ("*processor_config.json",)
+_OTHER_FILES = (
+    "generation_config.json", "LICENSE*", "LICENCE*", "License*", "license*", "NOTICE*", "Notice*", "COPYING*",
+    "USE_POLICY*", "modeling_*.py", "configuration_*.py", "tokenization_*.py", "tokenizer_*.py", "processing_*.py",
+    "*_processing_*.py", "feature_extraction_*.py",
+)  # fmt: skip
+_CODE_FILES = ("*.py",)  # all of a model that has its own: the files import one another
+_LARGEST = 256 << 20  # bytes; the largest tokenizers take 40 MB
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")
 
 
@@ -28,17 +38,34 @@ def copy_companions(base: Path, adapter: Path, work: Path) -> None:
     trained = _TOKENIZER_FILES if _has_tokenizer(adapter) else ()
     if any(_is_any_of(path, _PROCESSOR_FILES) for path in adapter.iterdir()):
         trained += _PROCESSOR_FILES
+    known = _TOKENIZER_FILES + _PROCESSOR_FILES + _OTHER_FILES
+    if read_json(work / "config.json").get("auto_map"):
+        known += _CODE_FILES
     for path in base.iterdir():
-        if path.name not in _NOT_COPIED and path.name[0] != "." and not _is_any_of(path, trained):
-            _copy_companion(path, work)
+        if any(fnmatch(path.name, pattern) for pattern in known) and not _is_any_of(path, trained):
+            _copy_companion(path, base, work)
     for path in adapter.iterdir():
         if _is_any_of(path, trained):
-            _copy_companion(path, work)
+            _copy_companion(path, adapter, work)
 
 
-def _copy_companion(path: Path, work: Path) -> None:
-    if path.is_file() and path.suffix not in _WEIGHTS:
+def _copy_companion(path: Path, folder: Path, work: Path) -> None:
+    if path.name.startswith(".") or not path.is_file():
+        return
+    why_not = None
+    if path.resolve().parent not in _own_places(folder.resolve()):
+        why_not = "it is a link that leads out of its folder. Put the file itself there if it belongs to the model"
+    elif path.stat().st_size > _LARGEST:
+        why_not = f"it has {path.stat().st_size / 1e6:.0f} MB"
+    if why_not:
+        logger.warning("qalora: %s is not copied into the merged checkpoint: %s.", printable(path), why_not)
+    else:
         shutil.copyfile(path, work / path.name)
+
+
+def _own_places(folder: Path) -> set[Path]:
+    """Where a model folder's files may lie: in it, or, in the Hub's cache, among the blobs that its links lead to."""
+    return {folder, folder.parents[1] / "blobs"} if folder.parent.name == "snapshots" else {folder}
 
 
 def _is_any_of(path: Path, patterns: tuple[str, ...]) -> bool:
@@ -57,10 +84,13 @@ def carry_special_tokens(base: Path, work: Path) -> None:
             return
         before, after = _special_token_ids(base), _special_token_ids(work)
     except Exception as error:  # whatever tokenizers of any kind and age raise
-        logger.warning("BOS, EOS and PAD in config.json stay the base's: a tokenizer cannot be loaded (%s)", error)
+        logger.warning(
+            "BOS, EOS and PAD in config.json stay the base's: a tokenizer cannot be loaded (%s)", printable(error)
+        )
         return
     changed = {key: token for key, token in after.items() if token is not None and token != before.get(key)}
-    vocabulary = read_json(work / "config.json").get("vocab_size", math.inf)
+    vocabulary = read_json(work / "config.json").get("vocab_size")
+    vocabulary = vocabulary if isinstance(vocabulary, int) else math.inf
     if beyond := {key: token for key, token in changed.items() if token >= vocabulary}:
         logger.warning("the tokenizer has %s, beyond the model's %d tokens: the base's stay", beyond, vocabulary)
         changed = {key: token for key, token in changed.items() if key not in beyond}

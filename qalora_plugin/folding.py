@@ -47,6 +47,12 @@ def fold(lora_a: np.ndarray, lora_b: np.ndarray, scaling: float, dtype: str) -> 
     return offsets
 
 
+def squared_norm(lora_a: np.ndarray, lora_b: np.ndarray, scaling: float) -> float:
+    """``‖scaling·(B·A)ᵀ‖²`` (Frobenius) of A ``[R, G]`` and B ``[N, R]``, by products of R×R: ``tr(BᵀB·AAᵀ)``."""
+    a, b = lora_a.astype(np.float64), lora_b.astype(np.float64)
+    return scaling**2 * float(((a @ a.T) * (b.T @ b)).sum())
+
+
 def _multiply(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
     """``a·b`` rounded to float32, then to the dtype of ``out``, as torch rounds float64 to float16."""
     if torch := sys.modules.get("torch"):

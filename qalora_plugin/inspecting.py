@@ -5,11 +5,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
-from .errors import QALoraError
-from .quant.checkpoint import Checkpoint
+from .errors import QALoraError, os_errors_in_one_line
+from .quant.checkpoint import Checkpoint, is_local
 from .quant.modules import (
     check_values,
     checkpoint_format,
@@ -18,6 +15,7 @@ from .quant.modules import (
     quantized_modules,
     require_base,
 )
+from .tables import print_facts
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,6 @@ class InspectReport:
         return json.dumps(asdict(self), indent=2)
 
     def print(self) -> None:
-        table = Table(title=f"qalora inspect {self.path}", show_header=False)
         rows = [("quantisation", self.quant_method or "none (dense)"), ("size", f"{self.size / 1e6:.1f} MB")]
         if self.quantised:
             rows += [
@@ -63,11 +60,10 @@ class InspectReport:
                 ("adapter on disk", f"{self.adapter_size / 1e6:.1f} MB (float32)"),
                 ("a merge adds", f"{self.merged_extra / 1e6:.1f} MB ({self.merged_extra / self.size:.1%}, float16)"),
             ]
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table)
+        print_facts(f"qalora inspect {self.path}", rows)
 
 
+@os_errors_in_one_line()
 def inspect(path: str | Path, rank: int = 16) -> InspectReport:
     """Look at a local checkpoint.
 
@@ -77,7 +73,7 @@ def inspect(path: str | Path, rank: int = 16) -> InspectReport:
     Raises:
         QALoraError: the folder is no readable checkpoint at all.
     """
-    if not Path(path).expanduser().is_dir():
+    if not is_local(path):
         raise QALoraError(f"{path} is not a local folder. Download it first: hf download {path} --local-dir FOLDER")
     checkpoint = Checkpoint.open(path)
     why_not = None

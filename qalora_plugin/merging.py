@@ -6,6 +6,7 @@ while the other is written.
 """
 
 import logging
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,10 @@ from .adapter_folder import AdapterFolder
 from .atomic import link_or_copy, new_folder, require_absent, require_space, same_disk
 from .card import model_card
 from .companions import carry_special_tokens, copy_companions
-from .errors import QALoraError
-from .folding import fold, fold_workers
-from .quant.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, read_json, write_json
-from .quant.fingerprint import fingerprint
+from .errors import QALoraError, os_errors_in_one_line
+from .folding import fold, fold_workers, squared_norm
+from .quant.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, expanded, read_json, write_json
+from .quant.fingerprint import Identity, fingerprint, identity, keep_remembering
 from .quant.modules import (
     FORMAT_VERSION,
     MERGED_METHOD,
@@ -38,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 OFFSET_DTYPES = ("float16", "float32")
 SHARD_BYTES = 64 << 20
+MOST_LOST = 1e-3  # of what the adapter adds, in the Euclidean norm; float16 rounds to 2e-4
+_SMALL = 1e-4  # mean square roots below this may suffer in float16, which loses digits below 6e-5
+_TOO_LARGE = {"float16": "use offset_dtype float32", "float32": "the training diverged"}
 _KEPT_KEYS = (
     "bits",
     "group_size",
@@ -50,6 +54,16 @@ _KEPT_KEYS = (
 
 
 @dataclass(frozen=True)
+class _Folded:
+    """One linear's ``offsets`` [G, N] as stored, the squared norm of what they should be, and of what rounding lost."""
+
+    name: str
+    offsets: np.ndarray
+    wanted: float
+    lost: float
+
+
+@dataclass(frozen=True)
 class MergeResult:
     """What a merge wrote: the folder, how many linears got offsets, bytes that are new, whether shards were linked."""
 
@@ -59,6 +73,7 @@ class MergeResult:
     linked: bool
 
 
+@os_errors_in_one_line()
 def merge(
     base: str | Path,
     adapter: str | Path,
@@ -81,33 +96,35 @@ def merge(
         QALoraError: anything that would make the result wrong; nothing is written then.
     """
     require_offset_dtype(offset_dtype)
-    out = Path(out).expanduser().absolute()
+    out = expanded(out).absolute()
     require_absent(out)
     checkpoint, opened = Checkpoint.open(base, revision), AdapterFolder.open(adapter)
+    shards = {file: identity(checkpoint.folder / file) for file in checkpoint.files}
     modules = require_base(checkpoint)
     with ThreadPoolExecutor(1) as worker:
         hashing = worker.submit(fingerprint, checkpoint)
         check_values(checkpoint, modules)
-    opened.require_base(base_fingerprint := hashing.result(), base)
+    base_fingerprint = hashing.result()
+    opened.require_base(fingerprint(checkpoint, like=opened.base_fingerprint), base)
     opened.check_fits(modules)
 
     itemsize = np.dtype(offset_dtype).itemsize
     sizes = {name: modules[name].groups * modules[name].out_features * itemsize for name in opened.modules}
-    shards, new_bytes = _plan_shards(sizes), sum(sizes.values())
+    new_bytes = sum(sizes.values())
     out.parent.mkdir(parents=True, exist_ok=True)
     linked = not copy and same_disk(checkpoint.folder / checkpoint.files[0], out.parent)
     require_space(out.parent, new_bytes + (0 if linked else checkpoint.nbytes) + (16 << 20))
 
     names = {file: "model-00001-of-00001.safetensors" if file == SINGLE_NAME else file for file in checkpoint.files}
+    plan = _plan_shards(sizes, taken=set(names.values()))
     with new_folder(out, flush=linked) as work:  # to wait for copies would take twice their time
         for file, name in names.items():
             linked = link_or_copy(checkpoint.folder / file, work / name, copy) and linked
         weight_map = {tensor: names[info.file] for tensor, info in checkpoint.tensors.items()}
-        weight_map |= _write_offsets(work, opened, shards, offset_dtype, progress)
+        weight_map |= _write_offsets(work, opened, plan, offset_dtype, progress)
         write_json(
             work / INDEX_NAME, {"metadata": {"total_size": checkpoint.nbytes + new_bytes}, "weight_map": weight_map}
         )
-        copy_companions(checkpoint.folder, opened.folder, work)
         quantization = _quantization_config(checkpoint, modules) | {
             "offset_dtype": offset_dtype,
             "base_model": str(base),
@@ -116,10 +133,24 @@ def merge(
             "format_version": FORMAT_VERSION,
         }
         write_json(work / "config.json", checkpoint.config | {"quantization_config": quantization})
+        copy_companions(checkpoint.folder, opened.folder, work)
         carry_special_tokens(checkpoint.folder, work)
-        (work / "README.md").write_text(model_card(out.name, quantization, opened, new_bytes, checkpoint.nbytes))
+        card = model_card(out.name, quantization, opened, new_bytes, checkpoint.nbytes)
+        (work / "README.md").write_text(card, encoding="utf-8")
+        _require_unchanged(checkpoint, shards)
     logger.info("merged %d linears into %s (%.1f MB new)", len(opened.modules), out, new_bytes / 1e6)
     return MergeResult(out, len(opened.modules), new_bytes, linked)
+
+
+def _require_unchanged(checkpoint: Checkpoint, shards: dict[str, Identity]) -> None:
+    """Refuse to finish if a shard was written to, or exchanged, since it was opened (links to it are no change)."""
+    for file, before in shards.items():
+        path = checkpoint.folder / file
+        if identity(path)[:4] != before[:4]:
+            raise QALoraError(
+                f"{path} was changed while it was being merged. Wait until it is complete, and try again."
+            )
+        keep_remembering(path, before)
 
 
 def require_offset_dtype(name: str) -> None:
@@ -128,6 +159,7 @@ def require_offset_dtype(name: str) -> None:
         raise QALoraError(f"offset_dtype is {name!r}, expected one of {', '.join(OFFSET_DTYPES)}.")
 
 
+@os_errors_in_one_line()
 def is_merge_of(
     folder: str | Path, base: str | Path, adapter: str | Path, offset_dtype: str, revision: str | None = None
 ) -> bool:
@@ -139,32 +171,39 @@ def is_merge_of(
     config = Path(folder) / "config.json"
     if not config.is_file():
         return False
-    recorded = read_json(config).get("quantization_config") or {}
+    recorded = read_json(config).get("quantization_config")
     return (
-        recorded.get("offset_dtype") == offset_dtype
+        isinstance(recorded, dict)
+        and recorded.get("offset_dtype") == offset_dtype
         and recorded.get("adapter") == AdapterFolder.open(adapter).digest()
         and recorded.get("base_fingerprint") == fingerprint(Checkpoint.open(base, revision))
         and Checkpoint.open(folder).method == MERGED_METHOD
     )
 
 
-def _plan_shards(sizes: dict[str, int]) -> dict[str, list[str]]:
-    """Name of an offset file → modules in it, each file at most ``SHARD_BYTES`` (or one module)."""
+def _plan_shards(sizes: dict[str, int], taken: set[str]) -> dict[str, list[str]]:
+    """Name of an offset file → modules in it, each file at most ``SHARD_BYTES`` (or one module), none already taken."""
     parts, used = [[]], 0
     for name, size in sizes.items():
         if used and used + size > SHARD_BYTES:
             parts, used = [*parts, []], 0
         parts[-1].append(name)
         used += size
-    if len(parts) == 1:
-        return {"offsets.safetensors": parts[0]}
-    return {f"offsets-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
+    stem = "offsets"
+    while True:
+        files = [f"{stem}-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
+        if len(parts) == 1:
+            files = [f"{stem}.safetensors"]
+        if taken.isdisjoint(files):
+            return dict(zip(files, parts, strict=True))
+        stem += "-merged"
 
 
 def _write_offsets(
     work: Path, adapter: AdapterFolder, shards: dict[str, list[str]], dtype: str, progress: bool
 ) -> dict[str, str]:
     """Write the offset files; returns their part of the weight map."""
+    wanted, lost, suffering = 0.0, 0.0, 0
     with fold_workers() as workers:
 
         def begin(names: list[str]) -> list[Future]:
@@ -173,19 +212,33 @@ def _write_offsets(
         files = list(shards)
         begun = begin(shards[files[0]])
         for i, file in enumerate(track(files, "merging", disable=not progress, transient=True), 1):
-            tensors = dict(future.result() for future in begun)
+            folded = [future.result() for future in begun]
             begun = begin(shards[files[i]]) if i < len(files) else []
+            tensors = {f"{linear.name}.offsets": linear.offsets for linear in folded}
             save_file(tensors, work / file, metadata={"format": "pt"})
+            wanted, lost = wanted + sum(one.wanted for one in folded), lost + sum(one.lost for one in folded)
+            suffering += sum(one.lost > MOST_LOST**2 * one.wanted for one in folded)
+    if suffering:
+        logger.warning(
+            "qalora: %d of %d adapted linears are so small that %s loses more than %.1g of what the adapter adds to "
+            "them (%.2g of the whole adapter, in the Euclidean norm). Merge with offset_dtype float32.",
+            suffering, len(adapter.modules), dtype, MOST_LOST, (lost / wanted) ** 0.5,
+        )  # fmt: skip
     return {f"{name}.offsets": file for file, names in shards.items() for name in names}
 
 
-def _offsets(adapter: AdapterFolder, name: str, dtype: str) -> tuple[str, np.ndarray]:
-    """Name and value of one linear's ``offsets`` [G, N]."""
+def _offsets(adapter: AdapterFolder, name: str, dtype: str) -> _Folded:
     lora_a, lora_b = adapter.factors(name)
-    offsets = fold(lora_a, lora_b, adapter.scaling(name), dtype)
+    scaling = adapter.scaling(name)
+    offsets = fold(lora_a, lora_b, scaling, dtype)
     if not all_finite(offsets):
-        raise QALoraError(f"the offsets of {name} exceed what {dtype} can hold: use offset_dtype float32.")
-    return f"{name}.offsets", offsets
+        raise QALoraError(f"the offsets of {name} exceed what {dtype} can hold: {_TOO_LARGE[dtype]}.")
+    wanted, lost = squared_norm(lora_a, lora_b, scaling), 0.0
+    if dtype == "float16" and wanted < _SMALL**2 * offsets.size:
+        exact = fold(lora_a, lora_b, scaling, "float32")
+        lost = float(np.square(exact - offsets, dtype=np.float64).sum())
+        wanted = float(np.square(exact, dtype=np.float64).sum())
+    return _Folded(name, offsets, wanted, lost)
 
 
 def _quantization_config(checkpoint: Checkpoint, modules: dict[str, QuantizedModule]) -> dict:
@@ -193,6 +246,8 @@ def _quantization_config(checkpoint: Checkpoint, modules: dict[str, QuantizedMod
     base = checkpoint.quantization
     return {
         "quant_method": MERGED_METHOD,
+        "bits": Counter(module.bits for module in modules.values()).most_common(1)[0][0],  # if the base names none
+        "group_size": Counter(module.group_size for module in modules.values()).most_common(1)[0][0],
         **{key: base[key] for key in _KEPT_KEYS if base.get(key) is not None},
         "desc_act": any(is_act_order(checkpoint, module) for module in modules.values()),
         "sym": all(is_symmetric(checkpoint, module) for module in modules.values()),

@@ -8,7 +8,7 @@ import torch
 
 from .args import refuse_unmergeable
 from .atomic import require_absent
-from .errors import QALoraError
+from .errors import QALoraError, os_errors_in_one_line
 from .kernels.dequant import emulates
 from .quant.checkpoint import Checkpoint, read_json
 from .quant.modules import check_values, require_base
@@ -16,6 +16,7 @@ from .quant.modules import check_values, require_base
 LOG = logging.getLogger("axolotl.qalora")
 
 
+@os_errors_in_one_line()
 def check_axolotl(cfg: dict[str, Any]) -> None:
     """Check a raw Axolotl config: the keys and the base.
 

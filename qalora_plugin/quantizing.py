@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from .atomic import new_folder, require_absent
-from .errors import QALoraError
-from .quant.checkpoint import read_json, resolve
+from .errors import QALoraError, os_errors_in_one_line
+from .quant.checkpoint import expanded, read_json, resolve
 from .quant.words import SUPPORTED_BITS
 from .tokens import read_texts, tokenise
 
 
+@os_errors_in_one_line()
 def quantize(
     model: str,
     out: str | Path,
@@ -44,20 +45,20 @@ def quantize(
     Raises:
         QALoraError: GPTQModel is not installed, or the request cannot work.
     """
-    out = Path(out).expanduser().absolute()
+    out = expanded(out).absolute()
     require_absent(out)
     if bits not in SUPPORTED_BITS:
         raise QALoraError(f"bits is {bits}, expected one of {SUPPORTED_BITS}.")
     if find_spec("gptqmodel") is None:
         raise QALoraError(
             "GPTQModel is not installed here. It cannot share an environment with axolotl 0.19; make one for "
-            "quantising and serving:\n  python -m venv .venv-serve && .venv-serve/bin/pip install torch\n"
-            "  .venv-serve/bin/pip install --no-build-isolation gptqmodel==7.6.0 && .venv-serve/bin/pip install ."
+            "quantising and serving: python -m venv .venv-serve && .venv-serve/bin/pip install torch && "
+            ".venv-serve/bin/pip install --no-build-isolation gptqmodel==7.6.0 && .venv-serve/bin/pip install ."
         )
     folder = resolve(model, revision)
     config = read_json(folder / "config.json")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method")
+    if found := config.get("quantization_config"):
+        method = found.get("quant_method") if isinstance(found, dict) else found
         raise QALoraError(f"{model} is quantised already ({method}). Pass the original 16-bit model.")
     _check_sizes(config, group_size)
 
@@ -98,7 +99,7 @@ def _check_sizes(config: dict[str, Any], group_size: int) -> None:
 
 def _calibration(tokenizer: Any, dataset: str, samples: int, length: int, seed: int) -> list[dict[str, list[int]]]:
     """``samples`` random sequences of ``length`` tokens."""
-    looks_local = Path(dataset).expanduser().exists() or dataset.endswith((".txt", ".jsonl", ".md"))
+    looks_local = expanded(dataset).exists() or dataset.endswith((".txt", ".jsonl", ".md"))
     texts = read_texts(dataset) if looks_local else _hub_texts(dataset, 8 * samples)
     random.Random(seed).shuffle(texts)
     sequences = tokenise(tokenizer, texts, 4 * samples * length, length)

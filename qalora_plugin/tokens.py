@@ -7,7 +7,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .errors import QALoraError
+from .errors import QALoraError, os_errors_in_one_line
+from .quant.checkpoint import expanded
 
 SEQUENCE_LENGTH = 256
 _ID_COLUMNS = ("input_ids", "chosen_ids", "chosen_input_ids", "prompt_ids", "prompt_input_ids")
@@ -39,24 +40,28 @@ def sample_dataset(dataset: Iterable[dict[str, Any]] | None, max_tokens: int) ->
     return sequences
 
 
+@os_errors_in_one_line()
 def read_texts(path: str | Path) -> list[str]:
     """Texts of a local file: ``.jsonl`` line by line (all string values of a line joined), else the file as one text.
 
     Raises:
         QALoraError: no such file, empty, or not JSON lines.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.is_file():
         raise QALoraError(f"the text file {path} does not exist. Pass a .txt or .jsonl file.")
-    content = path.read_text(encoding="utf-8")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise QALoraError(f"{path} is not UTF-8 text ({error}). Pass a .txt or .jsonl file.") from error
     if path.suffix != ".jsonl":
         texts = [content]
     else:
         try:
             rows = [json.loads(line) for line in content.splitlines() if line.strip()]
-        except json.JSONDecodeError as error:
+            texts = [row if isinstance(row, str) else "\n".join(_strings(row)) for row in rows]
+        except (ValueError, RecursionError) as error:
             raise QALoraError(f"{path} is not JSON lines: {error}. Write one JSON value a line.") from error
-        texts = [row if isinstance(row, str) else "\n".join(_strings(row)) for row in rows]
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise QALoraError(f"{path} holds no text. Pass a file with some.")

@@ -34,7 +34,7 @@ class QALoraMergeCallback(TrainerCallback):
     def _require_base(self, trained_on: str) -> None:
         checkpoint = Checkpoint.open(self.base, self.merge_kwargs.get("revision"))
         require_base(checkpoint)
-        if (found := fingerprint(checkpoint)) != trained_on:
+        if (found := fingerprint(checkpoint, like=trained_on)) != trained_on:
             raise QALoraError(
                 f"the trainer's model was loaded from another base: its adapter records {trained_on}, {self.base} is "
                 f"{found}. Give QALoraMergeCallback the base (and the revision) that load_base was given."

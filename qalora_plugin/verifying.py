@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 from .adapter_folder import AdapterFolder
-from .errors import QALoraError
+from .errors import QALoraError, os_errors_in_one_line
 from .quant.checkpoint import Checkpoint
 from .quant.modules import (
     MERGED_METHOD,
@@ -27,6 +25,7 @@ from .quant.modules import (
     require_base,
 )
 from .quant.reference import adapter_offsets, dequantize
+from .tables import print_facts
 from .tokens import default_texts, tokenise
 
 # By how the offsets are stored: relative logit difference (maximum norm) and least top-1 agreement, float32 compute …
@@ -79,8 +78,7 @@ class VerifyReport:
     def print(self) -> None:
         difference, agreement = BARS[self.offset_dtype]
         bar = f"≤ {difference:g}, ≥ {agreement:.1%}" if self.dtype == "float32" else "(bars hold in float32)"
-        table = Table(title=f"qalora verify: {'PASSED' if self.passed else 'FAILED'}", show_header=False)
-        for row in (
+        rows = (
             ("merged", self.merged),
             ("base tensors byte-identical", f"{self.tensors_identical} of {self.tensors}"),
             ("sha256 of the base's tensors", self.base_sha256),
@@ -92,11 +90,11 @@ class VerifyReport:
             ("mean KL", f"{self.kl_mean:.3g} nats"),
             ("size", f"{self.base_bytes / 1e6:.1f} MB base + {self.merged_new_bytes / 1e6:.1f} MB offsets"
                      f" ({self.offset_dtype}), {self.merged_new_bytes / self.base_bytes:.1%}"),
-        ):  # fmt: skip
-            table.add_row(*row)
-        Console().print(table)
+        )  # fmt: skip
+        print_facts(f"qalora verify: {'PASSED' if self.passed else 'FAILED'}", rows)
 
 
+@os_errors_in_one_line()
 def verify(
     base: str | Path,
     adapter: str | Path,

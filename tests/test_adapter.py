@@ -98,7 +98,7 @@ def test_saved_folder_names_its_base_and_stock_peft_refuses_it(adapter):
     assert config["use_qalora"]  # what vLLM looks at, and refuses
     assert config["qalora"]["pooling"] == "sum"
     assert config["qalora"]["group_size"] == 32
-    assert config["qalora"]["base_fingerprint"].startswith("sha256:")
+    assert config["qalora"]["base_fingerprint"].startswith("blake3:")
     assert isinstance(PeftConfig.from_pretrained(adapter), QALoraConfig)
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 

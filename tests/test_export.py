@@ -70,7 +70,7 @@ def test_command_line(base, adapter, tmp_path):
     exported, trained = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "out", adapter))
     key = "base_model.model.model.layers.0.mlp.down_proj.lora_{}.weight"
     assert torch.equal(exported[key.format("A")], trained[key.format("A")].repeat_interleave(32, dim=1))
-    assert torch.equal(exported[key.format("B")], trained[key.format("B")])
+    assert torch.equal(exported[key.format("B")], 2 * trained[key.format("B")])  # α/R is 8/4
     again = CliRunner().invoke(app, ["export", "lora", str(adapter), str(tmp_path / "out")])
     assert again.exit_code == 1
     assert "exists" in again.stderr

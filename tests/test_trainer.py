@@ -1,6 +1,7 @@
 """HF Trainer and TRL without Axolotl: the README's example, the callback, a real training run that merges."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from fabricate import make_base, make_tokenizer
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, Trainer, TrainingArguments
 
 from qalora_plugin import QALoraMergeCallback, add_adapter, load_base
@@ -81,6 +83,22 @@ def test_resume_is_bit_identical(base, tmp_path):
     assert first == second
 
 
+def test_resuming_on_a_changed_base_is_refused(base, tmp_path):
+    """PEFT reads only the weights of a checkpoint that is resumed, not the config that names its base."""
+    folder = shutil.copytree(base, tmp_path / "base")
+    trainer(folder, tmp_path / "a", save_steps=2).train()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.qweight"][3, 3] ^= 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    resumed = trainer(folder, tmp_path / "b")
+    with pytest.raises(QALoraError, match="checkpoint-2 was trained on another base"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert resumed.state.global_step == 0
+    bare = Trainer(resumed.model, TrainingArguments(str(tmp_path / "c"), max_steps=4, use_cpu=True), train_dataset=ROWS)
+    with pytest.raises(QALoraError, match="checkpoint-2 was trained on another base"):
+        bare.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+
+
 def test_occupied_merge_folder_is_refused_before_training(base, tmp_path):
     (tmp_path / "out" / "merged").mkdir(parents=True)
     run = trainer(base, tmp_path / "out")
@@ -91,7 +109,7 @@ def test_occupied_merge_folder_is_refused_before_training(base, tmp_path):
 
 def test_base_that_the_model_was_not_loaded_from_is_refused_before_training(base, merged, tmp_path):
     for wrong, match in (
-        (make_base(tmp_path / "other", seed=9), "loaded from another base.*other is sha256.*that load_base was given"),
+        (make_base(tmp_path / "other", seed=9), "loaded from another base.*other is blake3.*that load_base was given"),
         (merged, "cannot be a base: it is already a merged"),  # with its base's fingerprint
         (tmp_path / "nowhere", "nowhere does not exist"),
     ):

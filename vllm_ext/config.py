@@ -18,17 +18,18 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from qalora_plugin.errors import QALoraError
-from qalora_plugin.quant.checkpoint import INDEX_NAME, Checkpoint, TensorInfo, read_json
+from qalora_plugin.quant.checkpoint import INDEX_NAME, Checkpoint, TensorInfo, read_header, read_json
 from qalora_plugin.quant.modules import (
     BASE_METHOD,
     MERGED_METHOD,
     QuantizedModule,
+    check_fields,
     checkpoint_format,
     quantized_modules,
 )
 
 from .linear import QALoraLinearMethod
-from .paths import PATH_KEY, forced_path
+from .paths import PATH_KEY, TIMED_KEY, forced_path, timed_path
 from .versions import load_every_tensor
 
 DRAFT_PREFIX = "draft_model."  # what vLLM puts before every name of a model that drafts for another
@@ -47,8 +48,9 @@ class QALoraConfig(QuantizationConfig):
     def __init__(self, quantization: dict[str, Any]):
         super().__init__()
         self.quantization = {"quant_method": BASE_METHOD, **quantization}
+        check_fields(self.quantization)
         self.checkpoint_format = checkpoint_format(self.quantization)
-        self.forced_path = self.quantization.get(PATH_KEY)
+        self.forced_path, self.timed_path = self.quantization.get(PATH_KEY), self.quantization.get(TIMED_KEY)
         self.modules: dict[str, QuantizedModule] = {}
         self.weights: set[str] = set()
 
@@ -79,6 +81,10 @@ class QALoraConfig(QuantizationConfig):
         if path := forced_path(config):
             config[PATH_KEY] = path
         config["serving_code"] = _code_hash()  # and to the code that chose the path
+        check_fields(config)
+        config.pop(TIMED_KEY, None)
+        if not path and (timed := timed_path(config, _code_hash())):
+            config[TIMED_KEY] = timed
         return cls(config)
 
     @classmethod
@@ -98,17 +104,12 @@ class QALoraConfig(QuantizationConfig):
                 f"{model_name} was saved by vLLM's save_sharded_state: its tensors are in one kernel's layout. Serve "
                 "the merged folder itself."
             )
-        headers = get_safetensors_params_metadata(model_name, revision=revision)
-        if not headers:
+        tensors = _headers(model_name, revision)
+        if not tensors:
             raise QALoraError(
                 f"no safetensors header can be read in {model_name}; they say which linears are quantised, and how. "
                 "Check that the download is complete; from object storage (s3://, gs://) download the folder first."
             )
-        tensors = {
-            name: TensorInfo("", info["dtype"], tuple(info["shape"]))
-            for name, info in headers.items()
-            if "dtype" in info
-        }
         config = {"quantization_config": self.quantization}
         self.modules = quantized_modules(Checkpoint(Path(model_name), config, tensors, files=[]))
         experts = next((name for name in self.modules if ".experts." in name), None)
@@ -127,7 +128,8 @@ class QALoraConfig(QuantizationConfig):
             return
         found = [name for name, module in self.modules.items() if module.offset_dtype is not None]
         index = folder / INDEX_NAME
-        listed = read_json(index).get("weight_map", {}) if index.is_file() else {}
+        listed = read_json(index).get("weight_map") if index.is_file() else None
+        listed = [name for name in listed if isinstance(name, str)] if isinstance(listed, dict) else []
         missing = [name for name in listed if name.endswith(".offsets") and name.removesuffix(".offsets") not in found]
         if missing or not found:
             what = missing[0] if missing else "every .offsets tensor"
@@ -150,7 +152,9 @@ class QALoraConfig(QuantizationConfig):
             return None
         if parts := self._parts(prefix):
             symmetric = self.quantization.get("sym", True)
-            return QALoraLinearMethod(prefix, parts, self.checkpoint_format, self.forced_path, symmetric)
+            return QALoraLinearMethod(
+                prefix, parts, self.checkpoint_format, self.forced_path, symmetric, self.timed_path
+            )
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
     def _parts(self, prefix: str) -> list[QuantizedModule]:
@@ -168,6 +172,19 @@ class QALoraConfig(QuantizationConfig):
             )
         # A part that is not stored at all is loaded from another's tensors (Gemma 4: where k is v, from k's).
         return [self.modules.get(name, self.modules[found[-1]]) for name in names if found]
+
+
+def _headers(model: str, revision: str | None) -> dict[str, TensorInfo]:
+    """What every safetensors file of a folder, or of a Hub id, says of its tensors."""
+    if (folder := Path(model)).is_dir():
+        tensors = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            tensors |= read_header(path)
+        return tensors
+    found = get_safetensors_params_metadata(model, revision=revision)
+    return {
+        name: TensorInfo("", info["dtype"], tuple(info["shape"])) for name, info in found.items() if "dtype" in info
+    }
 
 
 @cache

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from qalora_plugin.kernels.dequant import gemm_dtype, scratch
 from qalora_plugin.quant.layout import unpack_rows
 
+from . import amx
+
 GROUP_SIZES = (32, 64, 128, 256)
 FEW_ROWS = 128
 _CACHED = 1 << 20  # elements unpacked at a time, so that what lies between the steps stays in the cache
@@ -45,6 +47,7 @@ class Int4PackKernel:
 
     def hand_over(self, layer: nn.Module, zeros: Tensor, bits: int, offsets: Tensor) -> None:
         """Repack ``layer``'s loaded weights. zeros: true zero-points, uint8 ``[G, N]``. offsets: ``[G, N]``."""
+        amx.request()
         scales = layer.scales.data.float()
         folded = offsets.float() - scales * (zeros.float() - 8)
         pairs = torch.stack([scales, folded], dim=-1).bfloat16()

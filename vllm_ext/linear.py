@@ -42,6 +42,7 @@ class QALoraLinearMethod(LinearMethodBase):
         parts: the checkpoint's linears behind it, in order.
         checkpoint_format: how ``qzeros`` is stored, ``"gptq"`` (v1) or ``"gptq_v2"``.
         forced_path: one of ``paths.PATHS``, or None to choose.
+        timed_path: the faster one where both are possible (``paths.timed_path``).
         symmetric: what the config says. Only weights that are not loaded (``--load-format dummy``) go by it.
     """
 
@@ -52,9 +53,10 @@ class QALoraLinearMethod(LinearMethodBase):
         checkpoint_format: str,
         forced_path: str | None = None,
         symmetric: bool = True,
+        timed_path: str | None = None,
     ):
         self.prefix, self.parts, self.checkpoint_format = prefix, parts, checkpoint_format
-        self.forced_path, self.symmetric = forced_path, symmetric
+        self.forced_path, self.symmetric, self.timed_path = forced_path, symmetric, timed_path
         self.kind: tuple[LayerKind, bool] | None = None
         kinds = {(part.bits, part.in_features, part.group_size) for part in parts}
         if len(kinds) > 1:
@@ -150,6 +152,7 @@ class QALoraLinearMethod(LinearMethodBase):
         order = self._group_order(layer.g_idx.data) if self.has_g_idx else None
         if order is not None:
             layer.qweight.data = _sort_rows(layer.qweight.data, self.bits, order, self.output_sizes)
+        self._require_finite(layer)
         layer.register_buffer("input_order", order, persistent=False)
         if self.has_g_idx:
             del layer.g_idx
@@ -169,7 +172,7 @@ class QALoraLinearMethod(LinearMethodBase):
             sortable=order is None or len(order) == 1,
         )
         self._require_same_kind(kind, order is not None)
-        path, self.kernel = choose_path(kind, self.forced_path)
+        path, self.kernel = choose_path(kind, self.forced_path, self.timed_path)
         if path == FUSED:
             shifts = torch.zeros_like(layer.scales.data) if offsets is None else offsets
             self.kernel.hand_over(layer, zeros, self.bits, shifts)
@@ -197,6 +200,19 @@ class QALoraLinearMethod(LinearMethodBase):
                 layer.offsets.data[:, start : start + n] = 0
             if self.has_g_idx and not part.has_g_idx:
                 layer.g_idx.data[row] = self._in_order().to(layer.g_idx.device)
+
+    def _require_finite(self, layer: nn.Module) -> None:
+        """Refuse NaN and Inf, which would make every answer of the server worthless; the tensor is named."""
+        for name in ("scales", "offsets"):
+            if (stored := getattr(layer, name, None)) is None or stored.data.isfinite().all():
+                continue
+            column = int((~stored.data.isfinite()).any(0).nonzero()[0])
+            ends = torch.tensor(self.output_sizes if len(self.parts) > 1 else [sum(self.output_sizes)]).cumsum(0)
+            part = self.parts[int((ends <= column).sum())]
+            raise QALoraError(
+                f"{part.name}.{name} holds NaN or Inf (served as {self.prefix}). The quantisation failed or the "
+                "training diverged: make the base, or the merge, again."
+            )
 
     def _in_order(self) -> Tensor:
         """``g_idx`` [K] of this rank's share without act-order."""

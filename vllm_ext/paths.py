@@ -8,6 +8,7 @@ Without a word from the user the first that is possible runs. One exception: Mac
 where ``−8·scales + offsets`` would be rounded to bfloat16 once and lose about a tenth of the contribution of an adapter
 that shifts by a tenth of a step (a hundredth in float16), while without offsets nothing is rounded. (The zeros of an
 asymmetric 4-bit base Machete rounds anyway.) There, and with 8 bits in bfloat16, fused-zeros has to be forced.
+On a CPU with AMX, too, vLLM's kernel may be faster than fused-zeros: ``amx`` times both, and the config has the result.
 The environment's ``QALORA_PATH``, or ``serving_path`` in ``quantization_config``, forces a path for every layer.
 """
 
@@ -18,10 +19,12 @@ from dataclasses import dataclass
 import torch
 from vllm.logger import init_logger
 from vllm.model_executor.kernels.linear import MPLinearKernel
+from vllm.platforms import current_platform
 
 from qalora_plugin.errors import QALoraError
 
-from .int4_cpu import Int4PackKernel
+from . import amx
+from .int4_cpu import GROUP_SIZES, Int4PackKernel
 from .kernels import FloatZeroKernel, NoKernel, find_float_zero_kernel, find_kernel
 
 Kernel = MPLinearKernel | Int4PackKernel
@@ -29,6 +32,7 @@ logger = init_logger("vllm.qalora")  # below "vllm", whose handlers show it
 
 FUSED, SEPARATE, DENSE = PATHS = ("fused-zeros", "kernel+offsets", "dense")
 PATH_VARIABLE, PATH_KEY = "QALORA_PATH", "serving_path"
+TIMED_KEY = "timed_path"  # what was faster here, in the same place
 
 
 @dataclass(frozen=True)
@@ -74,13 +78,25 @@ def forced_path(quantization: dict) -> str | None:
     return path or None
 
 
-def choose_path(kind: LayerKind, forced: str | None) -> tuple[str, Kernel | None]:
+def timed_path(quantization: dict, code: str) -> str | None:
+    """Which of both paths was faster on this CPU, where that is not known beforehand: on one with AMX."""
+    group_size = quantization.get("group_size")
+    if current_platform.is_cpu() and amx.has_amx() and group_size in GROUP_SIZES:
+        with suppress(NoKernel):
+            return amx.faster_path(group_size, code)
+    return None
+
+
+def choose_path(kind: LayerKind, forced: str | None, timed: str | None = None) -> tuple[str, Kernel | None]:
     """The path of a layer and the kernel that it needs; logged once for each kind of layer.
+
+    Args:
+        timed: from :func:`timed_path`.
 
     Raises:
         QALoraError: the forced path is impossible, or no kernel takes the dtype and dense was not asked for.
     """
-    path, kernel, why = _choose(kind, forced)
+    path, kernel, why = _choose(kind, forced, timed)
     if path != DENSE:
         name = path if kind.has_offsets else "kernel"
         logger.info_once("qalora: %s (%s) for %s: %s", name, _name(kernel), str(kind), why)
@@ -91,10 +107,10 @@ def choose_path(kind: LayerKind, forced: str | None) -> tuple[str, Kernel | None
     return path, kernel
 
 
-def _choose(kind: LayerKind, forced: str | None) -> tuple[str, Kernel | None, str]:
+def _choose(kind: LayerKind, forced: str | None, timed: str | None) -> tuple[str, Kernel | None, str]:
     if forced == DENSE:
         return DENSE, None, "forced"
-    why_not = ""
+    why_not, slower = "", None
     if kind.has_offsets and forced in (None, FUSED):
         try:
             kernel = _find_fused(kind)
@@ -106,12 +122,17 @@ def _choose(kind: LayerKind, forced: str | None) -> tuple[str, Kernel | None, st
             if forced:
                 return FUSED, kernel, "forced"
             rounds = isinstance(kernel, FloatZeroKernel) and kind.act_dtype == torch.bfloat16
-            if not (rounds and (kind.symmetric or kind.bits == 8)):
+            if rounds and (kind.symmetric or kind.bits == 8):
+                why_not = "offsets would be rounded to bfloat16 together with the zero-points"
+            elif timed == SEPARATE:
+                why_not, slower = "it was faster here", kernel
+            else:
                 return FUSED, kernel, "it takes float zeros"
-            why_not = "offsets would be rounded to bfloat16 together with the zero-points"
     try:
         kernel = _find(kind)
     except NoKernel as reason:
+        if slower is not None:
+            return FUSED, slower, f"vLLM has none: {reason}"
         if forced in (None, FUSED) and not kind.has_offsets:  # not tried above
             with suppress(NoKernel):
                 return FUSED, _find_fused(kind), f"vLLM has none: {reason}"

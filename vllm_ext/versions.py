@@ -5,6 +5,7 @@ Run with 0.26.0 and 0.32.0; with 0.33.0 all but whole models. Kernel choice move
 """
 
 import dataclasses
+import logging
 import re
 from typing import Any
 
@@ -48,6 +49,22 @@ def kernel_config(**values: Any):
     if "has_g_idx" in known:
         values["has_g_idx"] = False
     return MPLinearLayerConfig(**values)
+
+
+def silence_unpacked_zeros() -> None:
+    """Keep vLLM from warning, for each linear, that ``qzeros`` is stored as int32 and loaded as uint8: it is unpacked.
+
+    (``AutoWeightsLoader``, 0.32. Its warnings of other tensors stay.)
+    """
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not (
+            "Attempted to load weight" in str(record.msg) and record.args and str(record.args[0]).endswith(".qzeros")
+        )
+
+    logger = logging.getLogger("vllm.model_executor.models.utils")
+    if not any(getattr(known, "__name__", "") == is_news.__name__ for known in logger.filters):
+        logger.addFilter(is_news)
 
 
 def load_every_tensor():

@@ -2,7 +2,8 @@
 
     P(x)·Aᵀ = x·A_fullᵀ      A_full[r, k] = A[r, group of column k]      A [R, G], A_full [R, K]
 
-Exact: repeating A along the input is the pooling. B, the rank and alpha stay as they are.
+Exact: repeating A along the input is the pooling. α/R goes into B, and alpha becomes the rank: vLLM up to 0.31 reads
+neither rank nor alpha patterns, and takes the one alpha of the config over each adapter's own rank.
 """
 
 import json
@@ -14,10 +15,10 @@ from safetensors.numpy import save_file
 
 from ..adapter_folder import CONFIG_NAME, WEIGHTS_NAME, AdapterFolder
 from ..atomic import new_folder, require_absent, require_space
-from ..errors import QALoraError
-from ..quant.checkpoint import Checkpoint
+from ..errors import QALoraError, os_errors_in_one_line
+from ..quant.checkpoint import Checkpoint, expanded
 from ..quant.fingerprint import fingerprint
-from ..quant.modules import column_groups, require_base
+from ..quant.modules import all_finite, check_values, column_groups, require_base
 
 _OURS = ("qalora", "qalora_group_size", "use_qalora", "exclude_modules")
 
@@ -27,7 +28,7 @@ class ExportResult:
     """What :func:`export_lora` wrote.
 
     Attributes:
-        folder: the PEFT folder. modules: adapted linears. max_rank: the largest rank among them, for
+        folder: the PEFT folder. modules: adapted linears. max_rank: the rank of all of them, for
             ``vllm serve --max-lora-rank``.
     """
 
@@ -36,6 +37,7 @@ class ExportResult:
     max_rank: int
 
 
+@os_errors_in_one_line()
 def export_lora(
     adapter: str | Path, out: str | Path, base: str | Path | None = None, revision: str | None = None
 ) -> ExportResult:
@@ -50,7 +52,7 @@ def export_lora(
     Raises:
         QALoraError: not an adapter of ours, another base, no base to be found, or ``out`` exists.
     """
-    out = Path(out).expanduser()
+    out = expanded(out)
     require_absent(out)
     opened = AdapterFolder.open(adapter)
     base = base or opened.config.get("base_model_name_or_path")
@@ -58,21 +60,35 @@ def export_lora(
         raise QALoraError(f"the adapter {opened.folder} does not name its base. Pass it: --base BASE.")
     checkpoint = Checkpoint.open(base, revision)
     modules = require_base(checkpoint)
-    opened.require_base(fingerprint(checkpoint), base)
+    check_values(checkpoint, modules)
+    opened.require_base(fingerprint(checkpoint, like=opened.base_fingerprint), base)
     opened.check_fits(modules)
 
-    tensors = {}
+    rank, tensors = max(map(opened.rank, opened.modules)), {}
     for name in opened.modules:
-        lora_a, lora_b = opened.factors(name)
-        lora_a = np.ascontiguousarray(lora_a[:, column_groups(checkpoint, modules[name])])
-        tensors |= {f"base_model.model.{name}.lora_{part}.weight": t for part, t in (("A", lora_a), ("B", lora_b))}
+        groups = column_groups(checkpoint, modules[name])
+        for part, tensor in zip("AB", _full_factors(opened, name, groups, rank), strict=True):
+            tensors[f"base_model.model.{name}.lora_{part}.weight"] = tensor
     require_space(_existing(out.parent), sum(tensor.nbytes for tensor in tensors.values()) + (1 << 20))
     config = {key: value for key, value in opened.config.items() if key not in _OURS}
     config |= {"peft_type": "LORA", "base_model_name_or_path": str(base), "target_modules": opened.modules}
+    config |= {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
     with new_folder(out) as work:
         save_file(tensors, work / WEIGHTS_NAME, metadata={"format": "pt"})
         (work / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return ExportResult(out, len(opened.modules), max(map(opened.rank, opened.modules)))
+    return ExportResult(out, len(opened.modules), rank)
+
+
+def _full_factors(adapter: AdapterFolder, name: str, groups: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """A ``[rank, K]`` and B ``[N, rank]``, α/R inside B, filled up with zeros where the linear's rank is smaller."""
+    lora_a, lora_b = adapter.factors(name)
+    with np.errstate(over="ignore"):
+        lora_b = (adapter.scaling(name) * lora_b.astype(np.float64)).astype(np.float32)
+    if not all_finite(lora_b):
+        raise QALoraError(f"{adapter.folder}: α/R·B of {name} exceeds what float32 can hold. The training diverged.")
+    missing = rank - len(lora_a)
+    full = np.pad(lora_a[:, groups], ((0, missing), (0, 0))), np.pad(lora_b, ((0, 0), (0, missing)))
+    return tuple(map(np.ascontiguousarray, full))  # the writer takes memory as it lies
 
 
 def _existing(folder: Path) -> Path:

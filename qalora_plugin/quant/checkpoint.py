@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ..errors import QALoraError
+from ..errors import QALoraError, os_errors_in_one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +29,8 @@ _DTYPES = {  # safetensors' names → torch's
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "C64": "complex64",
 }  # fmt: skip
+_LONGEST_NAME = 1000
+_LONGEST_JSON = 256 << 20  # bytes; the index of the largest models takes some 10 MB
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
 
@@ -60,6 +62,7 @@ class Checkpoint:
     files: list[str]
 
     @classmethod
+    @os_errors_in_one_line()
     def open(cls, path: str | Path, revision: str | None = None) -> "Checkpoint":
         """Open a local folder, or a Hub id (downloaded to the Hub cache).
 
@@ -97,13 +100,19 @@ class Checkpoint:
             for start, length in spans:
                 block = os.pread(file.fileno(), length, info.start + start)
                 if len(block) < length:
-                    raise _damaged(self.folder / info.file)
+                    raise damaged(self.folder / info.file)
                 yield block
 
     @cached_property
     def quantization(self) -> dict:
         """``quantization_config`` of the model, ``{}`` for a dense one."""
-        return self.config.get("quantization_config") or {}
+        found = self.config.get("quantization_config") or {}
+        if not isinstance(found, dict):
+            raise QALoraError(
+                f"{self.folder}: quantization_config in config.json is {short(found)}, expected an object. Download or "
+                "copy config.json again."
+            )
+        return found
 
     @property
     def method(self) -> str | None:
@@ -118,7 +127,15 @@ class Checkpoint:
 
 def is_local(path: str | Path) -> bool:
     """Whether this is a folder here; else :func:`resolve` takes it for a Hub id."""
-    return Path(path).expanduser().is_dir()
+    return expanded(path).is_dir()
+
+
+def expanded(path: str | Path) -> Path:
+    """``path`` with the home of ``~`` in it."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise QALoraError(f"{path}: {error} Write the folder out.") from error
 
 
 def resolve(path: str | Path, revision: str | None = None, **hub: Any) -> Path:
@@ -127,7 +144,7 @@ def resolve(path: str | Path, revision: str | None = None, **hub: Any) -> Path:
     Args:
         hub: passed to ``huggingface_hub.snapshot_download`` (``token``, ``cache_dir`` …).
     """
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     if is_local(path):
         return folder.resolve()
     if folder.exists():
@@ -147,14 +164,43 @@ def resolve(path: str | Path, revision: str | None = None, **hub: Any) -> Path:
         ) from error
 
 
+@os_errors_in_one_line()
 def read_json(path: Path) -> dict:
     """Read a JSON object, with an error that names the file."""
     if not path.is_file():
         raise QALoraError(f"{path.parent} has no {path.name}. Pass a Hugging Face model folder.")
+    if path.stat().st_size > _LONGEST_JSON:
+        raise QALoraError(f"{path} has {path.stat().st_size} bytes: that is no config. Download or copy it again.")
+    return _parse_json(path.read_bytes(), path)
+
+
+def _parse_json(text: bytes, path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(text, object_pairs_hook=_without_repetition)
+    except RecursionError as error:
+        raise QALoraError(f"{path} is nested too deep. Download or copy it again.") from error
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, numbers of thousands of digits, repeated keys
         raise QALoraError(f"{path} is not valid JSON ({error}). Download or copy it again.") from error
+    if not isinstance(content, dict):
+        raise QALoraError(f"{path} holds {short(content)}, expected a JSON object. Download or copy it again.")
+    return content
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict:
+    content = dict(pairs)
+    if len(content) < len(pairs):  # readers differ in which value they take
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {short(next(name for name in names if names.count(name) > 1))} is there twice")
+    return content
+
+
+def short(value: Any) -> str:
+    """A value out of a file, for a message."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, lists in lists
+        text = type(value).__name__
+    return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -162,6 +208,7 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=False) + "\n", encoding="utf-8")
 
 
+@os_errors_in_one_line()
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """What a safetensors file holds: its header is a length in 8 bytes, then JSON; the tensors' bytes follow.
 
@@ -172,14 +219,20 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise QALoraError(
             f"the shard {path.name} is missing from {path.parent}. Download or copy the checkpoint again."
         )
-    try:
-        safe_open(path, framework="np")  # checks that header and length fit together
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, f"; {error}") from error
     with open(path, "rb") as file:
+        try:
+            safe_open(path, framework="np")  # checks that header and length fit together, and every entry
+        except (SafetensorError, OSError) as error:
+            raise damaged(path, f"; {error}") from error
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+        header = _parse_json(file.read(length), path)
     header.pop("__metadata__", None)
+    for name in header:
+        if not name.isprintable() or len(name) > _LONGEST_NAME:
+            raise QALoraError(
+                f"{path} holds a tensor named {short(name)}, which no model has. Do not use a checkpoint from a source "
+                "you do not trust."
+            )
     return {
         name: TensorInfo(
             path.name, entry["dtype"], tuple(entry["shape"]), *(8 + length + at for at in entry["data_offsets"])
@@ -188,7 +241,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     }
 
 
-def _damaged(path: Path, why: str = "") -> QALoraError:
+def damaged(path: Path, why: str = "") -> QALoraError:
+    """A file that holds less than, or other than, its header says."""
     return QALoraError(
         f"{path} is truncated or damaged ({path.stat().st_size} bytes on disk{why}). Download or copy the file again."
     )
@@ -242,7 +296,7 @@ def _read(folder: Path, info: TensorInfo) -> bytearray:
         while view and (count := file.readinto(view)):
             view = view[count:]
     if view:
-        raise _damaged(folder / info.file)
+        raise damaged(folder / info.file)
     return data
 
 

@@ -59,7 +59,7 @@ class QuantLinear(nn.Module):
         self.bits, self.group_size, self.groups = bits, group_size, in_features // group_size
         self.checkpoint_format = checkpoint_format
         self.act_order = False
-        self.base_fingerprint: Callable[[], str] | None = None  # of the checkpoint this comes from; set by its loader
+        self.base_fingerprint: Callable[..., str] | None = None  # of the checkpoint this comes from; set by its loader
         words, groups = words_per_period(bits), self.groups
 
         def empty(*shape: int, dtype: torch.dtype) -> Tensor:

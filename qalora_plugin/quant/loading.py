@@ -96,8 +96,8 @@ class QALoraHfQuantizer(HfQuantizer):
                 module.base_fingerprint = self.base_fingerprint
         return model
 
-    def base_fingerprint(self) -> str:
-        """Fingerprint of the base this model was loaded from.
+    def base_fingerprint(self, like: str | None = None) -> str:
+        """Fingerprint of the base this model was loaded from, of the kind that ``like`` is.
 
         Raises:
             QALoraError: it was loaded from a merged checkpoint. An adapter on top would be merged onto the base alone,
@@ -109,11 +109,14 @@ class QALoraHfQuantizer(HfQuantizer):
                 f"go onto a GPTQ base. Load its base ({self.checkpoint.quantization.get('base_model')}), and to go on "
                 "training, the adapter that was merged."
             )
-        return self._fingerprint
+        kind = (like or "").partition(":")[0]
+        if kind not in self._fingerprints:
+            self._fingerprints[kind] = fingerprint(self.checkpoint, like)
+        return self._fingerprints[kind]
 
     @cached_property
-    def _fingerprint(self) -> str:
-        return fingerprint(self.checkpoint)
+    def _fingerprints(self) -> dict[str, str]:
+        return {}
 
     @property
     def is_trainable(self) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import QALoraError
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, short
 from .words import SUPPORTED_BITS, codes_per_period, symmetric_words
 
 BASE_METHOD = "gptq"
@@ -17,6 +17,17 @@ MERGED_METHOD = "qalora"
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
 FORMAT_VERSION = 1
 _FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+_FIELDS = {  # of quantization_config; None stands for "not given"
+    "bits": int, "group_size": int, "desc_act": bool, "sym": bool, "lm_head": bool, "dynamic": dict,
+    "quant_method": str, "checkpoint_format": str, "format": str, "offset_dtype": str, "serving_path": str,
+    "modules_to_not_convert": list, "modules_in_block_to_quantize": list,
+}  # fmt: skip
+_NOT_FINITE = {
+    "scales": "The quantisation of this layer failed: do it again (more calibration data, or a higher damp_percent).",
+    "bias": "The checkpoint is damaged: download or copy it again.",
+    "offsets": "They are not what a merge writes: merge or download the checkpoint again.",
+}
+_JSON_NAMES = {int: "integer", bool: "boolean", str: "string", dict: "object", list: "array"}
 
 
 @dataclass(frozen=True)
@@ -38,12 +49,23 @@ class QuantizedModule:
         return self.in_features // self.group_size
 
 
+def check_fields(quantization: dict, where: object = "quantization_config") -> None:
+    """Refuse a field of ``quantization_config`` that is of another type than it should be."""
+    for name, kind in _FIELDS.items():
+        found = quantization.get(name)
+        if found is not None and (not isinstance(found, kind) or (kind is int and isinstance(found, bool))):
+            raise QALoraError(
+                f"{where}: {name} in quantization_config is {short(found)}, expected a JSON {_JSON_NAMES[kind]}. "
+                "The config was edited or belongs to something else: download or copy it again."
+            )
+
+
 def checkpoint_format(quantization: dict) -> str:
     """``"gptq"`` (zeros stored minus one) or ``"gptq_v2"``; AutoGPTQ's configs, which name none, are v1."""
     found = quantization.get("checkpoint_format") or quantization.get("format") or "gptq"
     if found not in CHECKPOINT_FORMATS:
         raise QALoraError(
-            f"checkpoint_format is {found!r}, expected one of {', '.join(CHECKPOINT_FORMATS)}. "
+            f"checkpoint_format is {short(found)}, expected one of {', '.join(CHECKPOINT_FORMATS)}. "
             "Save the checkpoint again with GPTQModel in one of these formats."
         )
     return found
@@ -81,12 +103,20 @@ def quantized_modules(checkpoint: Checkpoint) -> dict[str, QuantizedModule]:
     Raises:
         QALoraError: no quantised linear, tensors missing, of the wrong shape or at odds with the config, bad scales.
     """
-    if checkpoint.method == MERGED_METHOD and checkpoint.quantization.get("format_version") != FORMAT_VERSION:
+    check_fields(checkpoint.quantization, checkpoint.folder)
+    version = checkpoint.quantization.get("format_version")
+    if checkpoint.method == MERGED_METHOD and (version != FORMAT_VERSION or isinstance(version, bool)):
         raise QALoraError(
-            f"{checkpoint.folder}: format_version is {checkpoint.quantization.get('format_version')!r}, this version "
-            f"of qalora reads {FORMAT_VERSION}. Update qalora, or merge again."
+            f"{checkpoint.folder}: format_version is {short(version)}, this version of qalora reads {FORMAT_VERSION}. "
+            "Update qalora, or merge again."
         )
     checkpoint_format(checkpoint.quantization)
+    stray = next((name for name in checkpoint.tensors if name.endswith(".offsets")), None)
+    if checkpoint.method == BASE_METHOD and stray:
+        raise QALoraError(
+            f"{checkpoint.folder} is a GPTQ checkpoint by its config, but holds the merged offsets {stray}. Use the "
+            "base as it was made, or the merged folder with its own config.json."
+        )
     names = [name.removesuffix(".qweight") for name in checkpoint.tensors if name.endswith(".qweight")]
     if not names:
         raise QALoraError(f"{checkpoint.folder} holds no quantised linear (no *.qweight). Is it the right folder?")
@@ -104,13 +134,16 @@ def _module(checkpoint: Checkpoint, name: str) -> QuantizedModule:
     for part in ("qweight", "qzeros", "scales"):
         if parts[part] is None:
             raise fail(f"the tensor {part} is missing.")
-        if len(parts[part].shape) != 2:
+        if len(parts[part].shape) != 2 or 0 in parts[part].shape:
             raise fail(f"{part} has shape {parts[part].shape}, expected two dimensions.")
     for part in ("qweight", "qzeros"):
         if parts[part].dtype != "I32":
             raise fail(f"{part} is {parts[part].dtype}, expected int32 words.")
-    if parts["scales"].dtype not in _FLOATS:
-        raise fail(f"scales are {parts['scales'].dtype}, expected a float type.")
+    for part, verb in {"scales": "are", "bias": "is", "offsets": "are"}.items():
+        if parts[part] is not None and parts[part].dtype not in _FLOATS:
+            raise fail(f"{part} {verb} {parts[part].dtype}, expected a float type.")
+    if parts["g_idx"] is not None and parts["g_idx"].dtype not in ("I32", "I64"):
+        raise fail(f"g_idx is {parts['g_idx'].dtype}, expected int32.")
     groups, out_features = parts["scales"].shape
     bits = parts["qzeros"].shape[1] * 32 / out_features
     if bits not in SUPPORTED_BITS or parts["qzeros"].shape[0] != groups:
@@ -159,13 +192,11 @@ def _check_against_config(checkpoint: Checkpoint, name: str, bits: int, in_featu
 
 
 def check_values(checkpoint: Checkpoint, modules: dict[str, QuantizedModule]) -> None:
-    """Refuse NaN or Inf in scales and an act-order index that is none. Reads 1/g of the checkpoint."""
+    """Refuse NaN or Inf in scales, biases and offsets, and an act-order index that is none. Reads 1/g of the whole."""
     for name, module in modules.items():
-        if not all_finite(checkpoint.array(f"{name}.scales")):
-            raise QALoraError(
-                f"{checkpoint.folder}: {name}.scales holds NaN or Inf. The quantisation of this layer failed: "
-                "quantise again (more calibration data, or a higher damp_percent)."
-            )
+        for part, stored in {"scales": True, "bias": module.bias_dtype, "offsets": module.offset_dtype}.items():
+            if stored and not all_finite(checkpoint.array(f"{name}.{part}")):
+                raise QALoraError(f"{checkpoint.folder}: {name}.{part} holds NaN or Inf. {_NOT_FINITE[part]}")
         if module.has_g_idx:
             counts = np.bincount(checkpoint.array(f"{name}.g_idx").clip(-1, module.groups) + 1)
             if counts.tolist() != [0] + [module.group_size] * module.groups:

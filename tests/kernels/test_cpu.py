@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -223,28 +224,97 @@ def in_process_with(environment, code):
     return done.stdout
 
 
-@pytest.mark.parametrize("missing", ["compiler", "working compiler", "cache folder"])
+@pytest.mark.parametrize("missing", ["compiler", "working compiler", "compiler that ends"])
 def test_without_a_compiler_training_works_and_says_so_once(missing, tmp_path):
-    (tmp_path / "file").touch()
-    broken = tmp_path / "broken"
-    broken.write_text("#!/bin/sh\nexit 1\n")
-    broken.chmod(0o755)
-    extensions = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    scripts = {"working compiler": "exit 1", "compiler that ends": "sleep 60"}
+    script = tmp_path / "cxx"
+    script.write_text(f"#!/bin/sh\n{scripts.get(missing)}\n")
+    script.chmod(0o755)
     environment = {
-        "compiler": extensions | {"CXX": "nonexistent", "PATH": ""},
-        "working compiler": extensions | {"CXX": str(broken)},  # as the stub of a Mac without its developer tools
-        "cache folder": {"TORCH_EXTENSIONS_DIR": str(tmp_path / "file" / "below")},
+        "compiler": {"CXX": "nonexistent", "PATH": ""},
+        "working compiler": {"CXX": str(script)},  # as the stub of a Mac without its developer tools
+        "compiler that ends": {"CXX": str(script)},
     }[missing]
-    assert "Install g++" in in_process_with(environment, WITHOUT_COMPILER)
+    patience = "from qalora_plugin.kernels.cpu import build; build._PATIENCE = 1\n"
+    code = patience + WITHOUT_COMPILER if missing == "compiler that ends" else WITHOUT_COMPILER
+    assert "Install g++" in in_process_with(environment | {"XDG_CACHE_HOME": str(tmp_path)}, code)
 
 
-def test_ninja_of_an_environment_that_is_not_activated(tmp_path):
-    """``.venv/bin/python train.py``: its ninja is not on PATH; the compiler is."""
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    for name in ("c++", "g++", "cc", "as", "ld", "sh", "which"):
-        if found := shutil.which(name):
-            (tools / name).symlink_to(found)
-    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "PATH": str(tools)}
-    code = "import os; from qalora_plugin.kernels import cpu; assert cpu.library(); print(os.environ['PATH'])"
-    assert in_process_with(environment, code).strip() == str(tools)
+COMPILES = "from qalora_plugin.kernels import cpu; print(cpu.library()._name)"
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> Path:
+    """The kernels, compiled into a cache of its own."""
+    cache = tmp_path_factory.mktemp("cache")
+    path = Path(in_process_with({"XDG_CACHE_HOME": str(cache)}, COMPILES).strip())
+    assert path.is_relative_to(cache)
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    return path
+
+
+def in_a_copy(compiled, tmp_path) -> tuple[Path, dict[str, str]]:
+    """The compiled file in a second cache, and the environment that uses it."""
+    folder = tmp_path / "qalora" / "kernels"
+    folder.parent.mkdir(mode=0o700)
+    folder.mkdir(mode=0o700)
+    shutil.copy(compiled, folder)
+    return folder / compiled.name, {"XDG_CACHE_HOME": str(tmp_path)}
+
+
+def test_compiled_once(compiled, tmp_path):
+    path, environment = in_a_copy(compiled, tmp_path)
+    assert in_process_with(environment | {"CXX": "c++", "PATH": ""}, COMPILES).strip() == str(path)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: data[::-1]])
+def test_a_damaged_file_is_compiled_again(compiled, tmp_path, damage):
+    """Loading half a library is SIGBUS, at every start."""
+    path, environment = in_a_copy(compiled, tmp_path)
+    path.write_bytes(damage(compiled.read_bytes()))
+    found = Path(in_process_with(environment, COMPILES).strip())
+    assert found.read_bytes().startswith(b"\x7fELF")
+    assert found.stat().st_size == compiled.stat().st_size
+
+
+def test_a_process_killed_while_it_compiles_holds_nobody_up(tmp_path):
+    slow = tmp_path / "slow"
+    slow.write_text(f"#!/bin/sh\ntouch {tmp_path}/begun\nexec sleep 60\n")
+    slow.chmod(0o755)
+    here = Path(__file__).parents[2]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(here), "CXX": str(slow)}
+    first = subprocess.Popen([sys.executable, "-c", COMPILES], env=environment)
+    while not (tmp_path / "begun").exists():
+        assert first.poll() is None
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    slow.write_text('#!/bin/sh\nexec c++ "$@"\n')
+    start = time.monotonic()
+    assert in_process_with({"XDG_CACHE_HOME": str(tmp_path), "CXX": str(slow)}, COMPILES).strip().endswith(".so")
+    assert time.monotonic() - start < 60
+
+
+def test_waiting_for_another_process_ends(tmp_path):
+    code = """
+import fcntl, os, sys
+from qalora_plugin.kernels import cpu
+from qalora_plugin.kernels.cpu import build
+from qalora_plugin.private_cache import private_folder
+build._PATIENCE = 0.5
+lock = private_folder("kernels") / f"cpu-{build._kind()}.lock"
+handle = os.open(lock, os.O_RDWR | os.O_CREAT)
+fcntl.flock(handle, fcntl.LOCK_EX)
+print(cpu.library())
+"""
+    assert in_process_with({"XDG_CACHE_HOME": str(tmp_path)}, code).strip() == "None"
+
+
+def test_a_library_that_somebody_else_could_have_planted_is_not_loaded(compiled, tmp_path):
+    """A cache folder that is open to others, or a link: compiled for this process alone, elsewhere."""
+    path, environment = in_a_copy(compiled, tmp_path)
+    path.parent.chmod(0o777)
+    assert not in_process_with(environment, COMPILES).strip().startswith(str(tmp_path))
+    (tmp_path / "file").touch()
+    found = in_process_with({"XDG_CACHE_HOME": str(tmp_path / "file" / "below")}, COMPILES).strip()
+    assert found.endswith(".so")

@@ -196,6 +196,16 @@ def test_damaged_g_idx_is_refused(tmp_path):
         layer.quant_method.process_weights_after_loading(layer)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["offsets", "scales"])
+@pytest.mark.parametrize("part", ["q", "k", "v"])
+def test_values_that_are_not_finite_are_refused_by_name(tmp_path, part, name, bad):
+    parts = {part: linear_tensors(size, 0, False, "gptq", 32) for part, size in SIZES.items()}
+    parts[part][name][3, -1] = bad
+    with pytest.raises(QALoraError, match=rf"^attn\.{part}_proj\.{name} holds NaN or Inf \(served as attn\.qkv_proj\)"):
+        run_qkv(tmp_path, parts, "gptq", torch.bfloat16)
+
+
 def test_fused_parts_quantised_differently_are_refused(tmp_path):
     parts = {
         f"{part}_proj": linear_tensors(64, 0, True, "gptq", g) for part, g in zip("qkv", (32, 32, 64), strict=True)

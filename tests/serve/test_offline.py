@@ -1,5 +1,6 @@
 """vLLM's log-probabilities of whole models, in process, against transformers in the same dtype."""
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -75,7 +76,16 @@ def test_merged_checkpoint(tmp_path, case, monkeypatch):
 
 def test_plain_gptq_base(tmp_path):
     base, tokens = make_merged(tmp_path).parent / "base", text_tokens(6, 100)
-    found = vllm_scores(base, tokens, BF16, quantization="qalora")
+    warned = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warned.append(record.getMessage())
+    logger = logging.getLogger("vllm")
+    logger.addHandler(handler)
+    try:
+        found = vllm_scores(base, tokens, BF16, quantization="qalora")
+    finally:
+        logger.removeHandler(handler)
+    assert not [message for message in warned if "_proj" in message or "qalora" in message]  # none a layer
     assert difference(found, score(base, tokens, BF16)) <= MEAN_TOLERANCE[BF16]
 
 

@@ -1,16 +1,29 @@
-"""The C++ sources beside this file, compiled for this CPU."""
+"""The C++ sources beside this file, compiled for this CPU.
+
+One file for each kind of CPU and version of the sources, in a cache folder that only this user can write to. It is
+compiled beside its name and renamed, and its name says what it contains: a file that was cut short is compiled again,
+since loading it would kill the process. Whoever waits for another process that compiles waits for a lock that the
+system frees when that process ends, and not for ever.
+"""
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import logging
 import os
 import platform
+import shlex
+import shutil
 import subprocess
-import sysconfig
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from ...errors import printable
+from ...private_cache import private_folder
 
 logger = logging.getLogger(__name__)
 
@@ -24,51 +37,127 @@ _ARGUMENTS = {
     "qalora_offset_gradient": (_P, _P, _N, _N, _N, _P, _I),
     "qalora_add_offsets": (_P, _N, _N, _N, _P, _N, _P, _I),
 }
+# -fopenmp links the libgomp that torch has loaded: one pool of threads.
+_FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
+_OLD = 24 * 3600  # seconds
+_PATIENCE = 300  # seconds, for the compiler and for another process that compiles; it takes some five
+
+
+class _CannotCompile(Exception):
+    pass
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None, and one warning, where compiling does not work."""
-    from torch.utils.cpp_extension import load  # slow to import, and only needed here
-
     try:
-        with _ninja_on_path():
-            path = load(
-                name=f"qalora_cpu_{_cpu()}",
-                sources=[str(path) for path in sorted(Path(__file__).parent.glob("*.cpp"))],
-                extra_cflags=["-O3", "-march=native", "-fopenmp"],
-                extra_ldflags=["-fopenmp"],  # the libgomp that torch has loaded: one pool of threads
-                is_python_module=False,
-            )
-    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        compiled = _load()
+    except (_CannotCompile, OSError) as error:
         logger.warning(
             "qalora: could not compile the CPU kernels (%s); training works, slower. Install g++ for full speed.",
-            str(error).strip().splitlines()[0],
+            printable(error).strip().splitlines()[0],
         )
         return None
-    compiled = ctypes.CDLL(path)
     for name, arguments in _ARGUMENTS.items():
         if function := getattr(compiled, name, None):  # without bfloat16 instructions only the first two are there
             function.argtypes = arguments
     return compiled
 
 
+def _load() -> ctypes.CDLL:
+    folder = private_folder("kernels")
+    if folder is None:  # for this process alone
+        with tempfile.TemporaryDirectory() as own:
+            return ctypes.CDLL(str(_compile(Path(own), "cpu")))
+    stem = f"cpu-{_kind()}"
+    if path := _find(folder, stem):
+        return ctypes.CDLL(str(path))
+    with _only_one(folder / f"{stem}.lock"):
+        return ctypes.CDLL(str(_find(folder, stem) or _compile(folder, stem)))
+
+
+def _kind() -> str:
+    """What the compiled file depends on: sources, flags, and this kind of CPU (a shared home serves several)."""
+    digest = hashlib.sha256(repr((_compiler(), _FLAGS, _cpu())).encode())
+    for source in _sources("*.cpp", "*.h"):
+        digest.update(f"{source.name}\n".encode() + source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _find(folder: Path, stem: str) -> Path | None:
+    """The compiled file, if there is one that contains what its name says."""
+    for path in folder.glob(f"{stem}-*.so"):
+        if path.name == _file_name(stem, path.read_bytes()):
+            return path
+    return None
+
+
+def _compile(folder: Path, stem: str) -> Path:
+    logger.info("qalora: compiling the CPU kernels, once")
+    for left in folder.glob("build-*"):  # by processes that were killed
+        if time.time() - left.stat().st_mtime > _OLD:
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as scratch:
+        made = Path(scratch) / "kernels.so"
+        command = [*_compiler(), *_FLAGS, *map(str, _sources("*.cpp")), "-o", str(made)]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_PATIENCE, cwd=scratch)
+        except FileNotFoundError:
+            raise _CannotCompile(f"there is no compiler {shlex.join(_compiler())}") from None
+        except subprocess.TimeoutExpired:
+            raise _CannotCompile(f"{shlex.join(_compiler())} did not end within {_PATIENCE} s") from None
+        except subprocess.CalledProcessError as error:
+            lines = error.stderr.strip().splitlines() or [f"exit status {error.returncode}"]
+            why = next((line for line in lines if "error" in line), lines[-1])
+            raise _CannotCompile(f"{shlex.join(_compiler())}: {why}") from None
+        path = folder / _file_name(stem, made.read_bytes())
+        os.replace(made, path)
+    return path
+
+
+@contextmanager
+def _only_one(lock: Path) -> Iterator[None]:
+    """Hold ``lock``, which ends with this process.
+
+    Raises:
+        _CannotCompile: another process holds it for too long.
+    """
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        start, told = time.monotonic(), False
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() - start > _PATIENCE:
+                    raise _CannotCompile(f"another process has held {lock} for {_PATIENCE} s") from None
+            if not told and time.monotonic() - start > 5:
+                logger.warning("qalora: waiting for another process that compiles the CPU kernels (%s)", lock)
+                told = True
+            time.sleep(0.1)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _file_name(stem: str, content: bytes) -> str:
+    return f"{stem}-{hashlib.sha256(content).hexdigest()[:16]}.so"
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+
+
+def _sources(*patterns: str) -> list[Path]:
+    return sorted(path for pattern in patterns for path in Path(__file__).parent.glob(pattern))
+
+
 def _cpu() -> str:
-    """A name for this kind of CPU: a cache in a shared home serves different machines."""
+    """A name for this kind of CPU."""
     features = platform.machine() + platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         lines = cpuinfo.read_text().splitlines()
         features += next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-    return hashlib.sha256(features.encode()).hexdigest()[:8]
-
-
-@contextmanager
-def _ninja_on_path() -> Iterator[None]:
-    """torch looks for ninja on PATH, where an environment that was not activated does not put its own."""
-    before = os.environ.get("PATH", os.defpath)
-    os.environ["PATH"] = f"{before}{os.pathsep}{sysconfig.get_path('scripts')}"
-    try:
-        yield
-    finally:
-        os.environ["PATH"] = before
+    return features
