@@ -168,18 +168,7 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig | None = None, **lora
         QALoraError: an option that cannot be merged, or targets that are not quantised.
     """
     config = config or QALoraConfig(**{"task_type": "CAUSAL_LM", **lora_kwargs})
-    return keep_packed_weights_out_of_ddp(get_peft_model(model, bind_config(model, config)))
-
-
-def keep_packed_weights_out_of_ddp(model: nn.Module) -> nn.Module:
-    """Tell DDP, which broadcasts every buffer at every forward, that the packed weights never change. Returns model."""
-    model._ddp_params_and_buffers_to_ignore = [
-        f"{name}.{buffer}"
-        for name, module in model.named_modules()
-        if isinstance(module, QuantLinear)
-        for buffer, _ in module.named_buffers()
-    ]
-    return model
+    return get_peft_model(model, bind_config(model, config))
 
 
 def bind_config(model: PreTrainedModel, config: LoraConfig) -> QALoraConfig:
@@ -256,4 +245,4 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool 
     """
     adapter = AdapterFolder.open(folder)
     adapter.require_base(model.hf_quantizer.base_fingerprint(), str(model.hf_quantizer.checkpoint.folder))
-    return keep_packed_weights_out_of_ddp(PeftModel.from_pretrained(model, folder, is_trainable=is_trainable, **kwargs))
+    return PeftModel.from_pretrained(model, folder, is_trainable=is_trainable, **kwargs)

@@ -25,6 +25,8 @@ from .quant.fingerprint import fingerprint
 from .quant.modules import (
     FORMAT_VERSION,
     MERGED_METHOD,
+    NEEDS_QALORA,
+    WEIGHTS_KEY,
     QuantizedModule,
     all_finite,
     check_values,
@@ -115,7 +117,10 @@ def merge(
             "adapter": opened.digest(),
             "format_version": FORMAT_VERSION,
         }
-        write_json(work / "config.json", checkpoint.config | {"quantization_config": quantization})
+        write_json(
+            work / "config.json",
+            checkpoint.config | {"quantization_config": quantization, WEIGHTS_KEY: NEEDS_QALORA},
+        )
         carry_special_tokens(checkpoint.folder, work)
         (work / "README.md").write_text(model_card(out.name, quantization, opened, new_bytes, checkpoint.nbytes))
     logger.info("merged %d linears into %s (%.1f MB new)", len(opened.modules), out, new_bytes / 1e6)

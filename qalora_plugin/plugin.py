@@ -99,12 +99,9 @@ class QALoraPlugin(BasePlugin):
         return {} if cfg.adapter != ADAPTER or torch.accelerator.is_available() else {"use_cpu": True}
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Prepare the model for DDP, and keep a few token sequences for the verification after the merge."""
+        """Keep a few token sequences for the verification after the merge."""
         if cfg.adapter != ADAPTER:
             return
-        from .adapter import keep_packed_weights_out_of_ddp
-
-        keep_packed_weights_out_of_ddp(trainer.model)
         if cfg.rl:
             # TRL wraps the base in the adapter itself, and Axolotl then saves both: let the base save the adapter.
             trainer.model.get_base_model().save_pretrained = trainer.model.save_pretrained

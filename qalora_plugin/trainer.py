@@ -47,7 +47,8 @@ class QALoraMergeCallback(TrainerCallback):
         if getattr(config, "qalora", None) is None:
             raise QALoraError(
                 f"the trainer's model ({type(model).__name__}) has no QA-LoRA adapter. "
-                "Pass the model that add_adapter(load_base(…)) returns."
+                "Pass the model that add_adapter(load_base(…)) returns; or, to a trainer of TRL, load_base(…) and "
+                "peft_config=LoraConfig(…)."
             )
         require_absent(self._target(args))
         self._require_base(config.qalora["base_fingerprint"])

@@ -8,6 +8,7 @@ base transformers has a quantizer of its own (optimum + GPTQModel), which stays 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,15 @@ from ..errors import QALoraError
 from .checkpoint import Checkpoint, is_local, resolve
 from .fingerprint import fingerprint
 from .linear import QuantLinear
-from .modules import BASE_METHOD, MERGED_METHOD, check_values, checkpoint_format, quantized_modules, require_base
+from .modules import (
+    BASE_METHOD,
+    MERGED_METHOD,
+    WEIGHTS_KEY,
+    check_values,
+    checkpoint_format,
+    quantized_modules,
+    require_base,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,7 +103,15 @@ class QALoraHfQuantizer(HfQuantizer):
             if isinstance(module, QuantLinear):
                 module.finalize()
                 module.base_fingerprint = self.base_fingerprint
+        if find_spec("peft"):
+            from .. import tuner  # noqa: F401 (PEFT, and so TRL, then puts our adapters on this model)
         return model
+
+    def update_tp_plan(self, config):
+        """The first to see the model's config: lifts what keeps a merged checkpoint from loading without us."""
+        if self.quantization_config.quant_method == MERGED_METHOD and hasattr(config, WEIGHTS_KEY):
+            delattr(config, WEIGHTS_KEY)
+        return config
 
     def base_fingerprint(self) -> str:
         """Fingerprint of the base this model was loaded from.
@@ -179,3 +196,6 @@ def _prefix(model: "PreTrainedModel", linears: dict, modules: dict):
 
 def _dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
+
+
+register()  # on import: see qalora_plugin.registration

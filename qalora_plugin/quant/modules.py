@@ -16,6 +16,10 @@ BASE_METHOD = "gptq"
 MERGED_METHOD = "qalora"
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
 FORMAT_VERSION = 1
+# In a merged checkpoint's config.json: transformers loads the file that this key names, so that without this package it
+# stops at a file that is not there, instead of initialising at random what it cannot read.
+WEIGHTS_KEY = "transformers_weights"
+NEEDS_QALORA = "this-model-needs-the-qalora-package-installed.safetensors"
 _FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 
