@@ -6,12 +6,23 @@ import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 
-from .quant.checkpoint import INDEX_NAME, read_json, write_json
+from .quant.checkpoint import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
-_NOT_COPIED = {"config.json", "README.md", "quantize_config.json", "quant_log.csv", INDEX_NAME}
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".msgpack", ".h5")
+_NOT_COPIED = {"config.json", "README.md", "quantize_config.json", "quant_log.csv"}
+_WEIGHTS = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".pkl",
+    ".gguf",
+    ".msgpack",
+    ".h5",
+)
 _TOKENIZER_CONFIG, _TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"
 _TOKENIZER_FILES = (
     "tokenizer*", _TOKENS_MAP, "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*", "*.jinja",
@@ -37,7 +48,7 @@ def copy_companions(base: Path, adapter: Path, work: Path) -> None:
 
 
 def _copy_companion(path: Path, work: Path) -> None:
-    if path.is_file() and path.suffix not in _WEIGHTS:
+    if path.is_file() and not path.name.endswith(_WEIGHTS):
         shutil.copyfile(path, work / path.name)
 
 

@@ -24,7 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import QALoraError
-from .checkpoint import Checkpoint, is_local, resolve
+from .checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, is_local, read_config, read_json, resolve, weights_name
 from .fingerprint import fingerprint
 from .linear import QuantLinear
 from .modules import (
@@ -170,16 +170,36 @@ def load_base(path: str | Path, revision: str | None = None, **kwargs: Any) -> "
     Raises:
         QALoraError: not a usable GPTQ base; the message says why.
     """
-    from transformers import AutoModelForCausalLM  # not at import: vLLM's environment imports this package too
+    from transformers import (  # not at import: vLLM's environment imports this package too
+        AutoConfig,
+        AutoModelForCausalLM,
+    )
 
     folder = resolve(path, revision, **{key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs})
     require_base(Checkpoint.open(folder))
+    if overrides := config_overrides(folder):
+        config = kwargs.get("config") or AutoConfig.from_pretrained(folder)
+        config.update(overrides)
+        kwargs["config"] = config
     with gptq_loads_trainable():
         model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
     if not is_local(path):
         # A Hub id: what PEFT writes down as the adapter's base must not be a folder of this machine's cache.
         model.name_or_path = model.config.name_or_path = str(path)
     return model
+
+
+def config_overrides(folder: Path) -> dict[str, Any]:
+    """What transformers must be told of a base because its ``config.json`` does not say it; ``{}`` for most.
+
+    Of AutoGPTQ's older folders: the quantisation, and which file holds the weights.
+    """
+    config = read_config(folder)
+    weights = weights_name(folder, config)
+    overrides = {} if weights in (SINGLE_NAME, INDEX_NAME) else {WEIGHTS_KEY: weights}
+    if not read_json(folder / "config.json").get("quantization_config") and config.get("quantization_config"):
+        overrides["quantization_config"] = config["quantization_config"]
+    return overrides
 
 
 def _folder(checkpoint_files: list[str]) -> Path:
