@@ -6,6 +6,7 @@ while the other is written.
 """
 
 import logging
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,15 @@ from rich.progress import track
 from safetensors.numpy import save_file
 
 from .adapter_folder import AdapterFolder
-from .atomic import link_or_copy, new_folder, require_absent, require_space, same_disk
+from .atomic import link_or_copy, new_folder, require_space, same_disk
 from .card import model_card
 from .companions import carry_special_tokens, copy_companions
 from .errors import QALoraError
 from .folding import fold, fold_workers
+from .places import require_place
 from .quant.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, read_json, write_json
 from .quant.fingerprint import fingerprint
+from .quant.fusion import dense_modules, unservable
 from .quant.modules import (
     FORMAT_VERSION,
     MERGED_METHOD,
@@ -83,10 +86,11 @@ def merge(
         QALoraError: anything that would make the result wrong; nothing is written then.
     """
     require_offset_dtype(offset_dtype)
-    out = Path(out).expanduser().absolute()
-    require_absent(out)
+    out = require_place(out, base, "the output")
     checkpoint, opened = Checkpoint.open(base, revision), AdapterFolder.open(adapter)
     modules = require_base(checkpoint)
+    if reason := unservable(modules, dense_modules(checkpoint.tensors)):
+        logger.warning("%s: %s", base, reason)
     with ThreadPoolExecutor(1) as worker:
         hashing = worker.submit(fingerprint, checkpoint)
         check_values(checkpoint, modules)
@@ -198,6 +202,8 @@ def _quantization_config(checkpoint: Checkpoint, modules: dict[str, QuantizedMod
     base = checkpoint.quantization
     return {
         "quant_method": MERGED_METHOD,
+        "bits": Counter(module.bits for module in modules.values()).most_common(1)[0][0],  # if the base names none
+        "group_size": Counter(module.group_size for module in modules.values()).most_common(1)[0][0],
         **{key: base[key] for key in _KEPT_KEYS if base.get(key) is not None},
         "desc_act": any(is_act_order(checkpoint, module) for module in modules.values()),
         "sym": all(is_symmetric(checkpoint, module) for module in modules.values()),

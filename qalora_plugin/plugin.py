@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin, PluginManager
 
 from .args import ADAPTER
 from .errors import QALoraError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOG = logging.getLogger("axolotl.qalora")
+_FOLDERS = ("base_model", "output_dir", "lora_model_dir")
 
 
 class QALoraPlugin(BasePlugin):
@@ -43,7 +44,21 @@ class QALoraPlugin(BasePlugin):
         del adapter, merging
         if cfg.get("merge_lora"):
             cfg["merge_method"] = "legacy"  # the only path of `axolotl merge-lora` that asks the model itself
-        preflight.check_axolotl(cfg)
+        for key in _FOLDERS:
+            if str(cfg.get(key)).startswith("~"):  # Axolotl would make a folder of that name
+                cfg[key] = os.path.expanduser(cfg[key])
+        preflight.check_axolotl(cfg, self._other_adapters(cfg))
+        if overrides := preflight.overrides_of_config(cfg["base_model"], cfg.get("revision_of_model")):
+            cfg["overrides_of_model_config"] = overrides | (cfg.get("overrides_of_model_config") or {})
+
+    def _other_adapters(self, cfg: dict) -> dict[str, list[str]]:
+        """Plugins of this config that bring adapters of their own, with these adapters' names."""
+        others = {
+            name: [adapter.name for adapter in plugin.get_adapter_capabilities()]
+            for name, plugin in PluginManager.get_instance().plugins.items()
+            if name in cfg.get("plugins", ()) and not isinstance(plugin, QALoraPlugin)
+        }
+        return {name: adapters for name, adapters in others.items() if adapters}
 
     def get_input_args(self) -> str:
         return "qalora_plugin.QALoraArgs"

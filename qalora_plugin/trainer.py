@@ -1,17 +1,21 @@
 """For the HF Trainer and TRL, without Axolotl: a callback that merges when training ends."""
 
+import logging
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .atomic import require_absent
 from .errors import QALoraError
 from .merging import merge, require_offset_dtype
+from .places import absolute, is_inside, require_outside, require_place
 from .quant.checkpoint import Checkpoint
 from .quant.fingerprint import fingerprint
+from .quant.fusion import dense_modules, unservable
 from .quant.modules import require_base
+
+logger = logging.getLogger(__name__)
 
 
 class QALoraMergeCallback(TrainerCallback):
@@ -29,11 +33,23 @@ class QALoraMergeCallback(TrainerCallback):
         self.base, self.out, self.merge_kwargs = base, out, merge_kwargs
 
     def _target(self, args: TrainingArguments) -> Path:
-        return Path(self.out or Path(args.output_dir) / "merged")
+        return absolute(self.out or Path(args.output_dir) / "merged")
+
+    def _require_places(self, args: TrainingArguments) -> None:
+        output_dir = absolute(args.output_dir)
+        require_outside(output_dir, self.base, "output_dir")
+        target = require_place(self._target(args), self.base, "the merge's folder")
+        if is_inside(output_dir, target):
+            raise QALoraError(
+                f"the merge's folder is {target}, where output_dir ({output_dir}) puts the run's own files. Leave "
+                "`out` out (it is then `merged` inside output_dir), or choose a folder elsewhere."
+            )
 
     def _require_base(self, trained_on: str) -> None:
         checkpoint = Checkpoint.open(self.base, self.merge_kwargs.get("revision"))
-        require_base(checkpoint)
+        modules = require_base(checkpoint)
+        if reason := unservable(modules, dense_modules(checkpoint.tensors)):
+            logger.warning("%s: %s", self.base, reason)
         if (found := fingerprint(checkpoint)) != trained_on:
             raise QALoraError(
                 f"the trainer's model was loaded from another base: its adapter records {trained_on}, {self.base} is "
@@ -50,7 +66,7 @@ class QALoraMergeCallback(TrainerCallback):
                 "Pass the model that add_adapter(load_base(…)) returns; or, to a trainer of TRL, load_base(…) and "
                 "peft_config=LoraConfig(…)."
             )
-        require_absent(self._target(args))
+        self._require_places(args)
         self._require_base(config.qalora["base_fingerprint"])
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
