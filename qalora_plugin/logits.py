@@ -15,7 +15,11 @@ from .quant.reference import adapter_offsets
 def compare_logits(
     base: Path, adapter: Path, merged: Path, sequences: list[list[int]], dtype: torch.dtype, device: str
 ) -> dict[str, float]:
-    """How far the merged checkpoint's logits are from those of base + adapter; keys as in ``VerifyReport``."""
+    """How far the merged checkpoint's logits are from those of base + adapter; keys as in ``VerifyReport``.
+
+    The merged model runs twice: with its offsets as stored, then with those of the other dtype. So one of the two has
+    them exact, and one rounded to float16.
+    """
     from transformers import AutoModelForCausalLM
 
     from .adapter import load_adapter
@@ -29,21 +33,26 @@ def compare_logits(
         gc.collect()
         model = AutoModelForCausalLM.from_pretrained(merged, dtype=dtype)
         largest = max(logits.abs().max().item() for logits in expected)
-        tokens, agree, kl, rounding, beyond = 0, 0, 0.0, 0.0, 0.0
+        tokens, agree, kl, stored, again = 0, 0, 0.0, 0.0, 0.0
         for p, q in zip(expected, _logits(model, sequences, device), strict=True):
             log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
             tokens += len(p)
-            rounding = _larger(rounding, p - q)
+            stored = _larger(stored, p - q)
             kl += (log_p.exp() * (log_p - log_q)).sum().item()
             agree += (p.argmax(-1) == q.argmax(-1)).sum().item()
+        stored_exactly = False
         for name, exact in offsets.items():
-            model.get_submodule(name).offsets = exact.to(model.device)
+            layer = model.get_submodule(name)
+            stored_exactly = layer.offsets.dtype == torch.float32
+            layer.offsets = exact.to(model.device, torch.float16 if stored_exactly else torch.float32)
         for p, q in zip(expected, _logits(model, sequences, device), strict=True):
-            beyond = _larger(beyond, p - q)
+            again = _larger(again, p - q)
+    error, sensitivity = (stored, again) if stored_exactly else (again, stored)
     return {
         "tokens": tokens,
-        "logit_difference": rounding / largest,
-        "logit_error": beyond / largest,
+        "logit_difference": stored / largest,
+        "logit_error": error / largest,
+        "logit_sensitivity": sensitivity / largest,
         "kl_mean": kl / tokens,
         "top1_agreement": agree / tokens,
     }

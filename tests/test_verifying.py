@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from fabricate import make_adapter, make_base
+from fabricate import make_adapter
 from safetensors.torch import load_file, save_file
 
 from qalora_plugin import logits, verifying
@@ -16,8 +16,11 @@ from qalora_plugin.verifying import verify
 SEQUENCES = [list(range(4, 100))]
 
 
-def check(base, adapter, merged, **options):
-    return verify(base, adapter, merged, SEQUENCES, device="cpu", progress=False, **options)
+MANY = torch.randint(4, 100, (8, 240), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def check(base, adapter, merged, sequences=SEQUENCES, **options):
+    return verify(base, adapter, merged, sequences, device="cpu", progress=False, **options)
 
 
 def edit(folder, file, change):
@@ -110,19 +113,12 @@ def test_right_merges_pass_whatever_the_size_of_the_adapter(base, tmp_path, std,
         assert report.passed, report.failures
 
 
-def test_near_ties_pass(tmp_path):
-    """A head whose rows are the same in pairs, but for one bit: every top-1 token is a near tie."""
-    base = make_base(tmp_path / "base")
-
-    def level(tensors):
-        head = tensors["lm_head.weight"]
-        head[1::2] = head[::2]
-        head.view(torch.int16)[1::2, ::2] ^= 1
-
-    edit(base, "model.safetensors", level)
-    adapter = make_adapter(base, tmp_path / "a", std=0.3)
-    report = check(base, adapter, merge(base, adapter, tmp_path / "m", progress=False).folder)
+def test_near_ties_pass(base, tmp_path):
+    """With so large an adapter the rounding alone turns some top-1 tokens over."""
+    adapter = make_adapter(base, tmp_path / "a", std=0.5, seed=2)
+    report = check(base, adapter, merge(base, adapter, tmp_path / "m", progress=False).folder, MANY)
     assert report.top1_agreement < 0.995
+    assert report.logit_difference > 0.01
     assert report.passed, report.failures
 
 
@@ -205,4 +201,4 @@ def test_half_a_unit_in_the_last_place(dtype):
     kind = getattr(torch, dtype)
     numbers = torch.randn(100_000, dtype=torch.float64) * 10.0 ** torch.linspace(-9, 4, 100_000, dtype=torch.float64)
     error = (numbers.to(kind).double() - numbers).abs() / verifying.half_ulp(numbers, dtype)
-    assert 0.999 < error.max() <= 1
+    assert 0.999 < error.max() <= 1.001  # torch rounds to float32 on the way
