@@ -150,7 +150,8 @@ def _kinds_of(path: str | Path) -> tuple[list[LayerKind], list[str]]:
     checkpoint = Checkpoint.open(path)
     if checkpoint.method not in ("gptq", "qalora"):
         raise QALoraError(
-            f"{path} has quant_method {checkpoint.method!r}, expected a GPTQ base or a merged checkpoint."
+            f"{path} has quant_method {checkpoint.method!r}, expected 'gptq' or 'qalora'. Pass a GPTQ base or a merged "
+            "checkpoint."
         )
     modules, largest = quantized_modules(checkpoint), {}
     for module in modules.values():

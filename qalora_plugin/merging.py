@@ -193,7 +193,8 @@ def _offsets(adapter: AdapterFolder, name: str, dtype: str) -> tuple[str, np.nda
     lora_a, lora_b = adapter.factors(name)
     offsets = fold(lora_a, lora_b, adapter.scaling(name), dtype)
     if not all_finite(offsets):
-        raise QALoraError(f"the offsets of {name} exceed what {dtype} can hold: use offset_dtype float32.")
+        remedy = "The training diverged." if dtype == "float32" else "Use offset_dtype float32."
+        raise QALoraError(f"the offsets of {name} exceed what {dtype} can hold. {remedy}")
     return f"{name}.offsets", offsets
 
 

@@ -153,8 +153,9 @@ def check_base(base: str, revision: str | None = None) -> dict[str, QuantizedMod
     """
     if not (Path(base).expanduser().exists() or base.startswith(("/", ".", "~"))):
         if (method := _hub_quantization(base, revision).get("quant_method")) != BASE_METHOD:
+            found = f"has quant_method {method!r}" if method else "is dense, or names no quant_method"
             raise QALoraError(
-                f"base_model {base} has quant_method {method!r}, expected 'gptq'. "
+                f"base_model {base} {found}; expected 'gptq'. "
                 "Choose a GPTQ checkpoint, or make one: qalora quantize MODEL OUT."
             )
         return None

@@ -72,10 +72,7 @@ class QALoraHfQuantizer(HfQuantizer):
             name = prefix(name)
             linear = linears.get(name)
             if linear is None:
-                raise QALoraError(
-                    f"the checkpoint quantises {name}, but {type(model).__name__} has no such linear layer. "
-                    "Fused mixture-of-experts layers are not supported yet."
-                )
+                raise QALoraError(_no_such_linear(name, model, linears))
             if (linear.in_features, linear.out_features) != (spec.in_features, spec.out_features):
                 raise QALoraError(
                     f"{name} is {spec.in_features}×{spec.out_features} in the checkpoint, but "
@@ -200,6 +197,18 @@ def config_overrides(folder: Path) -> dict[str, Any]:
     if not read_json(folder / "config.json").get("quantization_config") and config.get("quantization_config"):
         overrides["quantization_config"] = config["quantization_config"]
     return overrides
+
+
+def _no_such_linear(name: str, model: "PreTrainedModel", linears: dict[str, nn.Linear]) -> str:
+    found = f"the checkpoint quantises {name}, but {type(model).__name__} has no such linear layer"
+    if ".experts." in name:
+        return f"{found}: it runs mixture-of-experts layers fused, which is not supported yet. Use a dense model."
+    leaf = name.rpartition(".")[2]
+    alike = next((other for other in linears if other.rpartition(".")[2] == leaf), next(iter(linears), "none"))
+    return (
+        f"{found} (its own are named like {alike}). The checkpoint's names are those of another model class than "
+        f"config.json's {', '.join(model.config.architectures or ['(none named)'])}."
+    )
 
 
 def _folder(checkpoint_files: list[str]) -> Path:

@@ -68,6 +68,8 @@ def require_base(checkpoint: Checkpoint) -> dict[str, QuantizedModule]:
 def _why_not_base(checkpoint: Checkpoint) -> str:
     method = checkpoint.method
     make_one = "Make a GPTQ checkpoint of the original 16-bit model: qalora quantize MODEL OUT."
+    if method is None and checkpoint.quantization:
+        return f"its quantization_config names no quant_method, expected 'gptq'. {make_one}"
     if method is None:
         return f"it is dense (config.json has no quantization_config). {make_one}"
     if method == MERGED_METHOD:
@@ -147,18 +149,22 @@ def _module(checkpoint: Checkpoint, name: str) -> QuantizedModule:
 def _check_against_config(checkpoint: Checkpoint, name: str, bits: int, in_features: int, groups: int) -> None:
     quantization = checkpoint.quantization
     group_size = quantization.get("group_size")
-    if in_features % groups or (
-        not quantization.get("dynamic") and group_size not in (None, -1) and in_features != groups * group_size
-    ):
+    stated = not quantization.get("dynamic") and group_size not in (None, -1)
+    if in_features % groups or (stated and in_features % group_size):
         raise QALoraError(
             f"{checkpoint.folder}: {name}: group size {group_size} does not divide in_features {in_features} "
             f"({groups} groups are stored). Pooling needs whole groups: quantise the base again with a group size that "
             f"divides {in_features}."
         )
+    if stated and in_features != groups * group_size:
+        raise QALoraError(
+            f"{checkpoint.folder}: {name} is stored with group size {in_features // groups} ({groups} groups), its "
+            f"quantisation config says {group_size}. One of the two is from another checkpoint."
+        )
     if not quantization.get("dynamic") and quantization.get("bits") not in (None, bits):
         raise QALoraError(
-            f"{checkpoint.folder}: {name} is stored at {bits} bits, config.json says {quantization['bits']}. "
-            "One of the two is from another checkpoint."
+            f"{checkpoint.folder}: {name} is stored at {bits} bits, its quantisation config says "
+            f"{quantization['bits']!r}. One of the two is from another checkpoint."
         )
 
 
