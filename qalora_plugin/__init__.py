@@ -1,8 +1,9 @@
 """QA-LoRA for GPTQ models: train in Axolotl or with the HF Trainer, merge exactly, serve in vLLM, always INT4.
 
-Importing this package makes transformers load and save merged checkpoints (``quant_method: qalora``). Everything else
-is imported when it is first used: the vLLM environment needs neither axolotl nor peft, and a merge not even
-transformers, which takes longer to import than a small model takes to merge.
+Where this package is installed, transformers loads and saves merged checkpoints (``quant_method: qalora``), whether
+anybody imports it or not: see :mod:`.registration`. Everything else is imported when it is first used: the vLLM
+environment needs neither axolotl nor peft, and a merge not even transformers, which takes longer to import than a small
+model takes to merge.
 """
 
 from importlib import import_module
@@ -23,6 +24,7 @@ _LAZY = {
     "verify": ".verifying",
 }
 __all__ = ["QALoraError", *_LAZY]
+_OF_THE_TRAINING_ENVIRONMENT = ("axolotl", "peft")  # vLLM's has neither
 
 register_with_transformers()
 
@@ -30,4 +32,14 @@ register_with_transformers()
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name], __name__), name)
+    try:
+        module = import_module(_LAZY[name], __name__)
+    except ModuleNotFoundError as error:
+        if error.name not in _OF_THE_TRAINING_ENVIRONMENT:
+            raise
+        raise ModuleNotFoundError(
+            f"{__name__}.{name} needs {error.name}, which is not installed here. Use it in the training environment, "
+            f"or install {error.name}.",
+            name=error.name,
+        ) from error
+    return getattr(module, name)

@@ -130,13 +130,13 @@ class QALoraLayer(nn.Module, LoraLayer):
         return module.groups, module.out_features
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: QALoraConfig, **kwargs) -> None:
-        if not isinstance(config, QALoraConfig):
+        if not (isinstance(config, QALoraConfig) and config.qalora):
             raise QALoraError(
-                f"adapter {adapter_name!r} has a {type(config).__name__}, which says nothing of its base. Give it the "
+                f"adapter {adapter_name!r} has a {type(config).__name__} that says nothing of its base. Give it the "
                 'first one\'s: QALoraConfig(..., qalora=model.peft_config["default"].qalora).'
             )
         base = self.get_base_layer()
-        trained_on, fingerprint = ((config.qalora or {}).get(key) for key in ("group_size", "base_fingerprint"))
+        trained_on, fingerprint = (config.qalora.get(key) for key in ("group_size", "base_fingerprint"))
         if trained_on not in (None, base.group_size):
             raise QALoraError(
                 f"the adapter was trained with group size {trained_on}, {kwargs.get('target_name')} of this base has "
@@ -200,18 +200,7 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig | None = None, **lora
         QALoraError: an option that cannot be merged, or targets that are not quantised.
     """
     config = config or QALoraConfig(**{"task_type": "CAUSAL_LM", **lora_kwargs})
-    return keep_packed_weights_out_of_ddp(get_peft_model(model, bind_config(model, config)))
-
-
-def keep_packed_weights_out_of_ddp(model: nn.Module) -> nn.Module:
-    """Tell DDP, which broadcasts every buffer at every forward, that the packed weights never change. Returns model."""
-    model._ddp_params_and_buffers_to_ignore = [
-        f"{name}.{buffer}"
-        for name, module in model.named_modules()
-        if isinstance(module, QuantLinear)
-        for buffer, _ in module.named_buffers()
-    ]
-    return model
+    return get_peft_model(model, bind_config(model, config))
 
 
 def bind_config(model: PreTrainedModel, config: LoraConfig) -> QALoraConfig:
@@ -290,4 +279,4 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool 
     adapter = AdapterFolder.open(folder)
     found = model.hf_quantizer.base_fingerprint(adapter.base_fingerprint)
     adapter.require_base(found, str(model.hf_quantizer.checkpoint.folder))
-    return keep_packed_weights_out_of_ddp(PeftModel.from_pretrained(model, folder, is_trainable=is_trainable, **kwargs))
+    return PeftModel.from_pretrained(model, folder, is_trainable=is_trainable, **kwargs)

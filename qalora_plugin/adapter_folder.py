@@ -27,12 +27,18 @@ _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weig
 
 def check_pooling(qalora: dict, what: str) -> None:
     """Refuse an adapter that this version would scale wrongly."""
-    for key, expected in {"pooling": POOLING, "format_version": ADAPTER_FORMAT}.items():
-        if qalora.get(key) != expected:
-            raise QALoraError(
-                f"{what} has {key} {short(qalora.get(key))}, expected {expected!r}: it would be scaled wrongly. "
-                "Train it with this version of qalora."
-            )
+    if not qalora:
+        raise QALoraError(f"{what} does not say how it pools (its config has no `qalora`). Save it again with qalora.")
+    if qalora.get("format_version") != ADAPTER_FORMAT:
+        raise QALoraError(
+            f"{what} has format_version {short(qalora.get('format_version'))}, this version of qalora reads "
+            f"{ADAPTER_FORMAT}. Update qalora, or train it with this version."
+        )
+    if qalora.get("pooling") != POOLING:
+        raise QALoraError(
+            f"{what} has pooling {short(qalora.get('pooling'))}, expected {POOLING!r}: it would be scaled wrongly. "
+            "Train it with this version of qalora."
+        )
 
 
 @dataclass
@@ -64,10 +70,11 @@ class AdapterFolder:
         config = read_json(folder / CONFIG_NAME)
         if config.get("peft_type") != PEFT_TYPE:
             pooled = " with use_qalora, which pools sum·K/g² instead of the sum" if config.get("use_qalora") else ""
-            found = f"a PEFT {_plain(config.get('peft_type'))} adapter{pooled}"
+            found = config.get("peft_type")
+            kind = f"a PEFT {_plain(found)} adapter" if found else "an adapter without peft_type"
             raise QALoraError(
-                f"{folder} is {found}; expected a QA-LoRA adapter of this project (peft_type {PEFT_TYPE}). Merging it "
-                "would scale it wrongly. Train with `adapter: qalora`."
+                f"{folder} is {kind}{pooled}; expected a QA-LoRA adapter of this project (peft_type {PEFT_TYPE}). "
+                "Merging it would scale it wrongly. Train with `adapter: qalora`."
             )
         _check_config(config, folder / CONFIG_NAME)
         check_pooling(config.get("qalora") or {}, str(folder))
@@ -112,10 +119,16 @@ class AdapterFolder:
 
     def require_base(self, fingerprint: str, base: str | Path) -> None:
         """Refuse a base other than the one trained on."""
+        if not self.base_fingerprint:
+            raise QALoraError(
+                f"the adapter {self.folder} does not record its base (its config has no base_fingerprint), so nothing "
+                "says whether this is the one. Save it again with the version of qalora that trained it."
+            )
         if self.base_fingerprint != fingerprint:
+            trained_on = self.config.get("base_model_name_or_path")
             raise QALoraError(
                 f"the adapter {self.folder} was trained on another base: it records {self.base_fingerprint}, {base} is "
-                f"{fingerprint}. Use the base it was trained on ({self.config.get('base_model_name_or_path')})."
+                f"{fingerprint}. Use the base it was trained on{f' ({trained_on})' if trained_on else ''}."
             )
 
     def scaling(self, module: str) -> float:

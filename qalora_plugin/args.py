@@ -3,7 +3,7 @@
 import difflib
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import QALoraError
 from .quant.checkpoint import short
@@ -29,9 +29,16 @@ _REFUSED = {
     "fix_untrained_tokens": "it rewrites embeddings, which a merged checkpoint takes from the base",
     "reward_model": "its score head is dense and trains, which cannot be merged",
     "process_reward_model": "its score head is dense and trains, which cannot be merged",
+    "reinit_weights": "random weights have no quantised base to be merged into",
+    "relora": "it merges into the base while training, which stays packed",
+    "qlora_sharded_model_loading": "it loads bitsandbytes weights, and the base is GPTQ",
     "fsdp": "sharding packed weights is not supported yet; use DDP (the default with several GPUs)",
     "fsdp_config": "sharding packed weights is not supported yet; use DDP (the default with several GPUs)",
     "deepspeed": "sharding packed weights is not supported yet; use DDP (the default with several GPUs)",
+}
+_PARALLEL = {
+    "tensor_parallel_size": "packed weights cannot be split over ranks while training",
+    "expert_parallel_size": "mixture-of-experts layers are not trained yet",
 }
 _STARTS_FROM_THE_BASE = ("dpo", "ipo", "kto")  # Axolotl 0.19, loaders/model.py: hands TRL a config, not an adapter
 _REQUIRED = ("base_model", "lora_r", "lora_alpha")
@@ -63,14 +70,36 @@ class QALoraBlock(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def name_the_nearest_key(cls, data: Any) -> Any:
+        known = ", ".join(cls.model_fields)
         if not isinstance(data, dict):
-            raise QALoraError(f"qalora: is {short(data)}, expected a block of keys, or nothing.")
+            raise QALoraError(
+                f"qalora: is {short(data)}, expected a block of keys ({known}), or nothing. Write `adapter: qalora` to "
+                "switch QA-LoRA on."
+            )
         for key in map(str, data):
             if key not in cls.model_fields:
                 near = difflib.get_close_matches(key, cls.model_fields, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise QALoraError(f"unknown key {key!r} in qalora:.{hint} Known keys: {', '.join(cls.model_fields)}.")
+                raise QALoraError(f"unknown key {key!r} in qalora:.{hint} Known keys: {known}.")
         return data
+
+
+def read_block(value: Any) -> QALoraBlock:
+    """The ``qalora:`` block of a raw config.
+
+    Raises:
+        QALoraError: no block, an unknown key, or a value of the wrong kind.
+    """
+    try:
+        return QALoraBlock.model_validate({} if value is None else value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if isinstance(cause := first.get("ctx", {}).get("error"), QALoraError):
+            raise cause from None
+        raise QALoraError(
+            f"qalora.{'.'.join(map(str, first['loc']))} is {first['input']!r}: {first['msg']}. Correct it, or leave it "
+            "out."
+        ) from None
 
 
 class QALoraArgs(BaseModel):
@@ -99,7 +128,7 @@ class QALoraArgs(BaseModel):
 
 
 def refuse_unmergeable(cfg: dict) -> None:
-    """Refuse keys that would train something a merge cannot hold, and missing ones.
+    """Refuse keys that would train something a merge cannot hold, values out of range, and missing keys.
 
     Raises:
         QALoraError: names the key, why it is refused, and what to do.
@@ -108,6 +137,14 @@ def refuse_unmergeable(cfg: dict) -> None:
     for key, why in _REFUSED.items():
         if cfg.get(key):
             raise QALoraError(f"{key} cannot be combined with adapter: qalora: {why}. Remove {key}.")
+    for key, why in _PARALLEL.items():
+        if (cfg.get(key) or 1) != 1:
+            raise QALoraError(f"{key}: {cfg[key]} cannot be combined with adapter: qalora: {why}. Remove {key}.")
+    if cfg.get("lora_bias") not in (None, False, "none"):
+        raise QALoraError(
+            f"lora_bias: {cfg['lora_bias']} cannot be combined with adapter: qalora: a merged checkpoint keeps the "
+            "base's biases. Remove lora_bias."
+        )
     if cfg.get("peft_init_lora_weights") not in (None, True, False, "gaussian"):
         raise QALoraError(
             f"peft_init_lora_weights: {cfg['peft_init_lora_weights']} rewrites the base weight, which stays packed. "
@@ -124,9 +161,10 @@ def refuse_unmergeable(cfg: dict) -> None:
             f"rl: {cfg['rl']} with lora_model_dir: Axolotl starts a new adapter there and ignores the given one. "
             "Remove lora_model_dir, and train on the base alone."
         )
-    missing = [key for key in _REQUIRED if not cfg.get(key)]
+    missing = [key for key in _REQUIRED if cfg.get(key) is None]
     if missing and not cfg.get("lora_model_dir"):
         raise QALoraError(f"adapter: qalora needs {', '.join(missing)}. Set them as for a LoRA.")
+    _check_ranges(cfg)
     if not (cfg.get("lora_target_linear") or cfg.get("lora_target_modules") or cfg.get("lora_model_dir")):
         raise QALoraError("adapter: qalora needs lora_target_linear: true or a list of lora_target_modules.")
 
@@ -144,3 +182,15 @@ def _check_types(cfg: dict) -> None:
             continue
         if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
             raise QALoraError(f"{key} is {short(found)}, expected a list of names. Correct it.")
+
+
+def _check_ranges(cfg: dict) -> None:
+    """Numbers that Axolotl takes and PEFT refuses much later, if at all. (Other types are Axolotl's to refuse.)"""
+    for key, is_good, expected in (
+        ("lora_r", lambda value: value > 0, "a whole number above 0, as 16"),
+        ("lora_alpha", lambda value: value > 0, "a number above 0, as 32"),
+        ("lora_dropout", lambda value: 0 <= value < 1, "at least 0 and below 1, as 0.05 or 0"),
+    ):
+        value = cfg.get(key)
+        if isinstance(value, (int, float)) and not is_good(value):
+            raise QALoraError(f"{key} is {value}, expected {expected}. Correct it.")

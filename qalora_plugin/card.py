@@ -1,6 +1,7 @@
 """The README.md of a merged checkpoint."""
 
 import json
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -9,11 +10,15 @@ from typing import TYPE_CHECKING, Any
 from .adapter_folder import AdapterFolder
 from .errors import printable
 from .quant.checkpoint import is_local
+from .quant.modules import NEEDS_QALORA
 
 if TYPE_CHECKING:
     from .verifying import VerifyReport
 
-_UNVERIFIED = "not measured yet: run `qalora verify`"
+logger = logging.getLogger(__name__)
+
+_EXACTNESS = "| exactness | "
+_UNVERIFIED = "not measured yet: `qalora verify --base BASE --adapter ADAPTER --merged THIS_FOLDER`"
 
 
 def model_card(name: str, quantization: dict, adapter: AdapterFolder, new_bytes: int, base_bytes: int) -> str:
@@ -30,6 +35,10 @@ tags: [qalora, gptq, {quantization["bits"]}-bit]
 
 # {_plain(name)}
 
+**To load or serve this model, install the `qalora` package** into the environment that does it; nothing else is needed.
+transformers, and whatever is built on it, then loads this folder like any other, and vLLM serves it without a flag.
+Without the package both stop: transformers at the missing file `{NEEDS_QALORA}`, vLLM at the unknown method `qalora`.
+
 A QA-LoRA fine-tune merged into its {quantization["bits"]}-bit GPTQ base without re-quantising anything: the base's
 tensors are unchanged, byte for byte, and the adapter is {len(adapter.modules)} tensors of group-wise offsets.
 
@@ -42,32 +51,44 @@ tensors are unchanged, byte for byte, and the adapter is {len(adapter.modules)} 
 | bits · group size · symmetric · act-order | {quantization["bits"]} · {quantization.get("group_size")} · \
 {quantization["sym"]} · {quantization["desc_act"]} |
 | added | {new_bytes / 1e6:.1f} MB of {quantization["offset_dtype"]} offsets on {base_bytes / 1e6:.1f} MB |
-| exactness | {_UNVERIFIED} |
+{_EXACTNESS}{_UNVERIFIED} |
 
 ## Use
 
-    vllm serve {_plain(name)}          # with the qalora package in vLLM's environment; no flag
+    vllm serve {_plain(name)}
 
-    import qalora_plugin       # transformers
-    model = AutoModelForCausalLM.from_pretrained("{_plain(name)}")
+    model = AutoModelForCausalLM.from_pretrained("{_plain(name)}")     # transformers
 """
 
 
 def add_exactness(folder: Path, report: "VerifyReport") -> None:
-    """Put the figures of a verification into the card of the merged checkpoint in ``folder``."""
+    """Put the figures of a verification into the card of a merged checkpoint, in place of an earlier one's.
+
+    A card that somebody has rewritten, or a folder that cannot be written, stays as it is; a warning says so.
+    """
+    verdict = "verified" if report.passed else f"**FAILED** ({'; '.join(report.failures)})"
     figures = (
-        f"{report.tensors_identical} of {report.tensors} base tensors byte-identical; weight error "
-        f"{report.weight_error_relative:.2g} of the adapter; over {report.tokens} tokens in {report.dtype}: relative "
-        f"logit difference ≤ {report.logit_difference:.2g}, KL {report.kl_mean:.2g} nats, top-1 agreement "
-        f"{report.top1_agreement:.2%}"
+        f"{verdict}: {report.tensors_identical} of {report.tensors} base tensors byte-identical; offsets within "
+        f"{report.offset_error:.3g} of their rounding to {report.offset_dtype}, {report.weight_error_relative:.2g} of "
+        f"the adapter in all; over {report.tokens} tokens in {report.dtype}, logits differ by {report.logit_error:.2g} "
+        f"where nothing is rounded, and rounding moves them by ≤ {report.logit_difference:.2g} (KL "
+        f"{report.kl_mean:.2g} nats, top-1 agreement {report.top1_agreement:.2%})"
     )
     card = folder / "README.md"
-    text = card.read_text(encoding="utf-8").replace(_UNVERIFIED, figures)
-    handle, new = tempfile.mkstemp(dir=folder)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-        os.fchmod(handle, card.stat().st_mode & 0o666)
-    os.replace(new, card)
+    lines = card.read_text(encoding="utf-8").split("\n") if card.is_file() else []
+    found = [i for i, line in enumerate(lines) if line.startswith(_EXACTNESS)]
+    if len(found) != 1:
+        logger.warning("%s has no line for the exactness of the merge: it stays as it is", card)
+        return
+    lines[found[0]] = f"{_EXACTNESS}{figures} |"
+    try:
+        handle, new = tempfile.mkstemp(dir=folder)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write("\n".join(lines))
+            os.fchmod(handle, card.stat().st_mode & 0o666)
+        os.replace(new, card)
+    except OSError as error:
+        logger.warning("the figures cannot be written into %s: %s", card, error.strerror)
 
 
 def _yaml(text: str) -> str:

@@ -1,5 +1,6 @@
 """`qalora …`, and the same as `axolotl qalora …`."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -58,6 +59,7 @@ def merge(
     out: Annotated[Path, typer.Option(help="New folder for the merged checkpoint.")],
     offset_dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
     copy: Annotated[bool, typer.Option("--copy", help="Copy the base's shards instead of hard-linking them.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Then prove it, as `qalora verify` does.")] = False,
     revision: Revision = None,
 ) -> None:
     """Merge an adapter into its base: nothing re-quantised, the base's bytes unchanged."""
@@ -67,6 +69,14 @@ def merge(
     how = "linked" if result.linked else "copied"
     folder = printable(result.folder)
     print(f"{folder}: {result.modules} linears merged, {result.new_bytes / 1e6:.1f} MB new, base shards {how}")
+    if verify:
+        from .proof import prove
+
+        if not prove(base, adapter, result.folder, revision=revision).passed:
+            raise typer.Exit(1)
+    else:
+        paths = (shlex.quote(printable(path)) for path in (base, adapter, result.folder))
+        print("not verified yet: qalora verify --base {} --adapter {} --merged {}".format(*paths))
 
 
 @app.command()
@@ -80,9 +90,10 @@ def verify(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Prove that merged = base + adapter: tensors, weights, logits. Exit status 1 if not."""
+    """Prove that merged = base + adapter (exit status 1 if not), and write the figures into the merged card."""
     import torch
 
+    from .card import add_exactness
     from .tokens import read_texts
     from .verifying import verify
 
@@ -94,8 +105,23 @@ def verify(
         progress=not as_json,
     )  # fmt: skip
     print(report.json()) if as_json else report.print()
+    add_exactness(merged, report)
     if not report.passed:
         raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    base: Annotated[
+        Path | None, typer.Argument(help="GPTQ base or merged folder to ask about; else typical layers.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What this machine and environment will run: versions, devices, kernels, and why not faster ones."""
+    from .doctor import diagnose
+
+    diagnosis = diagnose(base)
+    print(diagnosis.json()) if as_json else diagnosis.print()
 
 
 export = typer.Typer(no_args_is_help=True)

@@ -16,16 +16,20 @@ from rich.progress import track
 from safetensors.numpy import save_file
 
 from .adapter_folder import AdapterFolder
-from .atomic import link_or_copy, new_folder, require_absent, require_space, same_disk
+from .atomic import link_or_copy, new_folder, require_space, same_disk
 from .card import model_card
 from .companions import carry_special_tokens, copy_companions
 from .errors import QALoraError, os_errors_in_one_line
 from .folding import fold, fold_workers, squared_norm
-from .quant.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, expanded, read_json, write_json
+from .places import require_place
+from .quant.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, read_json, write_json
 from .quant.fingerprint import Identity, fingerprint, identity, keep_remembering
+from .quant.fusion import dense_modules, unservable
 from .quant.modules import (
     FORMAT_VERSION,
     MERGED_METHOD,
+    NEEDS_QALORA,
+    WEIGHTS_KEY,
     QuantizedModule,
     all_finite,
     check_values,
@@ -96,11 +100,12 @@ def merge(
         QALoraError: anything that would make the result wrong; nothing is written then.
     """
     require_offset_dtype(offset_dtype)
-    out = expanded(out).absolute()
-    require_absent(out)
+    out = require_place(out, base, "the output")
     checkpoint, opened = Checkpoint.open(base, revision), AdapterFolder.open(adapter)
     shards = {file: identity(checkpoint.folder / file) for file in checkpoint.files}
     modules = require_base(checkpoint)
+    if reason := unservable(modules, dense_modules(checkpoint.tensors)):
+        logger.warning("%s: %s", base, reason)
     with ThreadPoolExecutor(1) as worker:
         hashing = worker.submit(fingerprint, checkpoint)
         check_values(checkpoint, modules)
@@ -132,7 +137,10 @@ def merge(
             "adapter": opened.digest(),
             "format_version": FORMAT_VERSION,
         }
-        write_json(work / "config.json", checkpoint.config | {"quantization_config": quantization})
+        write_json(
+            work / "config.json",
+            checkpoint.config | {"quantization_config": quantization, WEIGHTS_KEY: NEEDS_QALORA},
+        )
         copy_companions(checkpoint.folder, opened.folder, work)
         carry_special_tokens(checkpoint.folder, work)
         card = model_card(out.name, quantization, opened, new_bytes, checkpoint.nbytes)

@@ -1,17 +1,24 @@
 """For the HF Trainer and TRL, without Axolotl: a callback that merges when training ends."""
 
+import logging
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .atomic import require_absent
+from .doctor import training_dtype, training_summary
 from .errors import QALoraError
 from .merging import merge, require_offset_dtype
+from .places import absolute, is_inside, require_outside, require_place
+from .proof import prove
 from .quant.checkpoint import Checkpoint
 from .quant.fingerprint import fingerprint
+from .quant.fusion import dense_modules, unservable
 from .quant.modules import require_base
+from .tokens import sample_dataset
+
+logger = logging.getLogger(__name__)
 
 
 class QALoraMergeCallback(TrainerCallback):
@@ -20,20 +27,43 @@ class QALoraMergeCallback(TrainerCallback):
     Args:
         base: the GPTQ base, as given to ``load_base``.
         out: folder of the merged checkpoint; default ``<output_dir>/merged``. Must not exist.
+        verify: then compare base + adapter with the merged checkpoint, on ``verify_tokens`` tokens of the evaluation
+            or else training data, report, and write the figures into its card. Loads both models, one after the other,
+            beside the trainer's: ``qalora verify`` does the same later.
         merge_kwargs: passed to :func:`qalora_plugin.merge` (``offset_dtype``, ``copy``, ``revision``).
     """
 
-    def __init__(self, base: str | Path, out: str | Path | None = None, **merge_kwargs: Any):
+    def __init__(
+        self,
+        base: str | Path,
+        out: str | Path | None = None,
+        verify: bool = False,
+        verify_tokens: int = 2048,
+        **merge_kwargs: Any,
+    ):
         signature(merge).bind(base, "adapter", "out", **merge_kwargs)  # a wrong name: now, not after training
         require_offset_dtype(merge_kwargs.get("offset_dtype", "float16"))
         self.base, self.out, self.merge_kwargs = base, out, merge_kwargs
+        self.verify, self.verify_tokens = verify, verify_tokens
 
     def _target(self, args: TrainingArguments) -> Path:
-        return Path(self.out or Path(args.output_dir) / "merged")
+        return absolute(self.out or Path(args.output_dir) / "merged")
+
+    def _require_places(self, args: TrainingArguments) -> None:
+        output_dir = absolute(args.output_dir)
+        require_outside(output_dir, self.base, "output_dir")
+        target = require_place(self._target(args), self.base, "the merge's folder")
+        if is_inside(output_dir, target):
+            raise QALoraError(
+                f"the merge's folder is {target}, where output_dir ({output_dir}) puts the run's own files. Leave "
+                "`out` out (it is then `merged` inside output_dir), or choose a folder elsewhere."
+            )
 
     def _require_base(self, trained_on: str) -> None:
         checkpoint = Checkpoint.open(self.base, self.merge_kwargs.get("revision"))
-        require_base(checkpoint)
+        modules = require_base(checkpoint)
+        if reason := unservable(modules, dense_modules(checkpoint.tensors)):
+            logger.warning("%s: %s", self.base, reason)
         if (found := fingerprint(checkpoint, like=trained_on)) != trained_on:
             raise QALoraError(
                 f"the trainer's model was loaded from another base: its adapter records {trained_on}, {self.base} is "
@@ -47,14 +77,32 @@ class QALoraMergeCallback(TrainerCallback):
         if getattr(config, "qalora", None) is None:
             raise QALoraError(
                 f"the trainer's model ({type(model).__name__}) has no QA-LoRA adapter. "
-                "Pass the model that add_adapter(load_base(…)) returns."
+                "Pass the model that add_adapter(load_base(…)) returns; or, to a trainer of TRL, load_base(…) and "
+                "peft_config=LoraConfig(…)."
             )
-        require_absent(self._target(args))
+        self._require_places(args)
         self._require_base(config.qalora["base_fingerprint"])
+        if state.is_world_process_zero:
+            for line in training_summary(model, training_dtype(model, args.bf16, args.fp16)):
+                print(f"qalora: {line}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if state.is_world_process_zero:
             kwargs["model"].save_pretrained(args.output_dir)
             if (processing := kwargs.get("processing_class")) is not None:
                 processing.save_pretrained(args.output_dir)
-            merge(self.base, args.output_dir, self._target(args), **self.merge_kwargs)
+            merged = merge(self.base, args.output_dir, self._target(args), **self.merge_kwargs).folder
+            if self.verify:
+                prove(
+                    self.base,
+                    args.output_dir,
+                    merged,
+                    sequences=self._samples(kwargs),
+                    max_tokens=self.verify_tokens,
+                    revision=self.merge_kwargs.get("revision"),
+                )
+
+    def _samples(self, loaders: dict[str, Any]) -> list[list[int]] | None:
+        """Token sequences of the run's data; None if it holds no ids, as before TRL's GRPO generates."""
+        loader = loaders.get("eval_dataloader") or loaders.get("train_dataloader")
+        return sample_dataset(getattr(loader, "dataset", None), self.verify_tokens) or None

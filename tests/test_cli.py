@@ -1,6 +1,7 @@
 """``qalora …`` as a user types it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -31,6 +32,57 @@ def test_merge_and_verify(base, adapter, tmp_path):
     assert report["tokens"] == 300
     result = run("verify", "--base", base, "--adapter", adapter, "--merged", out, "--tokens", 64)
     assert "PASSED" in result.output
+
+
+def test_cards_carry_the_proof(base, adapter, tmp_path):
+    """Of a merge with ``--verify``, of one that is verified later, and of a second verification."""
+    arguments = ("--base", base, "--adapter", adapter)
+    result = run("merge", *arguments, "--out", tmp_path / "a b")
+    assert (
+        f"not verified yet: qalora verify --base {base} --adapter {adapter} --merged '{tmp_path}/a b'" in result.output
+    )
+    card = tmp_path / "a b" / "README.md"
+    assert "not measured yet: `qalora verify --base BASE" in card.read_text()
+    for tokens in (64, 32):
+        run("verify", *arguments, "--merged", tmp_path / "a b", "--tokens", tokens)
+        assert card.read_text().count("exactness") == 1
+        assert "verified: 63 of 63 base tensors byte-identical; offsets within" in card.read_text()
+        assert f"over {tokens} tokens in float32" in card.read_text()
+    assert "PASSED" in run("merge", *arguments, "--out", tmp_path / "c", "--verify").output
+    assert "| exactness | verified" in (tmp_path / "c" / "README.md").read_text()
+
+
+def test_a_card_of_somebody_elses_stays(base, adapter, merged, tmp_path):
+    folder = shutil.copytree(merged, tmp_path / "m")
+    (folder / "README.md").write_text("# My model\n")
+    run("verify", "--base", base, "--adapter", adapter, "--merged", folder, "--tokens", 32)
+    assert (folder / "README.md").read_text() == "# My model\n"
+    (folder / "README.md").unlink()
+    run("verify", "--base", base, "--adapter", adapter, "--merged", folder, "--tokens", 32)
+    assert not (folder / "README.md").exists()
+
+
+def test_the_cards_first_lines_say_what_is_needed(merged):
+    head = (merged / "README.md").read_text().split("---")[2].strip().splitlines()[:6]
+    assert "install the `qalora` package" in " ".join(head)
+    assert "transformers at the missing file" in " ".join(head)
+
+
+@pytest.mark.parametrize("place", ["base", "merged"])
+def test_merge_writes_neither_into_its_base_nor_where_it_cannot(base, adapter, tmp_path, place):
+    own = shutil.copytree(base, tmp_path / "base")
+    out, match = {"base": (own / "out", "inside it"), "merged": ("/proc/out", "/proc is not writable")}[place]
+    assert match in run("merge", "--base", own, "--adapter", adapter, "--out", out, code=1).stderr
+
+
+def test_merge_says_what_vllm_will_not_serve(tmp_path, caplog):
+    from fabricate import make_adapter, make_base
+
+    mixed = make_base(tmp_path / "base", dense=("q_proj",))
+    adapter = make_adapter(mixed, tmp_path / "adapter")
+    run("merge", "--base", mixed, "--adapter", adapter, "--out", tmp_path / "out")
+    assert "vLLM runs q_proj, k_proj, v_proj as one layer" in caplog.text
+    assert "q_proj (dense)" in caplog.text
 
 
 def test_errors_are_one_line(base, tmp_path):
@@ -114,13 +166,3 @@ app()
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     assert "14 linears merged" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
-
-
-@pytest.mark.parametrize("first", ["qalora_plugin", "transformers.quantizers.auto", "vllm_ext, qalora_plugin.errors"])
-def test_transformers_loads_merged_checkpoints_whichever_is_imported_first(merged, first):
-    code = (
-        f"import {first}; import qalora_plugin, sys; from transformers import AutoModelForCausalLM; "
-        "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[0].mlp.up_proj).__name__)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, merged], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "QuantLinear"

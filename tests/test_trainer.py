@@ -19,7 +19,7 @@ from qalora_plugin.verifying import verify
 ROWS = [{"input_ids": list(range(4 + i, 40 + i)), "labels": list(range(4 + i, 40 + i))} for i in range(16)]
 
 
-def trainer(base, out, merged_base=None, processing_class=None, **options):
+def trainer(base, out, merged_base=None, processing_class=None, callback=None, **options):
     torch.manual_seed(0)
     model = add_adapter(load_base(base, dtype=torch.float32), r=4, lora_alpha=8, target_modules="all-linear")
     settings = {
@@ -30,7 +30,7 @@ def trainer(base, out, merged_base=None, processing_class=None, **options):
         "use_cpu": True,
     }
     arguments = TrainingArguments(str(out), **(settings | options))
-    callback = QALoraMergeCallback(merged_base or base)
+    callback = callback or QALoraMergeCallback(merged_base or base)
     return Trainer(model, arguments, train_dataset=ROWS, processing_class=processing_class, callbacks=[callback])
 
 
@@ -105,6 +105,34 @@ def test_occupied_merge_folder_is_refused_before_training(base, tmp_path):
     with pytest.raises(QALoraError, match="merged exists"):
         run.train()
     assert run.state.global_step == 0
+
+
+def test_places_are_checked_before_training(base, tmp_path):
+    own = shutil.copytree(base, tmp_path / "base")
+    for out, merged, match in (
+        (own / "out", None, "output_dir is .*, which is the base's folder, or inside it"),
+        (tmp_path / "out", own / "merged", "the merge's folder is .*inside it"),
+        (tmp_path / "out", "/proc/merged", "/proc is not writable"),
+        (tmp_path / "out", tmp_path / "out", "puts the run's own files"),
+        (tmp_path / "both" / "out", tmp_path / "both", "puts the run's own files"),
+    ):
+        run = trainer(own, out, callback=QALoraMergeCallback(own, merged))
+        with pytest.raises(QALoraError, match=match):
+            run.train()
+        assert run.state.global_step == 0
+
+
+def test_verifies_on_request_and_says_what_it_trains_on(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    callback = QALoraMergeCallback(base, "~/merged", verify=True, verify_tokens=100)
+    trainer(base, tmp_path / "out", callback=callback, processing_class=make_tokenizer()).train()
+    output = capsys.readouterr().out
+    assert "qalora: 14 packed linears in torch.float32: plain torch unpacks" in output
+    assert "layers below 262144 weights are not worth the wait" in output
+    assert "qalora verify: PASSED" in output
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "| exactness | verified: 63 of 63 base tensors byte-identical; offsets within 1 of their rounding" in card
+    assert "over 100 tokens in float32" in card
 
 
 def test_base_that_the_model_was_not_loaded_from_is_refused_before_training(base, merged, tmp_path):

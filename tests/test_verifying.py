@@ -8,7 +8,7 @@ import torch
 from fabricate import make_adapter
 from safetensors.torch import load_file, save_file
 
-from qalora_plugin import verifying
+from qalora_plugin import logits, verifying
 from qalora_plugin.errors import QALoraError
 from qalora_plugin.merging import merge
 from qalora_plugin.verifying import verify
@@ -16,8 +16,11 @@ from qalora_plugin.verifying import verify
 SEQUENCES = [list(range(4, 100))]
 
 
-def check(base, adapter, merged, **options):
-    return verify(base, adapter, merged, SEQUENCES, device="cpu", progress=False, **options)
+MANY = torch.randint(4, 100, (8, 240), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def check(base, adapter, merged, sequences=SEQUENCES, **options):
+    return verify(base, adapter, merged, sequences, device="cpu", progress=False, **options)
 
 
 def edit(folder, file, change):
@@ -85,15 +88,117 @@ def test_an_adapter_lost_in_float16_is_found(base, tmp_path):
 
 def test_compares_in_float32_after_a_run_with_tf32(base, adapter, merged, monkeypatch):
     matmul, seen = torch.backends.cuda.matmul, []
-    compare = verifying._compare_logits
-    monkeypatch.setattr(
-        verifying, "_compare_logits", lambda *args: seen.append(matmul.fp32_precision) or compare(*args)
-    )
+    compute = logits._logits
+    monkeypatch.setattr(logits, "_logits", lambda *args: seen.append(matmul.fp32_precision) or compute(*args))
     before = matmul.fp32_precision
     matmul.fp32_precision = "tf32"
     try:
         check(base, adapter, merged)
-        assert seen == ["ieee"]
+        assert set(seen) == {"ieee"}
         assert matmul.fp32_precision == "tf32"
     finally:
         matmul.fp32_precision = before
+
+
+# What is right must pass, however far the rounding moves the logits …
+
+
+@pytest.mark.parametrize("offset_dtype", ["float16", "float32"])
+@pytest.mark.parametrize("std", [1e-3, 0.1, 1.0, 5.0])
+def test_right_merges_pass_whatever_the_size_of_the_adapter(base, tmp_path, std, offset_dtype):
+    adapter = make_adapter(base, tmp_path / "a", std=std)
+    report = check(base, adapter, merge(base, adapter, tmp_path / "m", offset_dtype, progress=False).folder)
+    assert 0.5 < report.offset_error <= 1.01 or offset_dtype == "float32"
+    if std > 1e-3 or offset_dtype == "float32":
+        assert report.passed, report.failures
+
+
+def test_near_ties_pass(base, tmp_path):
+    """With so large an adapter the rounding alone turns some top-1 tokens over."""
+    adapter = make_adapter(base, tmp_path / "a", std=0.5, seed=2)
+    report = check(base, adapter, merge(base, adapter, tmp_path / "m", progress=False).folder, MANY)
+    assert report.top1_agreement < 0.995
+    assert report.logit_difference > 0.01
+    assert report.passed, report.failures
+
+
+# … and what is wrong must not, however small.
+
+
+def scaled(factor):
+    return lambda tensors: [tensor.mul_(factor) for tensor in tensors.values()]
+
+
+def one_offset(tensors):
+    """The largest of one linear by two units in the last place."""
+    tensor = tensors["model.layers.1.mlp.down_proj.offsets"].view(-1)
+    tensor.view(torch.int16)[tensor.abs().argmax()] += 2
+
+
+def swapped_linears(tensors):
+    first, second = ("model.layers.0.mlp.up_proj.offsets", "model.layers.0.mlp.gate_proj.offsets")
+    tensors[first], tensors[second] = tensors[second].clone(), tensors[first].clone()
+
+
+def swapped_groups(tensors):
+    name = "model.layers.0.self_attn.q_proj.offsets"
+    tensors[name] = tensors[name].flip(0).contiguous()
+
+
+@pytest.mark.parametrize("std", [0.02, 1.0])
+@pytest.mark.parametrize(
+    "wrong", [scaled(1.002), scaled(0.5), scaled(-1), one_offset, swapped_linears, swapped_groups], ids=str
+)
+def test_wrong_merges_fail(base, tmp_path, wrong, std):
+    adapter = make_adapter(base, tmp_path / "a", std=std)
+    merged = merge(base, adapter, tmp_path / "m", progress=False).folder
+    edit(merged, "offsets.safetensors", wrong)
+    report = check(base, adapter, merged)
+    assert not report.passed
+    assert "times their rounding" in report.failures[0]
+
+
+def test_offsets_of_a_linear_that_the_adapter_leaves_alone(base, tmp_path):
+    adapter = make_adapter(base, tmp_path / "a", target_modules=["q_proj"])
+    merged = merge(base, adapter, tmp_path / "m", progress=False).folder
+    edit(merged, "offsets.safetensors", lambda t: t.update({"model.layers.0.mlp.up_proj.offsets": torch.ones(2, 128)}))
+    index = json.loads((merged / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.layers.0.mlp.up_proj.offsets"] = "offsets.safetensors"
+    (merged / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(QALoraError, match="up_proj has offsets, but the adapter does not change it"):
+        check(base, adapter, merged)
+
+
+def test_a_merged_config_that_computes_something_else(base, adapter, merged, tmp_path):
+    """All tensors are right here: only the logits show it."""
+    folder = shutil.copytree(merged, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.01}))
+    report = check(base, adapter, folder)
+    assert report.offset_error <= 1.01
+    assert "where nothing is rounded" in report.failures[0]
+
+
+def test_training_that_scales_otherwise_than_the_merge(base, adapter, merged, monkeypatch):
+    """The logits of base + adapter are those of the trained path, by PEFT's own scaling."""
+    from peft.tuners.lora.layer import LoraLayer
+
+    update = LoraLayer.update_layer
+
+    def misscaled(self, name, *args, **kwargs):
+        update(self, name, *args, **kwargs)
+        self.scaling[name] *= 1.01
+
+    monkeypatch.setattr(LoraLayer, "update_layer", misscaled)
+    monkeypatch.setattr(logits, "exact_offsets", lambda model: {})
+    report = check(base, adapter, merged)
+    assert not report.passed
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_half_a_unit_in_the_last_place(dtype):
+    """What rounds to nearest lies within it, and reaches it."""
+    kind = getattr(torch, dtype)
+    numbers = torch.randn(100_000, dtype=torch.float64) * 10.0 ** torch.linspace(-9, 4, 100_000, dtype=torch.float64)
+    error = (numbers.to(kind).double() - numbers).abs() / verifying.half_ulp(numbers, dtype)
+    assert 0.999 < error.max() <= 1.001  # torch rounds to float32 on the way

@@ -107,6 +107,20 @@ def choose_path(kind: LayerKind, forced: str | None, timed: str | None = None) -
     return path, kernel
 
 
+def explain(
+    bits: int, symmetric: bool, group_size: int, act_order: bool, act_dtype: torch.dtype, shape: tuple[int, int]
+) -> tuple[str, str | None]:
+    """For an adapted layer on one rank: its path and kernel, and why not a faster one (None if it is the first)."""
+    kind = LayerKind("a layer", bits, symmetric, group_size, act_dtype, shape, shape, has_offsets=True, sortable=True)
+    try:
+        path, kernel, why = _choose(kind, forced_path({}), None)
+    except QALoraError as error:
+        return "refused", str(error)
+    name = path if kernel is None else f"{path} ({_name(kernel)})"
+    order = "; act-order reorders x first, and forbids tensor parallelism" if act_order else ""
+    return name, None if path == FUSED and not order else f"{why}{order}"
+
+
 def _choose(kind: LayerKind, forced: str | None, timed: str | None) -> tuple[str, Kernel | None, str]:
     if forced == DENSE:
         return DENSE, None, "forced"

@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..errors import QALoraError, os_errors_in_one_line
+from . import autogptq
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,8 +71,8 @@ class Checkpoint:
             QALoraError: not a model folder, pickled weights, a missing, truncated or misplaced shard, a bad index.
         """
         folder = resolve(path, revision)
-        config = read_json(folder / "config.json")
-        files, listed = _shards(folder)
+        config = read_config(folder)
+        files, listed = _shards(folder, weights := weights_name(folder, config))
         tensors: dict[str, TensorInfo] = {}
         for file in files:
             tensors |= read_header(folder / file)
@@ -79,7 +80,7 @@ class Checkpoint:
             for name, file in listed.items():
                 if name not in tensors or tensors[name].file != file:
                     raise QALoraError(
-                        f"{folder / INDEX_NAME} says that {file} holds the tensor {name!r}, but it does not. "
+                        f"{folder / weights} says that {file} holds the tensor {name!r}, but it does not. "
                         "Download or copy the checkpoint again."
                     )
             tensors = {name: info for name, info in tensors.items() if name in listed}
@@ -203,6 +204,42 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 
+def read_config(folder: Path) -> dict:
+    """``config.json``, with the quantisation that AutoGPTQ's older folders keep beside it."""
+    config = read_json(folder / "config.json")
+    if not config.get("quantization_config") and (folder / autogptq.SETTINGS_NAME).is_file():
+        settings = autogptq.as_quantization_config(read_json(folder / autogptq.SETTINGS_NAME))
+        return config | {"quantization_config": settings}
+    return config
+
+
+def weights_name(folder: Path, config: dict) -> str:
+    """Name of the file that holds the weights, or of their index.
+
+    Raises:
+        QALoraError: there is none, or none that can be told from others.
+    """
+    for name in (SINGLE_NAME, INDEX_NAME):  # transformers, too, prefers the single file over an index
+        if (folder / name).is_file():
+            return name
+    quantization = config.get("quantization_config") or {}
+    if name := autogptq.find_weights(folder, quantization.get("model_file_base_name")):
+        return name
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise QALoraError(
+            f"{folder} holds pickled weights ({', '.join(pickles[:3])}), which can run code when opened and are never "
+            "read. Use or make a safetensors version of this checkpoint."
+        )
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    if others:
+        raise QALoraError(
+            f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}, and several other files of weights "
+            f"({', '.join(others[:3])}). Keep one of them, or name it {SINGLE_NAME}."
+        )
+    raise QALoraError(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}. Pass a folder with safetensors weights.")
+
+
 def write_json(path: Path, content: dict) -> None:
     """As Hugging Face writes its configs, keys in their order."""
     path.write_text(json.dumps(content, indent=2, sort_keys=False) + "\n", encoding="utf-8")
@@ -300,25 +337,17 @@ def _read(folder: Path, info: TensorInfo) -> bytearray:
     return data
 
 
-def _shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-    """Shard names, and the index's ``weight_map`` if there is an index."""
-    if (folder / SINGLE_NAME).is_file():  # transformers, too, prefers the single file over an index
-        return [SINGLE_NAME], None
-    if (folder / INDEX_NAME).is_file():
-        listed = read_json(folder / INDEX_NAME).get("weight_map")
-        if not isinstance(listed, dict) or not listed:
-            raise QALoraError(f"{folder / INDEX_NAME} has no weight_map. Download or copy it again.")
-        for file in listed.values():
-            if not isinstance(file, str) or file != Path(file).name or not file.endswith(".safetensors"):
-                raise QALoraError(
-                    f"{folder / INDEX_NAME} names the file {file!r}: shards must be .safetensors files inside the "
-                    "folder itself. Do not use a checkpoint from a source you do not trust."
-                )
-        return list(dict.fromkeys(listed.values())), listed
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-    if pickles:
-        raise QALoraError(
-            f"{folder} holds pickled weights ({', '.join(pickles[:3])}), which can run code when opened and are never "
-            "read. Use or make a safetensors version of this checkpoint."
-        )
-    raise QALoraError(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}. Pass a folder with safetensors weights.")
+def _shards(folder: Path, weights: str) -> tuple[list[str], dict[str, str] | None]:
+    """Shard names, and the index's ``weight_map`` if ``weights`` is an index."""
+    if not autogptq.is_index(weights):
+        return [weights], None
+    listed = read_json(folder / weights).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise QALoraError(f"{folder / weights} has no weight_map. Download or copy it again.")
+    for file in listed.values():
+        if not isinstance(file, str) or file != Path(file).name or not file.endswith(".safetensors"):
+            raise QALoraError(
+                f"{folder / weights} names the file {file!r}: shards must be .safetensors files inside the "
+                "folder itself. Do not use a checkpoint from a source you do not trust."
+            )
+    return list(dict.fromkeys(listed.values())), listed

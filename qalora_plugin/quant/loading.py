@@ -8,6 +8,7 @@ base transformers has a quantizer of its own (optimum + GPTQModel), which stays 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +24,18 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import QALoraError
-from .checkpoint import Checkpoint, is_local, resolve
+from .checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, is_local, read_config, read_json, resolve, weights_name
 from .fingerprint import fingerprint
 from .linear import QuantLinear
-from .modules import BASE_METHOD, MERGED_METHOD, check_values, checkpoint_format, quantized_modules, require_base
+from .modules import (
+    BASE_METHOD,
+    MERGED_METHOD,
+    WEIGHTS_KEY,
+    check_values,
+    checkpoint_format,
+    quantized_modules,
+    require_base,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,10 +72,7 @@ class QALoraHfQuantizer(HfQuantizer):
             name = prefix(name)
             linear = linears.get(name)
             if linear is None:
-                raise QALoraError(
-                    f"the checkpoint quantises {name}, but {type(model).__name__} has no such linear layer. "
-                    "Fused mixture-of-experts layers are not supported yet."
-                )
+                raise QALoraError(_no_such_linear(name, model, linears))
             if (linear.in_features, linear.out_features) != (spec.in_features, spec.out_features):
                 raise QALoraError(
                     f"{name} is {spec.in_features}×{spec.out_features} in the checkpoint, but "
@@ -94,7 +100,15 @@ class QALoraHfQuantizer(HfQuantizer):
             if isinstance(module, QuantLinear):
                 module.finalize()
                 module.base_fingerprint = self.base_fingerprint
+        if find_spec("peft"):
+            from .. import tuner  # noqa: F401 (PEFT, and so TRL, then puts our adapters on this model)
         return model
+
+    def update_tp_plan(self, config):
+        """The first to see the model's config: lifts what keeps a merged checkpoint from loading without us."""
+        if self.quantization_config.quant_method == MERGED_METHOD and hasattr(config, WEIGHTS_KEY):
+            delattr(config, WEIGHTS_KEY)
+        return config
 
     def base_fingerprint(self, like: str | None = None) -> str:
         """Fingerprint of the base this model was loaded from, of the kind that ``like`` is.
@@ -156,16 +170,48 @@ def load_base(path: str | Path, revision: str | None = None, **kwargs: Any) -> "
     Raises:
         QALoraError: not a usable GPTQ base; the message says why.
     """
-    from transformers import AutoModelForCausalLM  # not at import: vLLM's environment imports this package too
+    from transformers import (  # not at import: vLLM's environment imports this package too
+        AutoConfig,
+        AutoModelForCausalLM,
+    )
 
     folder = resolve(path, revision, **{key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs})
     require_base(Checkpoint.open(folder))
+    if overrides := config_overrides(folder):
+        config = kwargs.get("config") or AutoConfig.from_pretrained(folder)
+        config.update(overrides)
+        kwargs["config"] = config
     with gptq_loads_trainable():
         model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
     if not is_local(path):
         # A Hub id: what PEFT writes down as the adapter's base must not be a folder of this machine's cache.
         model.name_or_path = model.config.name_or_path = str(path)
     return model
+
+
+def config_overrides(folder: Path) -> dict[str, Any]:
+    """What transformers must be told of a base because its ``config.json`` does not say it; ``{}`` for most.
+
+    Of AutoGPTQ's older folders: the quantisation, and which file holds the weights.
+    """
+    config = read_config(folder)
+    weights = weights_name(folder, config)
+    overrides = {} if weights in (SINGLE_NAME, INDEX_NAME) else {WEIGHTS_KEY: weights}
+    if not read_json(folder / "config.json").get("quantization_config") and config.get("quantization_config"):
+        overrides["quantization_config"] = config["quantization_config"]
+    return overrides
+
+
+def _no_such_linear(name: str, model: "PreTrainedModel", linears: dict[str, nn.Linear]) -> str:
+    found = f"the checkpoint quantises {name}, but {type(model).__name__} has no such linear layer"
+    if ".experts." in name:
+        return f"{found}: it runs mixture-of-experts layers fused, which is not supported yet. Use a dense model."
+    leaf = name.rpartition(".")[2]
+    alike = next((other for other in linears if other.rpartition(".")[2] == leaf), next(iter(linears), "none"))
+    return (
+        f"{found} (its own are named like {alike}). The checkpoint's names are those of another model class than "
+        f"config.json's {', '.join(model.config.architectures or ['(none named)'])}."
+    )
 
 
 def _folder(checkpoint_files: list[str]) -> Path:
@@ -182,3 +228,6 @@ def _prefix(model: "PreTrainedModel", linears: dict, modules: dict):
 
 def _dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
+
+
+register()  # on import: see qalora_plugin.registration

@@ -16,6 +16,10 @@ BASE_METHOD = "gptq"
 MERGED_METHOD = "qalora"
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
 FORMAT_VERSION = 1
+# In a merged checkpoint's config.json: transformers loads the file that this key names, so that without this package it
+# stops at a file that is not there, instead of initialising at random what it cannot read.
+WEIGHTS_KEY = "transformers_weights"
+NEEDS_QALORA = "this-model-needs-the-qalora-package-installed.safetensors"
 _FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _FIELDS = {  # of quantization_config; None stands for "not given"
     "bits": int, "group_size": int, "desc_act": bool, "sym": bool, "lm_head": bool, "dynamic": dict,
@@ -86,6 +90,8 @@ def require_base(checkpoint: Checkpoint) -> dict[str, QuantizedModule]:
 def _why_not_base(checkpoint: Checkpoint) -> str:
     method = checkpoint.method
     make_one = "Make a GPTQ checkpoint of the original 16-bit model: qalora quantize MODEL OUT."
+    if method is None and checkpoint.quantization:
+        return f"its quantization_config names no quant_method, expected 'gptq'. {make_one}"
     if method is None:
         return f"it is dense (config.json has no quantization_config). {make_one}"
     if method == MERGED_METHOD:
@@ -176,18 +182,22 @@ def _module(checkpoint: Checkpoint, name: str) -> QuantizedModule:
 def _check_against_config(checkpoint: Checkpoint, name: str, bits: int, in_features: int, groups: int) -> None:
     quantization = checkpoint.quantization
     group_size = quantization.get("group_size")
-    if in_features % groups or (
-        not quantization.get("dynamic") and group_size not in (None, -1) and in_features != groups * group_size
-    ):
+    stated = not quantization.get("dynamic") and group_size not in (None, -1)
+    if in_features % groups or (stated and in_features % group_size):
         raise QALoraError(
             f"{checkpoint.folder}: {name}: group size {group_size} does not divide in_features {in_features} "
             f"({groups} groups are stored). Pooling needs whole groups: quantise the base again with a group size that "
             f"divides {in_features}."
         )
+    if stated and in_features != groups * group_size:
+        raise QALoraError(
+            f"{checkpoint.folder}: {name} is stored with group size {in_features // groups} ({groups} groups), its "
+            f"quantisation config says {group_size}. One of the two is from another checkpoint."
+        )
     if not quantization.get("dynamic") and quantization.get("bits") not in (None, bits):
         raise QALoraError(
-            f"{checkpoint.folder}: {name} is stored at {bits} bits, config.json says {quantization['bits']}. "
-            "One of the two is from another checkpoint."
+            f"{checkpoint.folder}: {name} is stored at {bits} bits, its quantisation config says "
+            f"{quantization['bits']!r}. One of the two is from another checkpoint."
         )
 
 

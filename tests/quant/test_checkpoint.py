@@ -196,7 +196,7 @@ def test_group_size_that_does_not_divide_k(copy):
 
 def test_config_at_odds_with_tensors(copy):
     edit_config(copy, bits=8)
-    refuse(copy, "stored at 4 bits, config.json says 8")
+    refuse(copy, "stored at 4 bits, its quantisation config says 8")
 
 
 def test_not_a_folder(base, tmp_path):

@@ -47,20 +47,39 @@ class _Problem(ctypes.Structure):
 
 def takes(packed: PackedWeight, dtype: torch.dtype) -> bool:
     """Whether :func:`fill` is the way for this weight: a large one on a CPU, words and groups aligned."""
-    return (
-        packed.qweight.device.type == "cpu"
-        and dtype in (torch.float32, torch.bfloat16)
-        and packed.bits != 3
-        and packed.g_idx is None
-        and packed.group_size % codes_per_period(packed.bits) == 0
-        and packed.in_features * packed.out_features >= SMALLEST
-        and library() is not None
-    )
+    return why_not(packed, dtype) is None
+
+
+def why_not(packed: PackedWeight, dtype: torch.dtype) -> str | None:
+    """Why :func:`fill` cannot unpack this weight, or is not worth its compilation; None if it does."""
+    if packed.qweight.device.type != "cpu":
+        return f"it is on {packed.qweight.device.type}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"{dtype} is neither float32 nor bfloat16"
+    if packed.bits == 3:
+        return "3-bit codes straddle words"
+    if packed.g_idx is not None:
+        return "act-order scatters its groups"
+    if packed.group_size % codes_per_period(packed.bits):
+        return f"groups of {packed.group_size} do not fill whole words of {packed.bits}-bit codes"
+    if packed.in_features * packed.out_features < SMALLEST:
+        return f"layers below {SMALLEST} weights are not worth the wait for the compiler"
+    return None if library() is not None else "the C++ kernels could not be compiled (install g++)"
+
+
+def why_not_multiply(packed: PackedWeight, dtype: torch.dtype) -> str | None:
+    """Why :func:`matmul` does not multiply by this weight; None if it does."""
+    if dtype != torch.bfloat16:
+        return f"{dtype} is not bfloat16"
+    if reason := why_not(packed, dtype):
+        return reason
+    found = library().qalora_bfloat16()
+    return {0: "this CPU lacks AVX512-BF16", 2: "with AMX, torch's GEMM is faster"}.get(found)
 
 
 def multiplies(packed: PackedWeight, dtype: torch.dtype) -> bool:
     """Whether this weight is for :func:`matmul` and the functions after it."""
-    return dtype == torch.bfloat16 and takes(packed, dtype) and library().qalora_bfloat16() == 1
+    return why_not_multiply(packed, dtype) is None
 
 
 def fill(packed: PackedWeight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, out: Tensor) -> None:

@@ -1,0 +1,75 @@
+"""Folders as AutoGPTQ wrote them until 2023: settings beside the config, weights under names of their own."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from fabricate import make_adapter, make_base
+
+from qalora_plugin import load_base
+from qalora_plugin.errors import QALoraError
+from qalora_plugin.formats.lora import export_lora
+from qalora_plugin.inspecting import inspect
+from qalora_plugin.merging import merge
+from qalora_plugin.quant.checkpoint import Checkpoint
+from qalora_plugin.verifying import verify
+
+IDS = torch.arange(4, 100).view(2, 48)
+
+
+def to_old_layout(folder: Path, settings_in_config: bool = False) -> Path:
+    """Rename the weights of a base as AutoGPTQ named them, and move its settings to where AutoGPTQ kept them."""
+    name = "gptq_model-4bit-32g"
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        listed = json.loads(index.read_text())
+        for file in set(listed["weight_map"].values()):
+            (folder / file).rename(folder / file.replace("model-", f"{name}-"))
+        listed["weight_map"] = {k: file.replace("model-", f"{name}-") for k, file in listed["weight_map"].items()}
+        (folder / f"{name}.safetensors.index.json").write_text(json.dumps(listed))
+        index.unlink()
+    else:
+        (folder / "model.safetensors").rename(folder / f"{name}.safetensors")
+    if not settings_in_config:
+        config = json.loads((folder / "config.json").read_text())
+        found = config.pop("quantization_config")
+        (folder / "config.json").write_text(json.dumps(config))
+        settings = {key: found[key] for key in ("bits", "group_size", "desc_act", "sym")}
+        (folder / "quantize_config.json").write_text(json.dumps(settings | {"damp_percent": 0.01}))
+    return folder
+
+
+@pytest.fixture(params=[{}, {"shards": 3}, {"settings_in_config": True}], ids=str)
+def old(request, tmp_path):
+    in_config = request.param.get("settings_in_config", False)
+    return to_old_layout(make_base(tmp_path / "old", shards=request.param.get("shards", 1)), in_config)
+
+
+def test_is_the_same_base(base, old):
+    assert inspect(old).can_be_base
+    assert inspect(old).kinds == inspect(base).kinds
+    found, expected = (load_base(folder, dtype=torch.float32).eval()(IDS).logits for folder in (old, base))
+    assert torch.equal(found, expected)
+
+
+def test_merges_verifies_and_exports(old, tmp_path):
+    adapter = make_adapter(old, tmp_path / "adapter")
+    merged = merge(old, adapter, tmp_path / "merged", progress=False).folder
+    assert not list(merged.glob("quantize_config.json"))
+    assert [path.name for path in merged.glob("*.index.json")] == ["model.safetensors.index.json"]
+    assert Checkpoint.open(merged).method == "qalora"
+    assert verify(old, adapter, merged, [IDS[0].tolist()], device="cpu", progress=False).passed
+    assert export_lora(adapter, tmp_path / "lora", old).modules == 14
+
+
+def test_several_files_of_weights(tmp_path):
+    folder = to_old_layout(make_base(tmp_path / "old"))
+    weights = folder / "gptq_model-4bit-32g.safetensors"
+    (folder / "gptq_model-4bit-128g.safetensors").write_bytes(weights.read_bytes())
+    with pytest.raises(QALoraError, match=r"several other files of weights \(gptq_model-4bit-128g.safetensors, "):
+        Checkpoint.open(folder)
+    settings = folder / "quantize_config.json"
+    named = json.loads(settings.read_text()) | {"model_file_base_name": "gptq_model-4bit-32g"}
+    settings.write_text(json.dumps(named))
+    assert Checkpoint.open(folder).files == ["gptq_model-4bit-32g.safetensors"]

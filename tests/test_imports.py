@@ -1,0 +1,58 @@
+"""Whatever a user imports first works, alone in a fresh process, and transformers knows merged checkpoints after it."""
+
+import subprocess
+import sys
+
+import pytest
+from import_orders import failures, modules, public_names
+
+import qalora_plugin
+
+
+def test_every_public_name_can_be_imported_first():
+    assert failures(public_names()) == {}
+
+
+def test_every_module_can_be_imported_first():
+    assert failures(modules(qalora_plugin)) == {}
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import qalora_plugin",
+        "from qalora_plugin import load_base",
+        "from qalora_plugin import QALoraMergeCallback",
+        "import transformers.quantizers.auto",
+        "import transformers.modeling_utils, vllm_ext",
+        "import vllm_ext, qalora_plugin.errors",
+        "import peft",
+    ],
+)
+def test_transformers_loads_merged_checkpoints_whichever_is_imported_first(merged, first):
+    code = (
+        f"{first}; import qalora_plugin, sys; from transformers import AutoModelForCausalLM; "
+        "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[0].mlp.up_proj).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, merged], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "QuantLinear"
+
+
+def test_registers_after_a_registry_that_was_half_imported(merged):
+    """transformers may be what imports torch, and torch what calls us: then its registry is not there yet."""
+    code = """
+import sys, types
+from importlib.machinery import PathFinder
+import qalora_plugin.registration as registration
+sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, registration._WhenImported)]
+class InTheMidst:
+    def find_spec(self, name, path, target=None):
+        if name == "transformers.quantizers.base":  # imported by transformers.quantizers.auto
+            assert "transformers.quantizers.auto" in sys.modules
+            registration.register_with_transformers()
+sys.meta_path.insert(0, InTheMidst())
+from transformers import AutoModelForCausalLM
+print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[0].mlp.up_proj).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code, merged], capture_output=True, text=True)
+    assert done.stdout.strip() == "QuantLinear", done.stderr
