@@ -11,6 +11,7 @@ import numpy as np
 from .errors import QALoraError
 from .quant.checkpoint import TensorInfo, read_array, read_header, read_json
 from .quant.modules import QuantizedModule, all_finite
+from .quant.naming import stored_name
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -37,13 +38,14 @@ class AdapterFolder:
     Attributes:
         folder: where it lies.
         config: content of ``adapter_config.json``.
-        modules: names of the adapted linears, in the base checkpoint's naming.
+        keys: the adapted linears, name in the base checkpoint → name in the model that was trained, which the file's
+            names are made of.
         tensors: what the weights file holds, by the file's own names.
     """
 
     folder: Path
     config: dict
-    modules: list[str]
+    keys: dict[str, str]
     tensors: dict[str, TensorInfo]
 
     @classmethod
@@ -83,7 +85,23 @@ class AdapterFolder:
             raise QALoraError(
                 f"{folder / WEIGHTS_NAME} lacks A or B of {half[0] if half else 'every layer'}. Save it again."
             )
-        return cls(folder, config, sorted(found), tensors)
+        prefixes = config["qalora"].get("names") or {}
+        if not isinstance(prefixes, dict) or not all(isinstance(part, str) for part in prefixes.values()):
+            raise QALoraError(f"{folder / CONFIG_NAME}: qalora.names is no mapping of names to names. Save it again.")
+        keys = {stored_name(module, prefixes): module for module in sorted(found)}
+        if len(keys) < len(found):
+            raise QALoraError(f"{folder / CONFIG_NAME}: qalora.names gives two linears one name. Save it again.")
+        return cls(folder, config, dict(sorted(keys.items())), tensors)
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of the adapted linears, as in the base checkpoint."""
+        return list(self.keys)
+
+    @property
+    def model_class(self) -> str | None:
+        """Name of the transformers class that was trained; None in adapters of older versions."""
+        return self.config["qalora"].get("model_class")
 
     @property
     def base_fingerprint(self) -> str | None:
@@ -113,7 +131,7 @@ class AdapterFolder:
 
     def _patterned(self, name: str, module: str, default: int) -> int:
         patterns = self.config.get(name) or {}
-        key = matching_pattern(patterns, module)
+        key = matching_pattern(patterns, self.keys.get(module, module))
         return default if key is None else patterns[key]
 
     def check_fits(self, base_modules: dict[str, QuantizedModule]) -> None:
@@ -124,7 +142,7 @@ class AdapterFolder:
                 raise QALoraError(f"{self.folder} adapts {name}, which the base does not quantise. Use its own base.")
             rank = self.rank(name)
             for part, expected in (("A", (rank, spec.groups)), ("B", (spec.out_features, rank))):
-                found = self.tensors[_key(name, part)].shape
+                found = self.tensors[self._key(name, part)].shape
                 if found != expected:
                     raise QALoraError(
                         f"{self.folder}: lora_{part} of {name} is {found}, expected {expected} (rank {rank}, "
@@ -134,16 +152,15 @@ class AdapterFolder:
 
     def factors(self, module: str) -> tuple[np.ndarray, np.ndarray]:
         """A ``[R, G]`` and B ``[N, R]`` of one linear, as stored (bfloat16 as float32)."""
-        lora_a, lora_b = (read_array(self.folder, self.tensors[_key(module, part)]) for part in "AB")
+        lora_a, lora_b = (read_array(self.folder, self.tensors[self._key(module, part)]) for part in "AB")
         if not (all_finite(lora_a) and all_finite(lora_b)):
             raise QALoraError(f"{self.folder}: the adapter of {module} holds NaN or Inf. The training diverged.")
         return lora_a, lora_b
+
+    def _key(self, module: str, part: str) -> str:
+        return f"base_model.model.{self.keys[module]}.lora_{part}.weight"
 
 
 def matching_pattern(patterns: Iterable[str], module: str) -> str | None:
     """The first pattern that matches the end of a module's name, from a dot on. (PEFT's rule, without its import.)"""
     return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)), None)
-
-
-def _key(module: str, part: str) -> str:
-    return f"base_model.model.{module}.lora_{part}.weight"

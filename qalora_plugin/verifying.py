@@ -133,7 +133,7 @@ def verify(
         sequences = tokenise(AutoTokenizer.from_pretrained(result.folder), texts or default_texts(), max_tokens)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with _full_precision():
-        logits = _compare_logits(source.folder, opened.folder, result.folder, sequences, dtype, device)
+        logits = _compare_logits(source.folder, opened, result.folder, sequences, dtype, device)
     offsets = [name for name in result.tensors if name.endswith(".offsets")]
     return VerifyReport(
         base=str(base),
@@ -222,16 +222,15 @@ def _full_precision() -> Iterator[None]:
 
 
 def _compare_logits(
-    base: Path, adapter: Path, merged: Path, sequences: list[list[int]], dtype: torch.dtype, device: str
+    base: Path, adapter: AdapterFolder, merged: Path, sequences: list[list[int]], dtype: torch.dtype, device: str
 ) -> dict[str, Any]:
-    from transformers import AutoModelForCausalLM
-
     from .adapter import load_adapter
-    from .quant.loading import load_base
+    from .quant.loading import load_base, load_model
 
-    expected = list(_logits(load_adapter(load_base(base, dtype=dtype), adapter), sequences, device))
+    options = {"model_class": adapter.model_class, "dtype": dtype}
+    expected = list(_logits(load_adapter(load_base(base, **options), adapter.folder), sequences, device))
     gc.collect()
-    found = _logits(AutoModelForCausalLM.from_pretrained(merged, dtype=dtype), sequences, device)
+    found = _logits(load_model(merged, **options), sequences, device)
     tokens, agree, kl, largest_difference, largest_logit = 0, 0, 0.0, 0.0, 0.0
     for p, q in zip(expected, found, strict=True):
         log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)

@@ -65,10 +65,11 @@ def export_lora(
     for name in opened.modules:
         lora_a, lora_b = opened.factors(name)
         lora_a = np.ascontiguousarray(lora_a[:, column_groups(checkpoint, modules[name])])
-        tensors |= {f"base_model.model.{name}.lora_{part}.weight": t for part, t in (("A", lora_a), ("B", lora_b))}
+        key = f"base_model.model.{opened.keys[name]}.lora"
+        tensors |= {f"{key}_A.weight": lora_a, f"{key}_B.weight": lora_b}
     require_space(_existing(out.parent), sum(tensor.nbytes for tensor in tensors.values()) + (1 << 20))
     config = {key: value for key, value in opened.config.items() if key not in _OURS}
-    config |= {"peft_type": "LORA", "base_model_name_or_path": str(base), "target_modules": opened.modules}
+    config |= {"peft_type": "LORA", "base_model_name_or_path": str(base), "target_modules": list(opened.keys.values())}
     with new_folder(out) as work:
         save_file(tensors, work / WEIGHTS_NAME, metadata={"format": "pt"})
         (work / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

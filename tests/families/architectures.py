@@ -1,0 +1,47 @@
+"""Tiny models of transformers' architectures: one set of sizes for all, and what some of them need besides."""
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+VOCABULARY = 128
+TINY = (
+    dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY)
+    | dict.fromkeys(("hidden_size", "n_embd", "d_model", "embedding_size", "embed_dim", "word_embed_proj_dim"), 64)
+    | dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size", "dim_ff"), 128)
+    | dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "mamba_d_ssm"), 128)
+    | dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2)
+    | dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 2)
+    | dict.fromkeys(("num_key_value_heads", "num_kv_heads", "linear_num_key_heads", "linear_num_value_heads"), 2)
+    | dict.fromkeys(("head_dim", "global_head_dim", "swa_head_dim", "v_head_dim"), 32)
+    | dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "linear_key_head_dim", "linear_value_head_dim"), 32)
+    | dict.fromkeys(("kv_lora_rank", "mamba_d_head", "mamba_dt_rank", "time_step_rank", "laurel_rank"), 32)
+    | dict.fromkeys(("hidden_size_per_layer_input",), 32)
+    | dict.fromkeys(("q_lora_rank", "sliding_window", "attention_window_size", "lru_width"), 64)
+    | dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 64)
+    | dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4)
+    | dict.fromkeys(("num_experts_per_tok", "moe_k"), 2)
+    | dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace"), 1)
+    | dict.fromkeys(("mamba_n_groups", "n_groups", "mamba_ngroups"), 1)
+    | dict.fromkeys(("mamba_n_heads", "n_mamba_heads"), 4)
+    | dict.fromkeys(("mamba_d_state", "state_size", "rotary_dim"), 16)
+    | dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_seq_length"), 256)
+    | dict.fromkeys(("initializer_range", "init_std"), 0.1)
+    | {"mamba_expand": 2, "num_kv_shared_layers": 0, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+)
+
+
+def tiny_config(model_type: str, **changes: Any) -> PretrainedConfig:
+    """The config of ``model_type`` with every size that it knows made tiny; ``changes`` win."""
+    cls = CONFIG_MAPPING[model_type]
+    known = {*inspect.signature(cls.__init__).parameters, *getattr(cls, "__dataclass_fields__", ())}
+    return cls(**{name: size for name, size in TINY.items() if name in known} | changes)
+
+
+def tiny_model(config: PretrainedConfig, auto: type) -> PreTrainedModel:
+    """Random weights, always the same."""
+    torch.manual_seed(0)
+    return auto.from_config(config, dtype=torch.float32).eval()
