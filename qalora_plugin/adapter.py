@@ -23,7 +23,7 @@ from .errors import QALoraError
 from .kernels.linear import pool
 from .peft_conversion import leave_alone
 from .quant.checkpoint import Checkpoint
-from .quant.linear import QuantLinear
+from .quant.linear import QuantLinear, ReadableQuantLinear
 from .quant.naming import destinations, shorten
 
 logger = logging.getLogger(__name__)
@@ -255,7 +255,7 @@ def _restrict_to_quantised(model: PreTrainedModel, config: QALoraConfig, layers:
         if name and (every or isinstance(module, (*_DENSE_LAYERS, QuantLinear)))
         and check_target_module_exists(config, name)
     }  # fmt: skip
-    barred = {name for name in layers if name in matched and _is_barred(config, model, name)}
+    barred = {name for name in layers if name in matched and _is_barred(config, model, name, layers[name])}
     quantised = [name for name in layers if name in matched - barred]
     dense = matched - set(layers)
     if not quantised:
@@ -288,8 +288,10 @@ def _pattern(name: str) -> str:
     return name if leaf.isdigit() else leaf
 
 
-def _is_barred(config: QALoraConfig, model: PreTrainedModel, name: str) -> bool:
-    """True if PEFT refuses an adapter there."""
+def _is_barred(config: QALoraConfig, model: PreTrainedModel, name: str, layer: QuantLinear) -> bool:
+    """True for a linear that a fused Mamba kernel computes instead, without its adapter; PEFT refuses some of them."""
+    if isinstance(layer, ReadableQuantLinear):
+        return True
     try:
         _check_lora_target_modules_mamba(config, model, name.rsplit(".", 1)[-1])
     except ValueError:

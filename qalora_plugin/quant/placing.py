@@ -1,5 +1,7 @@
 """Which layer of a transformers model each quantised linear of a checkpoint is, and putting a ``QuantLinear`` there."""
 
+import inspect
+import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -8,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import QALoraError
 from .checkpoint import Checkpoint
-from .linear import QuantLinear
+from .linear import QuantLinear, ReadableQuantLinear
 from .modules import QuantizedModule, checkpoint_format
 from .naming import Destination, destinations, is_ignored
 
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
 # Forward passes that are x·W + bias and nothing else. (Falcon's writes the same product out by hand.)
 _PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
 _PLAIN_CLASSES = ("FalconLinear",)
-# Read as tensors by their parents (Mamba-1 mixers, DeepSeek's sparse attention), which never call the layer itself.
-_READ_AS_TENSORS = ("dt_proj", "weights_proj")
 
 
 def place_linears(
@@ -46,13 +46,11 @@ def place_linears(
             continue
         if linear is None or destination.converted:
             raise QALoraError(_why_no_linear(model, stored, destination))
-        if stored.endswith(_READ_AS_TENSORS):
-            raise QALoraError(
-                f"the checkpoint quantises {stored}, whose dense weight {type(model).__name__} reads itself instead of "
-                "calling the layer. Leave it dense when quantising."
-            )
         _require_same_linear(stored, spec, linear)
-        model.set_submodule(name, _packed(spec, fmt))
+        packed = _packed(spec, fmt, ReadableQuantLinear if _is_read_by_mixer(model, name) else QuantLinear)
+        if isinstance(packed, ReadableQuantLinear):
+            packed.weight_dtype = linear.weight.dtype
+        model.set_submodule(name, packed)
         names[name] = stored
     return names
 
@@ -102,6 +100,8 @@ def _why_no_linear(model: "PreTrainedModel", stored: str, destination: Destinati
 
 
 def _require_same_linear(stored: str, spec: QuantizedModule, linear: nn.Module) -> None:
+    if stored.endswith("weights_proj"):  # of DeepSeek's sparse attention, which asks for its dtype
+        raise QALoraError(f"{stored} is asked for its dense weight's dtype. Leave it dense when quantising.")
     if type(linear).forward not in _PLAIN_FORWARDS and type(linear).__name__ not in _PLAIN_CLASSES:
         raise QALoraError(
             f"{stored} is a {type(linear).__name__}, which computes more than a linear layer. Leave it dense when "
@@ -118,8 +118,17 @@ def _require_same_linear(stored: str, spec: QuantizedModule, linear: nn.Module) 
         )
 
 
-def _packed(spec: QuantizedModule, fmt: str) -> QuantLinear:
-    return QuantLinear(
+def _is_read_by_mixer(model: "PreTrainedModel", name: str) -> bool:
+    """True if the parent is a Mamba mixer whose code reads ``self.<leaf>.weight``; no class says so but in its source."""
+    path, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(path)
+    if not hasattr(parent, "A_log"):
+        return False
+    return re.search(rf"self\.{leaf}\.weight\b", inspect.getsource(type(parent))) is not None
+
+
+def _packed(spec: QuantizedModule, fmt: str, cls: type[QuantLinear]) -> QuantLinear:
+    return cls(
         spec.in_features,
         spec.out_features,
         spec.bits,

@@ -45,3 +45,24 @@ def tiny_model(config: PretrainedConfig, auto: type) -> PreTrainedModel:
     """Random weights, always the same."""
     torch.manual_seed(0)
     return auto.from_config(config, dtype=torch.float32).eval()
+
+
+VISION = {
+    "image_size": 28, "patch_size": 14, "depth": 2, "out_hidden_size": 64, "projection_dim": 64, "temporal_patch_size": 2,
+    "spatial_merge_size": 2, "deepstack_visual_indexes": [0], "fullatt_block_indexes": [0], "num_position_embeddings": 16,
+    "vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64, "window_size": 28,
+}  # fmt: skip
+
+
+def tiny_composite_config(model_type: str, text: dict | None = None, **changes: Any) -> PretrainedConfig:
+    """A wrapper of text and vision with both parts tiny; ``text`` changes the text's config, ``changes`` the whole."""
+    cls = CONFIG_MAPPING[model_type]
+    default, parts = cls(), {}
+    for name in cls.sub_configs:
+        part = getattr(default, name, None)
+        if part is None:
+            continue
+        is_text = "text" in name or "llm" in name
+        sizes = {key: size for key, size in (TINY | ({} if is_text else VISION)).items() if hasattr(part, key)}
+        parts[name] = type(part)(**sizes | ((text or {}) if is_text else {}))
+    return cls(**parts | changes)

@@ -46,7 +46,7 @@ def is_to_be_quantised(name: str, module: nn.Module) -> bool:
     leaf = name.rsplit(".", 1)[-1]
     inside_layers = any(part.isdigit() for part in name.split("."))
     sizes = module.weight.shape
-    return inside_layers and leaf not in ("gate", "router", "dt_proj", "weights_proj") and all(size % GROUP == 0 for size in sizes)
+    return inside_layers and leaf not in ("gate", "router", "weights_proj") and all(size % GROUP == 0 for size in sizes)
 
 
 def make_base_of(model: PreTrainedModel, folder: Path, quantise_experts: bool = False) -> Base:
@@ -114,4 +114,4 @@ def fold_into_dense(base: Base, adapter: Path, out: Path, scaling: float) -> Pat
 
 
 def _key(tensor: Tensor) -> tuple:
-    return (*tensor.shape, tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return (*tensor.shape, tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
