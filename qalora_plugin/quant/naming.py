@@ -1,7 +1,7 @@
 """Names on disk and names in a model. transformers renames tensors while it loads them, and each class in its own way:
 ``language_model.model.layers.0…`` on disk is ``model.language_model.layers.0…`` in ``Gemma3ForConditionalGeneration``.
 
-The rules are transformers' own (``conversion_mapping``). What an adapter records of them is :func:`shorten`\\ ed, so that
+The rules are transformers' own (``conversion_mapping``). What an adapter records of them is shortened (:func:`shorten`), so that
 merging, which sees no model, finds the tensors that its A and B belong to.
 """
 

@@ -4,7 +4,7 @@ import inspect
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCABULARY = 128
@@ -66,3 +66,52 @@ def tiny_composite_config(model_type: str, text: dict | None = None, **changes: 
         sizes = {key: size for key, size in (TINY | ({} if is_text else VISION)).items() if hasattr(part, key)}
         parts[name] = type(part)(**sizes | ((text or {}) if is_text else {}))
     return cls(**parts | changes)
+
+
+# What a text model needs besides the sizes above: both kinds of layers where it has several, numbers that fit together.
+TEXT: dict[str, dict[str, Any]] = {
+    name: {}
+    for name in """
+    afmoe apertus arcee biogpt bitnet bloom cohere cohere2 cohere2_moe cpmant ctrl cwm deepseek_v2 deepseek_v3 diffllama doge
+    dots1 ernie4_5 ernie4_5_moe exaone4 falcon falcon_h1 falcon_mamba flex_olmo gemma gemma2 gemma3_text gemma3n_text
+    gemma4_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gptj gpt_oss granite granitemoe
+    granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hyperclovax jais2 jetmoe llama llama4_text mamba minicpm3 minimax
+    ministral ministral3 mistral mixtral modernbert-decoder mpt nanochat nemotron olmo olmo2 olmo3 olmo_hybrid olmoe
+    openai-gpt opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe rwkv seed_oss smollm3 stablelm starcoder2
+    vaultgemma xglm youtu
+    """.split()
+} | {
+    "bamba": {"attn_layer_indices": [1]},
+    "codegen": {"n_head": 4, "head_dim": 16},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 32, "head_dim": 4},
+    "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
+    "recurrent_gemma": {"num_hidden_layers": 3, "block_types": ("recurrent", "recurrent", "attention")},
+}  # fmt: skip
+# Wrappers of text and vision, whose text is trained.
+VISION_LANGUAGE: dict[str, dict[str, Any]] = {
+    name: {}
+    for name in """
+    aria aya_vision gemma3 idefics2 idefics3 internvl lfm2_vl llama4 llava llava_next llava_onevision mistral3 ovis2 paligemma
+    qwen3_vl qwen3_vl_moe smolvlm vipllava
+    """.split()
+} | {
+    "mllama": {"text": {"cross_attention_layers": [1]}},
+    "qwen2_5_vl": {"text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}}},
+    "qwen2_vl": {"text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}}},
+    "qwen3_5": {"text": {"layer_types": ["linear_attention", "full_attention"]}},
+}  # fmt: skip
+# With the experts quantised as well, as GPTQModel does by default.
+QUANTISED_EXPERTS = ("deepseek_v2", "mixtral", "olmoe", "qwen3_moe", "qwen3_vl_moe")
+
+
+def build(name: str, **changes: Any) -> PreTrainedModel:
+    """The tiny model of a name in :data:`TEXT` or :data:`VISION_LANGUAGE`."""
+    if name in TEXT:
+        return tiny_model(tiny_config(name, **TEXT[name] | changes), AutoModelForCausalLM)
+    return tiny_model(tiny_composite_config(name, **VISION_LANGUAGE[name] | changes), AutoModelForImageTextToText)
