@@ -186,8 +186,8 @@ def _require_adapters(model: PeftModel, wanted: set[str]) -> None:
     found = {name.removeprefix(prefix) for name, module in model.named_modules() if isinstance(module, QALoraLayer)}
     if different := sorted(found ^ wanted):
         raise QALoraError(
-            f"PEFT put the adapter on {len(found)} linears, expected {len(wanted)}; {different[0]} differs. This version "
-            "of PEFT changes which layers an adapter is for: use one that is listed in the README."
+            f"PEFT put the adapter on {len(found)} linears, expected {len(wanted)}; {different[0]} differs. This "
+            "version of PEFT changes which layers an adapter is for: use one that is listed in the README."
         )
 
 

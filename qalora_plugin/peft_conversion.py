@@ -1,9 +1,9 @@
 """PEFT rewrites adapters of model types whose layers changed in transformers 5, which must not happen to ours.
 
-It takes gate_proj, up_proj and down_proj of *any* type listed beside Qwen2-MoE for experts that are stacked in one tensor
-now, and moves them from ``target_modules`` to ``target_parameters``: DeepSeek-V2's dense layers would silently get no
-adapter, and what is saved could not be loaded. Names of stored adapters are rewritten likewise. A QA-LoRA adapter goes onto
-linears that are there, under the names that they have.
+It takes gate_proj, up_proj and down_proj of *any* type listed beside Qwen2-MoE for experts that are stacked in one
+tensor now, and moves them from ``target_modules`` to ``target_parameters``: DeepSeek-V2's dense layers would silently
+get no adapter, and what is saved could not be loaded. Names of stored adapters are rewritten likewise. A QA-LoRA
+adapter goes onto linears that are there, under the names that they have.
 """
 
 from collections.abc import Callable

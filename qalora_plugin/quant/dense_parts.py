@@ -28,7 +28,7 @@ def dense_dtypes(model: "PreTrainedModel") -> dict[str, torch.dtype]:
 
 
 def restore_dtypes(model: "PreTrainedModel", dtypes: dict[str, torch.dtype]) -> None:
-    """Cast dense tensors to ``dtypes``: of a quantised model, transformers keeps what it *renames* in the file's dtype."""
+    """Cast dense tensors to ``dtypes``: transformers leaves what it renames in a quantised model in the file's."""
     for prefix, module in model.named_modules():
         if isinstance(module, QuantLinear):
             continue

@@ -1,7 +1,7 @@
 """Names on disk and names in a model. transformers renames tensors while it loads them, and each class in its own way:
 ``language_model.model.layers.0…`` on disk is ``model.language_model.layers.0…`` in ``Gemma3ForConditionalGeneration``.
 
-The rules are transformers' own (``conversion_mapping``). What an adapter records of them is shortened (:func:`shorten`), so that
+The rules are transformers' own (``conversion_mapping``). An adapter records them, shortened (:func:`shorten`), so that
 merging, which sees no model, finds the tensors that its A and B belong to.
 """
 
@@ -27,7 +27,9 @@ def destinations(model: "PreTrainedModel", keys: Iterable[str], rules: list | No
     """Where transformers puts each tensor of a checkpoint, whether or not the model has a place of that name.
 
     Args:
-        model: may be on the meta device. keys: names on disk. rules: the mapping that a load uses; default: the model's.
+        model: may be on the meta device.
+        keys: names on disk.
+        rules: the mapping that a load uses; default: the model's.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key

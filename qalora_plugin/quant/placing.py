@@ -46,7 +46,7 @@ def place_linears(
             continue
         if linear is None or destination.converted:
             raise QALoraError(_why_no_linear(model, stored, destination))
-        _require_same_linear(stored, spec, linear)
+        _require_same_linear(stored, spec, linear, model.config.model_type)
         packed = _packed(spec, fmt, ReadableQuantLinear if _is_read_by_mixer(model, name) else QuantLinear)
         if isinstance(packed, ReadableQuantLinear):
             packed.weight_dtype = linear.weight.dtype
@@ -55,9 +55,7 @@ def place_linears(
     return names
 
 
-def require_every_tensor(
-    model: "PreTrainedModel", checkpoint: Checkpoint, names: dict[str, str], rules: list
-) -> None:
+def require_every_tensor(model: "PreTrainedModel", checkpoint: Checkpoint, names: dict[str, str], rules: list) -> None:
     """Refuse to go on where transformers' rules would leave part of a packed linear unloaded, which it fills at random.
 
     Args:
@@ -99,7 +97,12 @@ def _why_no_linear(model: "PreTrainedModel", stored: str, destination: Destinati
     return f"{head}has no such linear layer ({found}). Is config.json another model's?"
 
 
-def _require_same_linear(stored: str, spec: QuantizedModule, linear: nn.Module) -> None:
+def _require_same_linear(stored: str, spec: QuantizedModule, linear: nn.Module, model_type: str) -> None:
+    if model_type == "rwkv":
+        raise QALoraError(
+            f"{stored} cannot be packed: RWKV rescales its weights in place between training and evaluation. "
+            "Use another architecture."
+        )
     if stored.endswith("weights_proj"):  # of DeepSeek's sparse attention, which asks for its dtype
         raise QALoraError(f"{stored} is asked for its dense weight's dtype. Leave it dense when quantising.")
     if type(linear).forward not in _PLAIN_FORWARDS and type(linear).__name__ not in _PLAIN_CLASSES:
@@ -119,7 +122,7 @@ def _require_same_linear(stored: str, spec: QuantizedModule, linear: nn.Module) 
 
 
 def _is_read_by_mixer(model: "PreTrainedModel", name: str) -> bool:
-    """True if the parent is a Mamba mixer whose code reads ``self.<leaf>.weight``; no class says so but in its source."""
+    """True if the parent is a Mamba mixer whose code reads ``self.<leaf>.weight``. Only its source tells."""
     path, _, leaf = name.rpartition(".")
     parent = model.get_submodule(path)
     if not hasattr(parent, "A_log"):

@@ -48,8 +48,9 @@ def tiny_model(config: PretrainedConfig, auto: type) -> PreTrainedModel:
 
 
 VISION = {
-    "image_size": 28, "patch_size": 14, "depth": 2, "out_hidden_size": 64, "projection_dim": 64, "temporal_patch_size": 2,
-    "spatial_merge_size": 2, "deepstack_visual_indexes": [0], "fullatt_block_indexes": [0], "num_position_embeddings": 16,
+    "image_size": 28, "patch_size": 14, "depth": 2, "out_hidden_size": 64, "projection_dim": 64,
+    "temporal_patch_size": 2, "spatial_merge_size": 2, "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0], "fullatt_block_indexes": [0],
     "vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64, "window_size": 28,
 }  # fmt: skip
 
@@ -72,14 +73,14 @@ def tiny_composite_config(model_type: str, text: dict | None = None, **changes: 
 TEXT: dict[str, dict[str, Any]] = {
     name: {}
     for name in """
-    afmoe apertus arcee biogpt bitnet bloom cohere cohere2 cohere2_moe cpmant ctrl cwm deepseek_v2 deepseek_v3 diffllama doge
-    dots1 ernie4_5 ernie4_5_moe exaone4 falcon falcon_h1 falcon_mamba flex_olmo gemma gemma2 gemma3_text gemma3n_text
-    gemma4_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gptj gpt_oss granite granitemoe
-    granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hyperclovax jais2 jetmoe llama llama4_text mamba minicpm3 minimax
-    ministral ministral3 mistral mixtral modernbert-decoder mpt nanochat nemotron olmo olmo2 olmo3 olmo_hybrid olmoe
-    openai-gpt opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe rwkv seed_oss smollm3 stablelm starcoder2
-    vaultgemma xglm youtu
-    """.split()
+    afmoe apertus arcee biogpt bitnet bloom cohere cohere2 cohere2_moe cpmant ctrl cwm deepseek_v2 deepseek_v3
+    diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4 falcon falcon_h1 falcon_mamba flex_olmo gemma gemma2
+    gemma3_text gemma3n_text gemma4_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gptj
+    gpt_oss granite granitemoe granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hyperclovax jais2 jetmoe
+    llama llama4_text mamba minicpm3 minimax ministral ministral3 mistral mixtral modernbert-decoder mpt
+    nanochat nemotron olmo olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt persimmon phi phi3 phimoe qwen2
+    qwen2_moe qwen3 qwen3_moe rwkv seed_oss smollm3 stablelm starcoder2 vaultgemma xglm youtu
+    """.split()  # noqa: SIM905
 } | {
     "bamba": {"attn_layer_indices": [1]},
     "codegen": {"n_head": 4, "head_dim": 16},
@@ -93,21 +94,23 @@ TEXT: dict[str, dict[str, Any]] = {
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
     "recurrent_gemma": {"num_hidden_layers": 3, "block_types": ("recurrent", "recurrent", "attention")},
 }  # fmt: skip
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
 # Wrappers of text and vision, whose text is trained.
 VISION_LANGUAGE: dict[str, dict[str, Any]] = {
     name: {}
     for name in """
-    aria aya_vision gemma3 idefics2 idefics3 internvl lfm2_vl llama4 llava llava_next llava_onevision mistral3 ovis2 paligemma
-    qwen3_vl qwen3_vl_moe smolvlm vipllava
-    """.split()
+    aria aya_vision gemma3 idefics2 idefics3 internvl lfm2_vl llama4 llava llava_next llava_onevision mistral3
+    ovis2 paligemma qwen3_vl qwen3_vl_moe smolvlm vipllava
+    """.split()  # noqa: SIM905
 } | {
     "mllama": {"text": {"cross_attention_layers": [1]}},
-    "qwen2_5_vl": {"text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}}},
-    "qwen2_vl": {"text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}}},
+    "qwen2_5_vl": {"text": {"rope_parameters": MROPE}},
+    "qwen2_vl": {"text": {"rope_parameters": MROPE}},
     "qwen3_5": {"text": {"layer_types": ["linear_attention", "full_attention"]}},
 }  # fmt: skip
 # With the experts quantised as well, as GPTQModel does by default.
-QUANTISED_EXPERTS = ("deepseek_v2", "mixtral", "olmoe", "qwen3_moe", "qwen3_vl_moe")
+EXPERTS = ", experts quantised"
+QUANTISED_EXPERTS = ("deepseek_v2", "mixtral", "olmoe", "qwen3_moe")
 
 
 def build(name: str, **changes: Any) -> PreTrainedModel:

@@ -79,7 +79,7 @@ def make_base_of(model: PreTrainedModel, folder: Path, quantise_experts: bool = 
         if name.endswith(".weight") and module in chosen:
             weight = tensor.t() if module in turned else tensor
             parts = quantise(weight, 4, GROUP, False, "gptq")
-            rounded = reference.dequantize(parts["qweight"], parts["qzeros"], parts["scales"], parts["g_idx"], 4, "gptq")
+            rounded = reference.dequantize(**parts, bits=4, checkpoint_format="gptq")
             dense[name] = (rounded if module in turned else rounded.t()).float().contiguous()
             tensors |= {f"{module}.{part}": value.contiguous() for part, value in parts.items()}
         else:
