@@ -24,14 +24,13 @@ def documented(section: str) -> dict[str, Row]:
 
 def write(section: str, columns: Row, rows: list[Row], packages: tuple[str, ...]) -> None:
     """Replace one table; ``packages`` are named with the versions that it was run with."""
-    text = DOCUMENT.read_text()
-    before, _, rest = text.partition(HEADINGS[section])
-    introduction = re.split(r"^(?:Run with|\|)", rest, maxsplit=1, flags=re.M)[0]
-    after = rest[match.start() :] if (match := re.search(r"^## ", rest, re.M)) else ""
+    before, _, rest = DOCUMENT.read_text().partition(HEADINGS[section])
+    own, *others = re.split(r"^(?=## )", rest, maxsplit=1, flags=re.M)
+    introduction = re.split(r"^(?:Run with|\|)", own, maxsplit=1, flags=re.M)[0]
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     table = ["| " + " | ".join(row) + " |" for row in (columns, ("---",) * len(columns), *rows)]
     run = f"Run with {versions}: {len(rows)} rows, {sum(row[-1].startswith('works') for row in rows)} work."
-    parts = (f"{before}{HEADINGS[section]}{introduction}{run}", "\n".join(table), after)
+    parts = (f"{before}{HEADINGS[section]}{introduction}{run}", "\n".join(table), *others)
     DOCUMENT.write_text("\n\n".join(parts).rstrip() + "\n")
 
 
