@@ -15,9 +15,10 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba, check_target_module_exists
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .adapter_folder import (
     ADAPTER_FORMAT,
@@ -29,11 +30,14 @@ from .adapter_folder import (
 )
 from .errors import QALoraError
 from .kernels.linear import pool
+from .peft_conversion import leave_alone
 from .quant.checkpoint import Checkpoint, is_local
-from .quant.linear import QuantLinear
+from .quant.linear import QuantLinear, ReadableQuantLinear
+from .quant.naming import destinations, shorten
 
 logger = logging.getLogger(__name__)
 
+_DENSE_LAYERS = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)  # PEFT's
 _MUST_BE_UNSET = {
     "use_dora": "DoRA scales whole columns, which no group-wise offset can express",
     "use_qalora": "it is PEFT's own pooling, scaled differently; this adapter pools already",
@@ -52,7 +56,8 @@ class QALoraConfig(LoraConfig):
 
     Attributes:
         qalora: ``format_version``, ``pooling`` (``"sum"``), ``group_size`` (None if it differs between layers) and
-            ``base_fingerprint``. Filled by :func:`bind_config`.
+            ``base_fingerprint``; ``model_class`` that was trained and, where it names its layers other than the
+            checkpoint does, ``names``: prefixes in the model → prefixes on disk. Filled by :func:`bind_config`.
     """
 
     qalora: dict[str, Any] | None = field(
@@ -87,6 +92,7 @@ class QALoraConfig(LoraConfig):
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = QALoraConfig
+leave_alone(QALoraConfig)
 
 
 def _check_base_first(load: Callable) -> Callable:
@@ -203,6 +209,16 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig | None = None, **lora
     return get_peft_model(model, bind_config(model, config))
 
 
+def require_adapters(model: nn.Module, wanted: set[str]) -> None:
+    """Refuse a base model whose adapter is not on exactly the linears ``wanted``, by their names in it."""
+    found = {name for name, module in model.named_modules() if isinstance(module, QALoraLayer)}
+    if different := sorted(found ^ wanted):
+        raise QALoraError(
+            f"PEFT put the adapter on {len(found)} linears, expected {len(wanted)}; {different[0]} differs. This "
+            "version of PEFT changes which layers an adapter is for: use one that is listed in the README."
+        )
+
+
 def bind_config(model: PreTrainedModel, config: LoraConfig) -> QALoraConfig:
     """``config`` as a :class:`QALoraConfig` that names the base of ``model`` and targets only its quantised linears."""
     quantizer = getattr(model, "hf_quantizer", None)
@@ -225,15 +241,19 @@ def bind_config(model: PreTrainedModel, config: LoraConfig) -> QALoraConfig:
         "pooling": POOLING,
         "group_size": group_sizes.pop() if len(group_sizes) == 1 else None,
         "base_fingerprint": quantizer.base_fingerprint(),
+        "model_class": type(model).__name__,
     }
+    if names := shorten({name: quantizer.names[name] for name in targets}):
+        bound.qalora["names"] = names
     return bound
 
 
 def _require_own_embeddings(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Refuse embeddings that were resized for new tokens: PEFT would save them, and a merge could not hold them."""
     embeddings = model.get_input_embeddings()
-    name = next(f"{name}.weight" for name, module in model.named_modules() if module is embeddings)
-    stored = checkpoint.tensors.get(name)
+    names = {f"{name}.weight" for name, module in model.named_modules() if module is embeddings}
+    keys = (key for key, place in destinations(model, checkpoint.tensors).items() if place.name in names)
+    stored = checkpoint.tensors.get(next(keys, None))
     if stored and stored.shape[0] != len(embeddings.weight):
         raise QALoraError(
             f"the embeddings were resized from {stored.shape[0]} to {len(embeddings.weight)} tokens, but a merged "
@@ -242,32 +262,64 @@ def _require_own_embeddings(model: PreTrainedModel, checkpoint: Checkpoint) -> N
 
 
 def _restrict_to_quantised(model: PreTrainedModel, config: QALoraConfig, layers: dict[str, QuantLinear]) -> list[str]:
-    """Exclude the dense linears that the target patterns also match; returns the quantised ones that they match."""
-    if config.target_modules == "all-linear":
+    """Exclude what the target patterns match besides, saying so; returns the quantised linears that get an adapter."""
+    every = config.target_modules == "all-linear"
+    if every:
         head = model.get_output_embeddings()
-        config.target_modules = {name.rsplit(".", 1)[-1] for name, layer in layers.items() if layer is not head}
+        config.target_modules = {_pattern(name) for name, layer in layers.items() if layer is not head}
     matched = {
         name
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, QuantLinear)) and check_target_module_exists(config, name)
-    }
-    quantised = [name for name in layers if name in matched]
-    dense = sorted(matched - set(quantised))
+        if name and (every or isinstance(module, (*_DENSE_LAYERS, QuantLinear)))
+        and check_target_module_exists(config, name)
+    }  # fmt: skip
+    barred = {name for name in layers if name in matched and _is_barred(config, model, name, layers[name])}
+    quantised = [name for name in layers if name in matched - barred]
+    dense = matched - set(layers)
     if not quantised:
+        found = sorted(dense) or sorted(barred)
         raise QALoraError(
-            f"target_modules {config.target_modules!r} match no quantised linear of this base (they match "
-            f"{', '.join(dense[:3]) or 'nothing'}). Quantised here are: "
+            f"target_modules {config.target_modules!r} match no quantised linear of this base that can have an adapter "
+            f"(they match {', '.join(found[:3]) or 'nothing'}). Quantised here are: "
             f"{', '.join(sorted({name.rsplit('.', 1)[-1] for name in layers}))}."
         )
-    if dense and isinstance(config.exclude_modules, str):
+    excluded = sorted(dense | barred)
+    if excluded and isinstance(config.exclude_modules, str):
         raise QALoraError(
-            f"the targets also match linears that this base leaves dense ({', '.join(dense[:3])}). "
+            f"the targets also match layers that cannot have an adapter ({', '.join(excluded[:3])}). "
             "Give the excluded modules as a list instead of a pattern, or name the targets more narrowly."
         )
+    if excluded:
+        config.exclude_modules = sorted({*(config.exclude_modules or ()), *excluded})
     if dense:
-        config.exclude_modules = sorted({*(config.exclude_modules or ()), *dense})
-        logger.warning("%d targeted linears are left dense by this base and get no adapter: %s …", len(dense), dense[0])
+        logger.warning("%d targeted layers are left dense by this base and get no adapter: %s", *_counted(dense))
+    if barred:
+        logger.warning(
+            "%d targeted linears get no adapter, because fused Mamba kernels would leave it out: %s", *_counted(barred)
+        )
     return quantised
+
+
+def _pattern(name: str) -> str:
+    """What targets a linear: its last name, unless that is a number, as every layer's is."""
+    leaf = name.rsplit(".", 1)[-1]
+    return name if leaf.isdigit() else leaf
+
+
+def _is_barred(config: QALoraConfig, model: PreTrainedModel, name: str, layer: QuantLinear) -> bool:
+    """True for a linear that a fused Mamba kernel computes instead, without its adapter; PEFT refuses some of them."""
+    if isinstance(layer, ReadableQuantLinear):
+        return True
+    try:
+        _check_lora_target_modules_mamba(config, model, name.rsplit(".", 1)[-1])
+    except ValueError:
+        return True
+    return False
+
+
+def _counted(names: set[str]) -> tuple[int, str]:
+    listed = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
+    return len(names), f"{listed} ({min(names)} …)"
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool = False, **kwargs: Any) -> PeftModel:
@@ -279,4 +331,12 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool 
     adapter = AdapterFolder.open(folder)
     found = model.hf_quantizer.base_fingerprint(adapter.base_fingerprint)
     adapter.require_base(found, str(model.hf_quantizer.checkpoint.folder))
-    return PeftModel.from_pretrained(model, folder, is_trainable=is_trainable, **kwargs)
+    wanted = set(adapter.keys.values())
+    if missing := sorted(wanted - set(model.hf_quantizer.names)):
+        raise QALoraError(
+            f"the adapter {folder} was trained on a {adapter.model_class or 'model of another class'}, whose "
+            f"{missing[0]} this {type(model).__name__} does not have. Load the base as that class."
+        )
+    peft_model = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable, **kwargs)
+    require_adapters(peft_model.get_base_model(), wanted)
+    return peft_model

@@ -14,6 +14,7 @@ from .errors import QALoraError, os_errors_in_one_line
 from .patterns import check_patterns, matching_pattern
 from .quant.checkpoint import TensorInfo, expanded, read_array, read_header, read_json, short
 from .quant.modules import QuantizedModule, all_finite
+from .quant.naming import stored_name
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -48,13 +49,14 @@ class AdapterFolder:
     Attributes:
         folder: where it lies.
         config: content of ``adapter_config.json``.
-        modules: names of the adapted linears, in the base checkpoint's naming.
+        keys: the adapted linears, name in the base checkpoint → name in the model that was trained, which the file's
+            names are made of.
         tensors: what the weights file holds, by the file's own names.
     """
 
     folder: Path
     config: dict
-    modules: list[str]
+    keys: dict[str, str]
     tensors: dict[str, TensorInfo]
 
     @classmethod
@@ -103,7 +105,23 @@ class AdapterFolder:
                 f"{folder / WEIGHTS_NAME} lacks A or B of {half[0] if half else 'every layer'}. Save it again."
             )
         check_config_patterns(config, sorted(found), folder / CONFIG_NAME)
-        return cls(folder, config, sorted(found), tensors)
+        prefixes = config["qalora"].get("names") or {}
+        if not isinstance(prefixes, dict) or not all(isinstance(part, str) for part in prefixes.values()):
+            raise QALoraError(f"{folder / CONFIG_NAME}: qalora.names is no mapping of names to names. Save it again.")
+        keys = {stored_name(module, prefixes): module for module in sorted(found)}
+        if len(keys) < len(found):
+            raise QALoraError(f"{folder / CONFIG_NAME}: qalora.names gives two linears one name. Save it again.")
+        return cls(folder, config, dict(sorted(keys.items())), tensors)
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of the adapted linears, as in the base checkpoint."""
+        return list(self.keys)
+
+    @property
+    def model_class(self) -> str | None:
+        """Name of the transformers class that was trained; None in adapters of older versions."""
+        return self.config["qalora"].get("model_class")
 
     @property
     def base_fingerprint(self) -> str | None:
@@ -142,7 +160,7 @@ class AdapterFolder:
 
     def _patterned(self, name: str, module: str, default: int) -> int:
         patterns = self.config.get(name) or {}
-        key = matching_pattern(patterns, module)
+        key = matching_pattern(patterns, self.keys.get(module, module))
         return default if key is None else patterns[key]
 
     def check_fits(self, base_modules: dict[str, QuantizedModule]) -> None:
@@ -153,7 +171,7 @@ class AdapterFolder:
                 raise QALoraError(f"{self.folder} adapts {name}, which the base does not quantise. Use its own base.")
             rank = self.rank(name)
             for part, expected in (("A", (rank, spec.groups)), ("B", (spec.out_features, rank))):
-                found = self.tensors[_key(name, part)].shape
+                found = self.tensors[self._key(name, part)].shape
                 if found != expected:
                     raise QALoraError(
                         f"{self.folder}: lora_{part} of {name} is {found}, expected {expected} (rank {rank}, "
@@ -163,10 +181,13 @@ class AdapterFolder:
 
     def factors(self, module: str) -> tuple[np.ndarray, np.ndarray]:
         """A ``[R, G]`` and B ``[N, R]`` of one linear, as stored (bfloat16 as float32)."""
-        lora_a, lora_b = (read_array(self.folder, self.tensors[_key(module, part)]) for part in "AB")
+        lora_a, lora_b = (read_array(self.folder, self.tensors[self._key(module, part)]) for part in "AB")
         if not (all_finite(lora_a) and all_finite(lora_b)):
             raise QALoraError(f"{self.folder}: the adapter of {module} holds NaN or Inf. The training diverged.")
         return lora_a, lora_b
+
+    def _key(self, module: str, part: str) -> str:
+        return f"base_model.model.{self.keys[module]}.lora_{part}.weight"
 
 
 def _check_config(config: dict, path: Path) -> None:
@@ -209,7 +230,3 @@ def check_config_patterns(config: dict, modules: list[str], what: object) -> Non
 
 def _plain(value: Any) -> str:
     return value if isinstance(value, str) else short(value)
-
-
-def _key(module: str, part: str) -> str:
-    return f"base_model.model.{module}.lora_{part}.weight"

@@ -9,29 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapter_folder import AdapterFolder
 from .quant.reference import adapter_offsets
 
 
 def compare_logits(
-    base: Path, adapter: Path, merged: Path, sequences: list[list[int]], dtype: torch.dtype, device: str
+    base: Path, adapter: AdapterFolder, merged: Path, sequences: list[list[int]], dtype: torch.dtype, device: str
 ) -> dict[str, float]:
     """How far the merged checkpoint's logits are from those of base + adapter; keys as in ``VerifyReport``.
 
     The merged model runs twice: with its offsets as stored, then with those of the other dtype. So one of the two has
     them exact, and one rounded to float16.
     """
-    from transformers import AutoModelForCausalLM
-
     from .adapter import load_adapter
-    from .quant.loading import load_base
+    from .quant.loading import load_base, load_model
 
     with full_precision():
-        model = load_adapter(load_base(base, dtype=dtype), adapter)
+        options = {"model_class": adapter.model_class, "dtype": dtype}
+        model = load_adapter(load_base(base, **options), adapter.folder)
         expected = list(_logits(model, sequences, device))
         offsets = exact_offsets(model)
         del model
         gc.collect()
-        model = AutoModelForCausalLM.from_pretrained(merged, dtype=dtype)
+        model = load_model(merged, **options)
         largest = max(logits.abs().max().item() for logits in expected)
         tokens, agree, kl, stored, again = 0, 0, 0.0, 0.0, 0.0
         for p, q in zip(expected, _logits(model, sequences, device), strict=True):

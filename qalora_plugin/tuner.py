@@ -11,9 +11,10 @@ from typing import Any
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from .adapter import QALoraConfig, QALoraLayer, bind_config
+from .adapter import QALoraConfig, QALoraLayer, bind_config, require_adapters
 from .quant.linear import QuantLinear
 
 
@@ -21,14 +22,17 @@ class QALoraModel(LoraModel):
     """A ``LoraModel`` that ties a new adapter on packed linears to their base."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        modules = list(model.modules())
-        if any(isinstance(module, QuantLinear) for module in modules):
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+        is_first = not any(isinstance(module, QALoraLayer) for module in model.modules())
+        if layers:
             config = self.peft_config[adapter_name]
-            is_first = not any(isinstance(module, QALoraLayer) for module in modules)
             if is_first and not (isinstance(config, QALoraConfig) and config.qalora):
                 config = self._prepare_adapter_config(copy(config), self.get_model_config(model))  # default targets
                 self.peft_config[adapter_name] = bind_config(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if layers and is_first:
+            config = self.peft_config[adapter_name]
+            require_adapters(model, {name for name in layers if check_target_module_exists(config, name)})
         # DDP broadcasts every buffer at every forward, but the packed weights never change. It looks for this on what
         # it wraps, the PeftModel, which asks here.
         self._ddp_params_and_buffers_to_ignore = [

@@ -174,7 +174,7 @@ def verify(
 
         sequences = tokenise(AutoTokenizer.from_pretrained(result.folder), texts or default_texts(), max_tokens)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    logits = compare_logits(source.folder, opened.folder, result.folder, sequences, dtype, device)
+    logits = compare_logits(source.folder, opened, result.folder, sequences, dtype, device)
     offsets = [name for name in result.tensors if name.endswith(".offsets")]
     return VerifyReport(
         base=str(base),

@@ -32,6 +32,13 @@ from .linear import QALoraLinearMethod
 from .paths import PATH_KEY, TIMED_KEY, forced_path, timed_path
 from .versions import load_every_tensor
 
+# What vLLM fuses where a model class does not say so itself (StableLM, GPT-J).
+USUAL_PACKING = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# Model classes whose own loading code cannot take packed weights, quantised by whomever.
+REFUSED = {
+    "BloomForCausalLM": "vLLM reorders the rows of query_key_value while loading, but packed rows run along the input",
+    "MiniCPM3ForCausalLM": "vLLM builds q_a_proj without a name, so nothing tells that it is quantised",
+}
 DRAFT_PREFIX = "draft_model."  # what vLLM puts before every name of a model that drafts for another
 
 
@@ -97,8 +104,15 @@ class QALoraConfig(QuantizationConfig):
         """Read the headers of the checkpoint (a folder or a Hub id) and hold them against the config.
 
         Raises:
-            QALoraError: another ``format_version``, no, missing or damaged tensors, or quantised experts.
+            QALoraError: another ``format_version``, no, missing or damaged tensors, quantised experts, or a model class
+                that cannot take packed weights.
         """
+        for name in getattr(hf_config, "architectures", None) or ():
+            if name in REFUSED:
+                raise QALoraError(
+                    f"vLLM cannot serve a quantised {name}: {REFUSED[name]}. Serve it with transformers, or serve the "
+                    "16-bit model with the adapter exported by `qalora export lora`."
+                )
         if next(Path(model_name).glob("model-rank-*.safetensors"), None):
             raise QALoraError(
                 f"{model_name} was saved by vLLM's save_sharded_state: its tensors are in one kernel's layout. Serve "
@@ -163,15 +177,30 @@ class QALoraConfig(QuantizationConfig):
         if prefix in self.modules:
             return [self.modules[prefix]]
         parent, _, leaf = prefix.rpartition(".")
-        names = [f"{parent}.{part}".lstrip(".") for part in self.packed_modules_mapping.get(leaf, ())]
+        packed = self.packed_modules_mapping.get(leaf) or USUAL_PACKING.get(leaf, ())
+        names = [f"{parent}.{part}".lstrip(".") for part in packed]
         found = [name for name in names if name in self.modules]
         if found and any(name in self.weights for name in names):
             raise QALoraError(
                 f"vLLM runs {', '.join(names)} as one layer, but the checkpoint quantises only {', '.join(found)}. "
                 "Quantise the base again with all of them quantised, or all of them left out."
             )
+        if not found and self.weights.isdisjoint({prefix, *names}):
+            return self._parts_by_leaf(packed or (leaf,))
         # A part that is not stored at all is loaded from another's tensors (Gemma 4: where k is v, from k's).
         return [self.modules.get(name, self.modules[found[-1]]) for name in names if found]
+
+    def _parts_by_leaf(self, leaves: tuple[str, ...] | list[str]) -> list[QuantizedModule]:
+        """Parts of a layer that vLLM builds under another name than its tensors have (Falcon-H1's mixers): any that is
+        called alike, if the checkpoint has none so called that is dense or quantised differently."""
+        parts = []
+        for leaf in leaves:
+            alike = [module for name, module in self.modules.items() if name.rpartition(".")[2] == leaf]
+            kinds = {(part.bits, part.group_size, part.in_features, part.out_features) for part in alike}
+            if len(kinds) != 1 or any(name.rpartition(".")[2] == leaf for name in self.weights):
+                return []
+            parts.append(next((module for module in alike if module.offset_dtype is not None), alike[0]))
+        return parts
 
 
 def _headers(model: str, revision: str | None) -> dict[str, TensorInfo]:

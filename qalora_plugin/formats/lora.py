@@ -68,10 +68,10 @@ def export_lora(
     for name in opened.modules:
         groups = column_groups(checkpoint, modules[name])
         for part, tensor in zip("AB", _full_factors(opened, name, groups, rank), strict=True):
-            tensors[f"base_model.model.{name}.lora_{part}.weight"] = tensor
+            tensors[f"base_model.model.{opened.keys[name]}.lora_{part}.weight"] = tensor
     require_space(_existing(out.parent), sum(tensor.nbytes for tensor in tensors.values()) + (1 << 20))
     config = {key: value for key, value in opened.config.items() if key not in _OURS}
-    config |= {"peft_type": "LORA", "base_model_name_or_path": str(base), "target_modules": opened.modules}
+    config |= {"peft_type": "LORA", "base_model_name_or_path": str(base), "target_modules": list(opened.keys.values())}
     config |= {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
     with new_folder(out) as work:
         save_file(tensors, work / WEIGHTS_NAME, metadata={"format": "pt"})

@@ -118,3 +118,25 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
             f"group_size={self.group_size}, act_order={self.act_order}, offsets={self.offsets is not None}"
         )
+
+
+class ReadableQuantLinear(QuantLinear):
+    """A :class:`QuantLinear` whose parent reads ``weight`` as well, to hand it to a fused kernel (Mamba's mixers).
+
+    ``weight`` is a new dense ``[N, K]`` each time. It knows nothing of adapters, so none may be put on this layer.
+    """
+
+    weight_dtype = torch.float32
+    _stand_in: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        return self.dense_weight(self.weight_dtype).t() if self._stand_in is None else self._stand_in
+
+    @weight.setter
+    def weight(self, stand_in: Tensor) -> None:
+        self._stand_in = stand_in
+
+    @weight.deleter
+    def weight(self) -> None:
+        self._stand_in = None

@@ -12,8 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from transformers.configuration_utils import PretrainedConfig
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -25,17 +24,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import QALoraError
 from .checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, is_local, read_config, read_json, resolve, weights_name
+from .dense_parts import add_stand_in, dense_dtypes, remove_stand_in, restore_dtypes
 from .fingerprint import fingerprint
 from .linear import QuantLinear
-from .modules import (
-    BASE_METHOD,
-    MERGED_METHOD,
-    WEIGHTS_KEY,
-    check_values,
-    checkpoint_format,
-    quantized_modules,
-    require_base,
-)
+from .modules import BASE_METHOD, MERGED_METHOD, WEIGHTS_KEY, check_values, quantized_modules, require_base
+from .placing import place_linears, require_every_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,7 +46,12 @@ class QALoraQuantizationConfig(QuantizationConfigMixin):
 
 
 class QALoraHfQuantizer(HfQuantizer):
-    """Puts a :class:`QuantLinear` wherever the checkpoint has a ``qweight``; transformers then fills the buffers."""
+    """Puts a :class:`QuantLinear` wherever the checkpoint has a ``qweight``; transformers then fills the buffers.
+
+    Attributes:
+        checkpoint: what the model is loaded from.
+        names: the packed linears, name in the model → name on disk.
+    """
 
     requires_calibration = True  # quantising is GPTQModel's job (`qalora quantize`), never done while loading
 
@@ -65,41 +63,24 @@ class QALoraHfQuantizer(HfQuantizer):
         self.checkpoint = checkpoint = Checkpoint.open(_folder(checkpoint_files))
         modules = quantized_modules(checkpoint)
         check_values(checkpoint, modules)
-        fmt = checkpoint_format(checkpoint.quantization)
-        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        prefix = _prefix(model, linears, modules)
-        for name, spec in modules.items():
-            name = prefix(name)
-            linear = linears.get(name)
-            if linear is None:
-                raise QALoraError(_no_such_linear(name, model, linears))
-            if (linear.in_features, linear.out_features) != (spec.in_features, spec.out_features):
-                raise QALoraError(
-                    f"{name} is {spec.in_features}×{spec.out_features} in the checkpoint, but "
-                    f"{linear.in_features}×{linear.out_features} by config.json. They do not belong together."
-                )
-            model.set_submodule(
-                name,
-                QuantLinear(
-                    spec.in_features,
-                    spec.out_features,
-                    spec.bits,
-                    spec.group_size,
-                    checkpoint_format=fmt,
-                    bias=spec.bias_dtype is not None,
-                    offset_dtype=_dtype(spec.offset_dtype),
-                    scale_dtype=_dtype(spec.scale_dtype),
-                    bias_dtype=_dtype(spec.bias_dtype),
-                    store_g_idx=spec.has_g_idx,
-                    device="meta",
-                ),
-            )
+        self.names = place_linears(model, checkpoint, modules)
+        self._model, self._dtypes = model, dense_dtypes(model)
+        for name in self.names:
+            add_stand_in(model.get_submodule(name))
+
+    def update_weight_conversions(self, weight_conversions: list) -> list:
+        """Called with the rules by which tensors are about to be renamed: hold the packed linears against them."""
+        require_every_tensor(self._model, self.checkpoint, self.names, weight_conversions)
+        return super().update_weight_conversions(weight_conversions)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs):
+        restore_dtypes(model, self._dtypes)
         for module in model.modules():
             if isinstance(module, QuantLinear):
+                remove_stand_in(module)
                 module.finalize()
                 module.base_fingerprint = self.base_fingerprint
+        del self._model, self._dtypes
         if find_spec("peft"):
             from .. import tuner  # noqa: F401 (PEFT, and so TRL, then puts our adapters on this model)
         return model
@@ -165,15 +146,12 @@ def load_base(path: str | Path, revision: str | None = None, **kwargs: Any) -> "
     Args:
         path: local folder or Hub id.
         revision: Hub revision.
-        kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``device_map`` …).
+        kwargs: passed to ``from_pretrained`` of the model's Auto class (``dtype``, ``device_map`` …).
 
     Raises:
         QALoraError: not a usable GPTQ base; the message says why.
     """
-    from transformers import (  # not at import: vLLM's environment imports this package too
-        AutoConfig,
-        AutoModelForCausalLM,
-    )
+    from transformers import AutoConfig  # not at import: vLLM's environment imports this package too
 
     folder = resolve(path, revision, **{key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs})
     require_base(Checkpoint.open(folder))
@@ -182,7 +160,7 @@ def load_base(path: str | Path, revision: str | None = None, **kwargs: Any) -> "
         config.update(overrides)
         kwargs["config"] = config
     with gptq_loads_trainable():
-        model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+        model = load_model(folder, **kwargs)
     if not is_local(path):
         # A Hub id: what PEFT writes down as the adapter's base must not be a folder of this machine's cache.
         model.name_or_path = model.config.name_or_path = str(path)
@@ -202,32 +180,54 @@ def config_overrides(folder: Path) -> dict[str, Any]:
     return overrides
 
 
-def _no_such_linear(name: str, model: "PreTrainedModel", linears: dict[str, nn.Linear]) -> str:
-    found = f"the checkpoint quantises {name}, but {type(model).__name__} has no such linear layer"
-    if ".experts." in name:
-        return f"{found}: it runs mixture-of-experts layers fused, which is not supported yet. Use a dense model."
-    leaf = name.rpartition(".")[2]
-    alike = next((other for other in linears if other.rpartition(".")[2] == leaf), next(iter(linears), "none"))
-    return (
-        f"{found} (its own are named like {alike}). The checkpoint's names are those of another model class than "
-        f"config.json's {', '.join(model.config.architectures or ['(none named)'])}."
-    )
+def load_model(folder: str | Path, model_class: str | None = None, **kwargs: Any) -> "PreTrainedModel":
+    """Load a base or merged checkpoint as the class that its config names, a text model or one with vision or audio.
+
+    Args:
+        model_class: name of another class, such as the text model alone; it must be one that an Auto class makes.
+        kwargs: passed to ``from_pretrained``.
+
+    Raises:
+        QALoraError: transformers has no model of this type that continues text.
+    """
+    from transformers import AutoConfig  # not at import: vLLM's environment imports this package, too
+
+    config = kwargs.get("config")
+    if not isinstance(config, PretrainedConfig):
+        options = {key: kwargs[key] for key in (*_HUB_OPTIONS, "trust_remote_code") if key in kwargs}
+        config = AutoConfig.from_pretrained(config or folder, **options)
+    return _auto_class(config, model_class).from_pretrained(folder, **kwargs)
+
+
+def _auto_class(config: "PretrainedConfig", model_class: str | None) -> type:
+    """The Auto class that makes ``model_class``, else the config's own architecture, else any model of its type."""
+    from transformers.models.auto import modeling_auto as auto
+
+    classes = (auto.AutoModelForCausalLM, auto.AutoModelForImageTextToText, auto.AutoModelForMultimodalLM)
+    remote = getattr(config, "auto_map", None) or {}
+    made = {}
+    for cls in classes:
+        if cls.__name__ in remote:
+            return cls
+        if type(config) in cls._model_mapping:
+            models = cls._model_mapping[type(config)]
+            made[cls] = {model.__name__ for model in (models if isinstance(models, tuple) else (models,))}
+    for wanted in (model_class, *(config.architectures or ())):
+        for cls, names in made.items():
+            if wanted in names:
+                return cls
+    if not made:
+        raise QALoraError(
+            f"model_type {config.model_type!r} is no model that continues text, as this version of transformers knows "
+            "them (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM). Update transformers, "
+            "or use another base."
+        )
+    return next(iter(made))
 
 
 def _folder(checkpoint_files: list[str]) -> Path:
     """The model folder of transformers' resolved shard paths (in the Hub cache, links inside a snapshot folder)."""
     return Path(checkpoint_files[0]).parent
-
-
-def _prefix(model: "PreTrainedModel", linears: dict, modules: dict):
-    """Checkpoint name → module name: the identity, or without the base-model prefix for a headless ``AutoModel``."""
-    head = f"{model.base_model_prefix}."
-    bare = bool(modules) and not any(name in linears for name in modules)
-    return (lambda name: name.removeprefix(head)) if bare else (lambda name: name)
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    return None if name is None else getattr(torch, name)
 
 
 register()  # on import: see qalora_plugin.registration

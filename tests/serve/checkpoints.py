@@ -34,9 +34,15 @@ def make_merged(
     calm(base)
     if quantised_head:
         quantise_head(base, **base_kwargs)
+    return add_offsets(base, folder / "merged", targets, offset_dtype)
+
+
+def add_offsets(
+    base: Path, merged: Path, targets: tuple[str, ...] = ALL, offset_dtype: torch.dtype = torch.float16
+) -> Path:
+    """Write ``merged``, ``base`` with random offsets for the linears whose names hold one of ``targets``."""
     checkpoint = Checkpoint.open(base)
     modules = quantized_modules(checkpoint)
-    merged = folder / "merged"
     merged.mkdir()
     weights, offsets = "model-00001-of-00001.safetensors", "offsets.safetensors"
     (merged / weights).hardlink_to(base / "model.safetensors")
