@@ -4,6 +4,7 @@ import ast
 import io
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +14,14 @@ from stages import Runner, Stage, StageError
 from task import examples, house_style, question, score
 from transformers import LlamaConfig, LlamaForCausalLM
 
+ROOT = Path(__file__).parents[1]
+
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_reordered_channels_compute_the_same_from_other_groups(tied):
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=96, intermediate_size=160, num_hidden_layers=2, num_attention_heads=6,
+        vocab_size=64, hidden_size=256, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=tied,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
@@ -38,24 +41,53 @@ def test_reordered_channels_compute_the_same_from_other_groups(tied):
             assert not old & new, name
 
 
-@pytest.mark.parametrize(
-    ("code", "lines"),
-    [
-        ("def f(self, path, mode='r'):\n    return open(path)", "path, mode='r'|a value|nothing"),
-        ("def f(cls):\n    raise json.DecodeError(1)\n    raise ValueError\n    raise ValueError", "nothing|nothing|DecodeError, ValueError"),
-        ("def f(*args, key=None):\n    try:\n        yield 1\n    except OSError as e:\n        raise e\n    except Exception:\n        raise", "*args, key=None|an iterator|nothing"),
-        ("def f(self):\n    def g():\n        raise KeyError\n        return 1\n    self.g = lambda: (yield)", "nothing|nothing|nothing"),
-    ],
-)  # fmt: skip
-def test_house_style(code, lines):
-    takes, gives, raises = lines.split("|")
+HOUSE_STYLE = {
+    "def f(self, path, mode='r'):\n    return open(path)": "path, mode='r'|a value|nothing",
+    """\
+def f(cls):
+    raise json.DecodeError(1)
+    raise ValueError
+    raise ValueError
+""": "nothing|nothing|DecodeError, ValueError",
+    """\
+async def f(*args, key=None):
+    try:
+        yield 1
+    except OSError as error:
+        raise error
+    except Exception:
+        raise
+""": "*args, key=None|an iterator|nothing",
+    """\
+def f(self):
+    def inner():
+        raise KeyError
+        return 1
+    self.inner = lambda: (yield)
+""": "nothing|nothing|nothing",
+}
+
+
+@pytest.mark.parametrize("code", HOUSE_STYLE)
+def test_house_style(code):
+    takes, gives, raises = HOUSE_STYLE[code].split("|")
     expected = f"What: Does it.\nTakes: {takes}\nGives: {gives}\nRaises: {raises}"
     assert house_style(ast.parse(code).body[0], "Does it.") == expected
 
 
 def test_examples_show_no_docstring():
-    source = 'class A:\n    def f(self, x):\n        """Do what is asked."""\n        if x:\n            self.x = x\n        return x\n'
-    (row,) = examples(source + '\ndef short():\n    """Do nothing at all."""\n')
+    source = """
+class A:
+    def f(self, x):
+        '''Do what is asked.'''
+        if x:
+            self.x = x
+        return x
+
+def short():
+    '''Do nothing at all.'''
+"""
+    (row,) = examples(source)
     code = "def f(self, x):\n    if x:\n        self.x = x\n    return x"
     assert row["messages"][:-1] == question(code)
     assert row["messages"][-1]["content"] == "What: Do what is asked.\nTakes: x\nGives: a value\nRaises: nothing"
@@ -70,17 +102,21 @@ def test_score_asks_for_four_lines_and_judges_three():
         assert not any(score(other, right).values())
 
 
-def write_stage(folder, name: str, count: int = 1, fails: bool = False) -> Stage:
-    """A stage that appends its name to ``log`` and then writes its output, or fails."""
-    script = "import sys; open(sys.argv[1], 'a').write(sys.argv[2]); sys.exit(int(sys.argv[4])) if int(sys.argv[4]) else open(sys.argv[3], 'w')"
+STAGE = """\
+import sys
+log, name, out, status = sys.argv[1:]
+open(log, "a").write(name)
+if status != "0":
+    sys.exit(int(status))
+open(out, "w")
+"""
+
+
+def make_stage(folder: Path, name: str, status: int = 0) -> Stage:
+    """A stage that appends its name to a log and then writes its output, or fails."""
     log = folder / "log"
-    return Stage(
-        name,
-        name,
-        folder / f"{name}.out",
-        lambda out: [sys.executable, "-c", script, log, name, out, str(int(fails))],
-        folder,
-    )
+    command = [sys.executable, "-c", STAGE, log, name]
+    return Stage(name, name, folder / f"{name}.out", lambda out: [*command, out, str(status)], folder)
 
 
 def test_stages_resume_where_a_run_failed(tmp_path):
@@ -90,16 +126,16 @@ def test_stages_resume_where_a_run_failed(tmp_path):
             runner(stage)
 
     with pytest.raises(StageError, match="exit status 1"):
-        run(write_stage(tmp_path, "a"), write_stage(tmp_path, "b", fails=True))
-    run(write_stage(tmp_path, "a"), write_stage(tmp_path, "b"))
+        run(make_stage(tmp_path, "a"), make_stage(tmp_path, "b", status=1))
+    run(make_stage(tmp_path, "a"), make_stage(tmp_path, "b"))
     assert (tmp_path / "log").read_text() == "abb"
     (tmp_path / "a.out").unlink()  # what stands on it is made again
-    run(write_stage(tmp_path, "a"), write_stage(tmp_path, "b"))
+    run(make_stage(tmp_path, "a"), make_stage(tmp_path, "b"))
     assert (tmp_path / "log").read_text() == "abbab"
 
 
-def test_without_an_environment_one_line_says_what_to_do(tmp_path):
-    program = [sys.executable, "demo/run.py", "--train", tmp_path, "--serve", tmp_path]
+def test_without_an_environment_a_line_says_what_to_do(tmp_path):
+    program = [sys.executable, ROOT / "demo" / "run.py", "--train", tmp_path, "--serve", tmp_path]
     done = subprocess.run(program, capture_output=True, text=True)
     assert done.returncode == 1
     assert "`make demo` makes both environments" in done.stdout
