@@ -91,15 +91,13 @@ def test_dpo(base, tmp_path):
     assert not (out / "model.safetensors").exists()
 
 
-# In Triton's interpreter Liger's RMSNorm does not run (it calls libdevice), nor its GLU of 0.8.4 (`.to()` of a scalar,
-# which is a Python float there; 0.8.1 has no such call).
-ON_GPU = torch.cuda.is_available()
 LIGER = {
     "plugins": ["qalora_plugin.QALoraPlugin", "axolotl.integrations.liger.LigerPlugin"],
     "liger_rope": True,
-    "liger_glu_activation": ON_GPU or Version(version("liger-kernel")) <= Version("0.8.1"),
-    "liger_rms_norm": ON_GPU,
+    # 0.8.4 calls `.to` of a scalar there, which Triton's interpreter passes as a Python float; 0.8.1 does not
+    "liger_glu_activation": torch.cuda.is_available() or Version(version("liger-kernel")) <= Version("0.8.1"),
     "liger_fused_linear_cross_entropy": True,
+    # not liger_rms_norm: it calls libdevice, which Triton's interpreter lacks
 }
 
 
