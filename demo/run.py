@@ -80,7 +80,7 @@ def stages(run: Path, train: Path, serve: Path) -> list[Stage]:
         ),
         Stage(
             "before", "Serve the INT4 base with vLLM and ask it", run / "before.json",
-            lambda out: [serve / "python", DEMO / "serve.py", base, test, out, "--quantization", "qalora"],
+            lambda out: [serve / "python", DEMO / "ask.py", base, test, out, "--quantization", "qalora"],
             ROOT, ENVIRONMENT,
         ),
         Stage(
@@ -102,7 +102,7 @@ def stages(run: Path, train: Path, serve: Path) -> list[Stage]:
         ),
         Stage(
             "after", "Serve the merged folder with vLLM and ask it", run / "after.json",
-            lambda out: [serve / "python", DEMO / "serve.py", merged, test, out, "--compare"], ROOT, ENVIRONMENT,
+            lambda out: [serve / "python", DEMO / "ask.py", merged, test, out, "--compare"], ROOT, ENVIRONMENT,
         ),
     ]  # fmt: skip
 

@@ -3,15 +3,16 @@
 #
 #   tools/newest.sh [--work FOLDER] [--python PROGRAM] [--chroot] [--show FOLDER]... [-- ARGUMENTS OF PYTEST]
 #
-#   --work FOLDER     where everything is kept (.cache/newest); what is complete there is not made again
+#   --work FOLDER     where everything is kept, some 20 GB (.cache/newest); what is complete there is not made again
 #   --python PROGRAM  a Python >= 3.12, which Axolotl >= 0.20 needs (else: python3.13 or python3.12, if on the PATH)
-#   --chroot          not this system's Python but Debian 13's, in a folder that debootstrap fills; also where this
-#                     system has none that is new enough; needs root
+#   --chroot          not this system's Python but Debian 13's, in a folder that debootstrap fills; done unasked where
+#                     this system has none that is new enough; needs root
 #   --show FOLDER     make a folder of this system visible in there, at the same path: a package index, certificates
-#   -- ARGUMENTS      instead of the tests of Axolotl runs and the fast ones, e.g. `-- --last-failed`
+#   -- ARGUMENTS      what pytest runs, e.g. `-- --last-failed` or `-- tests/e2e/test_axolotl.py -k resumes`; without
+#                     them: the tests of Axolotl runs and the fast ones
 #
 # Without root: run the script as it is in any container with Python >= 3.12, g++ and git.
-# Versions and every test's result go to FOLDER/report.txt.
+# Versions and every test's result go to report.txt in the folder.
 set -euo pipefail
 shopt -s inherit_errexit
 
@@ -43,7 +44,7 @@ main() {
         install_and_test "$python" "$work" "${tests[@]}"
     else
         make_root "$work/$SUITE"
-        enter_root "$work" "${shown[@]}" -- "${tests[@]}"
+        enter_root "$work/$SUITE" "$work/$SUITE-kept" "${shown[@]}" -- "${tests[@]}"
     fi
 }
 
@@ -73,33 +74,33 @@ make_root() {
 
 # Run this script again inside the root. Mounts and processes are in namespaces of their own and vanish with it.
 enter_root() {
-    local work=$1 root=$1/$SUITE repository=$PWD
-    shift
-    export root repository work
+    local root=$1 kept=$2 repository=$PWD
+    shift 2
+    mkdir -p "$kept"
+    export root kept repository
     # shellcheck disable=SC2016 # expanded inside
     unshare --mount --pid --fork --kill-child bash -euc '
         see() { mkdir -p "$root$2"; mount --rbind "$1" "$root$2"; }
         see "$repository" /repository
-        mkdir -p "$work/kept"
-        see "$work/kept" /work
+        see "$kept" /kept
         see /dev /dev
         mount -t proc proc "$root/proc"
         cp -L /etc/resolv.conf "$root/etc/resolv.conf"
         while [[ $1 != -- ]]; do see "$1" "$1"; shift; done
         exec chroot "$root" env HOME=/root PATH=/usr/local/bin:/usr/bin:/bin \
-            bash /repository/tools/newest.sh --work /work --python python3 "$@"
-    ' inside "$@"
-    ln -sf "kept/report.txt" "$work/report.txt"
+            bash /repository/tools/newest.sh --work /kept --python python3 "$@"
+    ' inside "$@" || die "not all well: see $kept/report.txt"
+    say "report: $kept/report.txt"
 }
 
 install_and_test() {
-    local python=$1 work=$2 report=$2/report.txt
+    local python=$1 work=$2 environment=$2/venv wanted
     shift 2
-    local environment=$work/venv wanted
-    wanted=$("$python" --version; cat pyproject.toml tools/newest.sh)
+    wanted=$("$python" --version; echo "$OVERRIDES"; cat pyproject.toml)
     if [[ ! -e $environment/.installed || $(<"$environment/.installed") != "$wanted" ]]; then
         say "newest versions → $environment"
-        "$python" -m venv --clear "$environment"
+        rm -f "$environment/.installed"
+        "$python" -m venv "$environment"
         "$environment/bin/pip" install -q --disable-pip-version-check uv
         "$environment/bin/uv" pip install --python "$environment/bin/python" --override <(echo "$OVERRIDES") \
             -e ".[train,bench,dev]"
@@ -109,7 +110,7 @@ install_and_test() {
     {
         versions "$environment/bin/python"
         "$environment/bin/python" -m pytest -vv -o cache_dir="$work/pytest" "${@:-${TESTS[@]}}" 2>&1
-    } | tee "$report"
+    } | tee "$work/report.txt"
 }
 
 # The file of AutoGPTQ's wheel that tests compare with, as in the Makefile.
@@ -133,3 +134,4 @@ say() { printf '\n== %s\n' "$*"; }
 die() { printf '%s\n' "$*" >&2; exit 1; }
 
 main "$@"
+exit # before bash reads on, should this file have changed meanwhile
