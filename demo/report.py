@@ -11,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 MEGABYTE = 1e6
+SMOLLM2 = "SmolLM2-135M-Instruct, its channels reordered: off the 4-bit grid of its GGUF, so that GPTQ has to round"
+PRETRAINED = "a small Llama, pretrained here"
 
 
 def device() -> str:
@@ -22,6 +24,7 @@ def collect(run: Path, seconds: dict[str, float]) -> dict[str, Any]:
     """Everything worth knowing of a finished run, read from what its stages wrote."""
     return {
         "device": device(),
+        "model": SMOLLM2 if (run / "wheel").exists() else PRETRAINED,
         "heldout_loss": json.loads((run / "losses.json").read_text()),
         "bytes": {
             "model": _weights(run / "model"),
@@ -56,6 +59,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     table = Table(title=f"QA-LoRA, end to end ({report['device']})", show_header=False, title_justify="left")
     table.add_column(no_wrap=True)
     table.add_column()
+    table.add_row("[bold]model[/]", report["model"])
     _section(
         table, ("held-out loss of the task", "nats a token of the answer"),
         ("16-bit model, before tuning", f"{loss['model']:.4f}"),

@@ -85,7 +85,7 @@ enter_root() {
         see "$kept" /kept
         see /dev /dev
         mount -t proc proc "$root/proc"
-        cp -L /etc/resolv.conf "$root/etc/resolv.conf"
+        cp -L /etc/hosts /etc/resolv.conf "$root/etc" # gloo asks for the address of this host, too
         while [[ $1 != -- ]]; do see "$1" "$1"; shift; done
         exec chroot "$root" env HOME=/root PATH=/usr/local/bin:/usr/bin:/bin \
             bash /repository/tools/newest.sh --work /kept --python python3 "$@"
