@@ -87,7 +87,7 @@ enter_root() {
         mount -t proc proc "$root/proc"
         cp -L /etc/hosts /etc/resolv.conf "$root/etc" # gloo asks for the address of this host, too
         while [[ $1 != -- ]]; do see "$1" "$1"; shift; done
-        exec chroot "$root" env HOME=/root PATH=/usr/local/bin:/usr/bin:/bin \
+        exec chroot "$root" env HOME=/root UV_CACHE_DIR=/kept/uv PATH=/usr/local/bin:/usr/bin:/bin \
             bash /repository/tools/newest.sh --work /kept --python python3 "$@"
     ' inside "$@" || die "not all well: see $kept/report.txt"
     say "report: $kept/report.txt"
