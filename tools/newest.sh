@@ -27,7 +27,7 @@ main() {
     local work="" python="" chroot=false shown=() tests=()
     while (($#)); do
         case $1 in
-            --work) work=$2; shift 2 ;;
+            --work) work=$(realpath -m "$2"); shift 2 ;;
             --python) python=$2; shift 2 ;;
             --chroot) chroot=true; shift ;;
             --show) shown+=("$(realpath "$2")"); shift 2 ;;
@@ -36,9 +36,8 @@ main() {
         esac
     done
     cd "$(dirname "$0")/.."
-    work=${work:-.cache/newest}
+    work=${work:-$PWD/.cache/newest}
     mkdir -p "$work"
-    work=$(realpath "$work")
     $chroot || python=${python:-$(new_python)}
     if [[ -n $python ]]; then
         install_and_test "$python" "$work" "${tests[@]}"
