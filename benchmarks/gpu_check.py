@@ -1,12 +1,12 @@
 """What a GPU must show, in one command of some eight minutes.
 
-    python benchmarks/gpu_check.py                    everything; figures into benchmarks/results/gpu_*.csv
-    python benchmarks/gpu_check.py --bundle DIR       with vLLM's stock kernels and bitsandbytes (gpu_bundle.py makes DIR)
-    python benchmarks/gpu_check.py --rehearse         without CUDA: every part on tiny shapes
+    python benchmarks/gpu_check.py                   everything; figures into benchmarks/results/gpu/
+    python benchmarks/gpu_check.py --bundle DIR      with stock kernels and bitsandbytes (gpu_bundle.py makes DIR)
+    python benchmarks/gpu_check.py --rehearse        without CUDA: every part on tiny shapes
 
-Needs torch, Triton, transformers, peft, pytest, hypothesis, rich and typer, and this repository; no vLLM, no network. The
-parts run in order of worth, each in a process of its own with a time limit, and write what they find at once: a run that
-is cut off keeps what it had. At the end: every bar, what was found, and whether it holds.
+Needs torch, Triton, transformers, peft, blake3, pytest, hypothesis, rich and typer, and this repository; no vLLM, no
+network. The parts run in order of worth, each in a process of its own with a time limit, and write what they find at
+once: a run that is cut off keeps what it had. At the end: every bar, what was found, and whether it holds.
 """
 
 import argparse

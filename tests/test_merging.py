@@ -166,7 +166,7 @@ UP_A = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
         ({"peft_type": "LORA", "use_qalora": False}, "is a PEFT LORA adapter; expected a QA-LoRA adapter"),
         ({"r": 5}, r"lora_A of .* is \(4, .*\), expected \(5, .*\)"),
         ({"qalora": {"pooling": "mean", "format_version": 1}}, "pooling 'mean', expected 'sum'"),
-        ({"qalora": None}, "pooling None"),
+        ({"qalora": None}, "does not say how it pools"),
         ({"tensors": lambda t: t.pop(UP_A)}, "lacks A or B of model.layers.0.mlp.up_proj"),
         ({"tensors": lambda t: t[UP_A].fill_(float("nan"))}, "holds NaN or Inf"),
         ({"tensors": lambda t: t.update({UP_A: t[UP_A].repeat(1, 2)})}, "another group size"),

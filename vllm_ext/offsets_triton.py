@@ -1,13 +1,14 @@
 """``y += P(x)·offsets`` on CUDA.
 
-Decoding is bound by launches. Up to four rows run as ONE kernel: each program pools x for its own tile of y and adds the
-product in place. Every tile of N pools x again; from L2 that is free for a few rows (K 4096: 8 KB a row) and would be the
-whole cost for more. More rows are pooled once (``kernels/pool_triton.py``), and cuBLAS multiplies and adds in place.
+Decoding is bound by launches. Up to four rows run as ONE kernel: each program pools x for its own tile of y and adds
+the product in place. Every tile of N pools x again; from L2 that is free for a few rows (K 4096: 8 KB a row) and would
+be the whole cost for more. More rows are pooled once (``kernels/pool_triton.py``), and cuBLAS multiplies and adds in
+place.
 
 Pooled inputs and offsets are rounded to x's dtype, 0.2 % of the term in bfloat16, as every bfloat16 kernel rounds its
-scales. A sum of float16 activations could overflow: what is multiplied is the sum divided by a power of two of at least g,
-and the offsets are stored multiplied by it, both without rounding. Offsets in float32 (asked for, or because zero-points
-were moved into them) are not rounded: there a kernel of our own multiplies in tf32x3, about float32's precision.
+scales. A sum of float16 activations could overflow: what is multiplied is the sum divided by a power of two of at least
+g, and the offsets are stored multiplied by it, both without rounding. Offsets in float32 (asked for, or because
+zero-points were moved into them) are not rounded: a kernel of our own multiplies in tf32x3, about float32's precision.
 
 Block sizes are the fastest on an H100 (``benchmarks/gpu_check.py``).
 """

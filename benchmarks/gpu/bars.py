@@ -66,7 +66,7 @@ def _scenario(row: Row) -> tuple[str, ...]:
 
 
 def _linear(rows: list[Row]) -> Iterator[list[str]]:
-    """What offsets add, by the fastest way, to the kernel that stock vLLM takes (Machete where it can); largest share."""
+    """What offsets add, the fastest way, to the kernel that stock vLLM takes (Machete where it can); largest share."""
     rows = [row for row in rows if row["us"] and row["dtype"] == "bfloat16"]
     for group_size, bars in {"128": (0.08, 0.03), "32": (0.15, 0.05)}.items():
         for few, bar in zip((True, False), bars, strict=True):

@@ -32,8 +32,8 @@ def build(method: str, config: LlamaConfig, rank: int, group_size: int) -> nn.Mo
     """The model that ``method`` trains, frozen but for its adapter.
 
     Args:
-        method: ``dense`` (no adapter: the limit), ``lora`` on bfloat16, ``qlora`` on NF4, ``peft`` (``use_qalora`` over a
-            GPTQ linear in plain torch), ``ours``.
+        method: ``dense`` (no adapter: the limit), ``lora`` on bfloat16, ``qlora`` on NF4, ``peft`` (``use_qalora`` over
+            a GPTQ linear in plain torch), ``ours``.
     """
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)

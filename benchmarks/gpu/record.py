@@ -1,4 +1,4 @@
-"""Rows of a part of the GPU check: in a CSV as soon as they are known, so that a run that is cut off keeps what it had."""
+"""Rows of a part of the GPU check: in a CSV as soon as they are known, so that a run cut off keeps what it had."""
 
 import argparse
 import csv

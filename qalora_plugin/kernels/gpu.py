@@ -4,10 +4,10 @@
     matmul   y = x·(the same, tile by tile), for T ≤ 8
 
 ``fill`` writes four times the bytes that it reads and cuBLAS reads them again: nothing at thousands of tokens, all the
-time at a handful (generation during training). Both are bound by memory. Lanes run along N, where words,
-scales and weights lie side by side. A *period* is the shortest run of whole words, one word of 32/b codes or three words
-of 32 at 3 bits: its words are loaded once and all its codes shifted out of registers, so a weight costs b/8 bytes of
-loads plus its share of the group's scale, zero-point and offset.
+time at a handful (generation during training). Both are bound by memory. Lanes run along N, where words, scales and
+weights lie side by side. A *period* is the shortest run of whole words: one word of 32/b codes, or three words of 32 at
+3 bits. Its words are loaded once and all its codes shifted out of registers, so a weight costs b/8 bytes of loads plus
+its share of the group's scale, zero-point and offset.
 """
 
 import torch

@@ -43,7 +43,7 @@ for bits, periods in ((2, 2), (3, 1), (4, 4), (4, 8), (8, 8)):
     assert not any(name.startswith(("LDS", "STS", "BAR")) for name in names), bits  # nothing goes between threads
     assert widths(names, "STG") == {128}, bits
     assert bits_moved(names, "STG") == 16 * weights, bits
-    # Every packed word once. A column's scale (16 bits), word of zero-points (32; at 3 bits sometimes two) and offset (32).
+    # Every packed word once; a column's scale (16 bits), word of zero-points (32; at 3 bits two) and offset (32).
     terms = columns * (16 + (64 if bits == 3 else 32) + 32)
     assert bits_moved(names, "LDG") <= bits * weights + terms, bits
     assert len(names) <= 7 * weights, (
