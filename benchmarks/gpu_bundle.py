@@ -4,7 +4,7 @@
     python benchmarks/gpu_bundle.py OUT --capability 8.9 --bitsandbytes 0.50.2
 
 OUT then holds ``vllm_ops.so.xz`` (vLLM's Marlin and Machete, as a library of torch ops that needs no vLLM; built
-against torch's stable ABI, so torch 2.11 or newer) and ``bitsandbytes/``, its Python and the library of one CUDA version.
+against torch's stable ABI, so torch 2.11 or newer) and ``bitsandbytes/``, its Python and one CUDA version's library.
 Of vLLM's ops only the machine code of the one capability is kept: the other nine tenths are blanked, and compress to
 nothing. The check unpacks what it finds: ``python benchmarks/gpu_check.py --bundle OUT``.
 
