@@ -49,7 +49,7 @@ def place_linears(
             raise QALoraError(_why_no_linear(model, stored, destination))
         if destination.name in tied:
             raise QALoraError(
-                f"the checkpoint quantises {stored}, whose weight {type(model).__name__} shares between several layers; "
+                f"the checkpoint quantises {stored}, whose weight {type(model).__name__} shares between layers: "
                 "one adapter could not be on all of them. Leave it dense when quantising."
             )
         _require_same_linear(stored, spec, linear, model.config.model_type)
