@@ -146,7 +146,8 @@ def load_base(path: str | Path, revision: str | None = None, **kwargs: Any) -> "
     Args:
         path: local folder or Hub id.
         revision: Hub revision.
-        kwargs: passed to ``from_pretrained`` of the model's Auto class (``dtype``, ``device_map`` …).
+        kwargs: passed to ``from_pretrained`` of the model's Auto class (``dtype``, ``device_map`` …); ``model_class``
+            names another class than the config does, as :func:`load_model` takes it.
 
     Raises:
         QALoraError: not a usable GPTQ base; the message says why.

@@ -37,6 +37,7 @@ def place_linears(
     linears = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     found = destinations(model, [f"{name}.weight" for name in modules])
     fmt = checkpoint_format(checkpoint.quantization)
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
     names = {}
     for stored, spec in modules.items():
         destination = found[f"{stored}.weight"]
@@ -46,6 +47,11 @@ def place_linears(
             continue
         if linear is None or destination.converted:
             raise QALoraError(_why_no_linear(model, stored, destination))
+        if destination.name in tied:
+            raise QALoraError(
+                f"the checkpoint quantises {stored}, whose weight {type(model).__name__} shares between layers: "
+                "one adapter could not be on all of them. Leave it dense when quantising."
+            )
         _require_same_linear(stored, spec, linear, model.config.model_type)
         packed = _packed(spec, fmt, ReadableQuantLinear if _is_read_by_mixer(model, name) else QuantLinear)
         if isinstance(packed, ReadableQuantLinear):

@@ -11,7 +11,7 @@ VOCABULARY = 128
 TINY = (
     dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY)
     | dict.fromkeys(("hidden_size", "n_embd", "d_model", "embedding_size", "embed_dim", "word_embed_proj_dim"), 64)
-    | dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size", "dim_ff"), 128)
+    | dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "d_ff", "dff", "ffn_hidden_size", "dim_ff"), 128)
     | dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "mamba_d_ssm"), 128)
     | dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2)
     | dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 2)
@@ -27,7 +27,7 @@ TINY = (
     | dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace"), 1)
     | dict.fromkeys(("mamba_n_groups", "n_groups", "mamba_ngroups"), 1)
     | dict.fromkeys(("mamba_n_heads", "n_mamba_heads"), 4)
-    | dict.fromkeys(("mamba_d_state", "state_size", "rotary_dim"), 16)
+    | dict.fromkeys(("mamba_d_state", "state_size", "rotary_dim", "chunk_size", "mamba_chunk_size"), 16)
     | dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_seq_length"), 256)
     | dict.fromkeys(("initializer_range", "init_std"), 0.1)
     | {"mamba_expand": 2, "num_kv_shared_layers": 0, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -92,6 +92,8 @@ TEXT: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 32, "head_dim": 4},
     "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
+    "zamba": {"num_hidden_layers": 4, "layer_types": ["linear_attention", "hybrid"] * 2},
+    "zamba2": {"num_hidden_layers": 4, "layer_types": ["linear_attention", "hybrid"] * 2, "num_mem_blocks": 1},
     "recurrent_gemma": {"num_hidden_layers": 3, "block_types": ("recurrent", "recurrent", "attention")},
 }  # fmt: skip
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}

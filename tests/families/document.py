@@ -30,7 +30,7 @@ def write(section: str, columns: Row, rows: list[Row], packages: tuple[str, ...]
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     table = ["| " + " | ".join(row) + " |" for row in (columns, ("---",) * len(columns), *rows)]
     run = f"Run with {versions}: {len(rows)} rows, {sum(row[-1].startswith('works') for row in rows)} work."
-    parts = (f"{before}{HEADINGS[section]}{introduction}{run}", "\n".join(table), *others)
+    parts = (f"{before}{HEADINGS[section]}{introduction.rstrip()}", run, "\n".join(table), *others)
     DOCUMENT.write_text("\n\n".join(parts).rstrip() + "\n")
 
 
