@@ -59,6 +59,7 @@ class Arena:
             return child
         code = 1
         try:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
             merge(self.base, self.adapters[racer], self.out, progress=False)
             code = 0
         except QALoraError as error:

@@ -168,7 +168,8 @@ def test_a_change_is_seen_though_size_and_times_are_restored(copy, cache):
     assert of(copy) != first
 
 
-def test_what_could_still_change_unseen_is_not_remembered(copy, cache):
+def test_what_could_still_change_unseen_is_not_remembered(copy, cache, monkeypatch):
+    monkeypatch.setattr(module, "_TICK", 60)
     os.utime(copy / "model.safetensors")
     of(copy)
     assert not list(cache.iterdir())
