@@ -52,12 +52,13 @@ class QALoraMergeCallback(TrainerCallback):
     def _require_places(self, args: TrainingArguments) -> None:
         output_dir = absolute(args.output_dir)
         require_outside(output_dir, self.base, "output_dir")
-        target = require_place(self._target(args), self.base, "the merge's folder")
+        target = self._target(args)
         if is_inside(output_dir, target):
             raise QALoraError(
                 f"the merge's folder is {target}, where output_dir ({output_dir}) puts the run's own files. Leave "
                 "`out` out (it is then `merged` inside output_dir), or choose a folder elsewhere."
             )
+        require_place(target, self.base, "the merge's folder")
 
     def _require_base(self, trained_on: str) -> None:
         checkpoint = Checkpoint.open(self.base, self.merge_kwargs.get("revision"))

@@ -108,6 +108,28 @@ def write_shards(folder: Path, tensors: dict, shards: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
+def to_old_layout(folder: Path, settings_in_config: bool = False) -> Path:
+    """Rename the weights of a base as AutoGPTQ named them, and move its settings to where AutoGPTQ kept them."""
+    name = "gptq_model-4bit-32g"
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        listed = json.loads(index.read_text())
+        for file in set(listed["weight_map"].values()):
+            (folder / file).rename(folder / file.replace("model-", f"{name}-"))
+        listed["weight_map"] = {k: file.replace("model-", f"{name}-") for k, file in listed["weight_map"].items()}
+        (folder / f"{name}.safetensors.index.json").write_text(json.dumps(listed))
+        index.unlink()
+    else:
+        (folder / "model.safetensors").rename(folder / f"{name}.safetensors")
+    if not settings_in_config:
+        config = json.loads((folder / "config.json").read_text())
+        found = config.pop("quantization_config")
+        (folder / "config.json").write_text(json.dumps(config))
+        settings = {key: found[key] for key in ("bits", "group_size", "desc_act", "sym")}
+        (folder / "quantize_config.json").write_text(json.dumps(settings | {"damp_percent": 0.01}))
+    return folder
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte-ish character: enough for real text."""
     vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {chr(c): c - 28 for c in range(32, 127)} | {"\n": 99}

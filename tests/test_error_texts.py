@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from fabricate import make_base
+from fabricate import make_base, to_old_layout
 from safetensors.torch import load_file, save_file
 
 from qalora_plugin import QALoraConfig, add_adapter, load_adapter, load_base
@@ -116,8 +116,6 @@ def test_offsets_beyond_float16_and_beyond_float32(base, adapter, tmp_path):
 
 
 def test_an_old_base_names_its_own_settings(tmp_path):
-    from quant.test_autogptq import to_old_layout
-
     base = to_old_layout(make_base(tmp_path / "base"))
     settings = json.loads((base / "quantize_config.json").read_text())
     (base / "quantize_config.json").write_text(json.dumps(settings | {"bits": 3}))

@@ -16,7 +16,7 @@ def unservable(modules: dict[str, QuantizedModule], dense: Iterable[str] = ()) -
     dense = set(dense)
     for name in modules:
         parent, _, leaf = name.rpartition(".")
-        parts = next((fused for fused in _FUSED if leaf == fused[0]), ())
+        parts = next((fused for fused in _FUSED if leaf in fused), ())
         names = [f"{parent}.{part}".lstrip(".") for part in parts]
         found = [modules[part] for part in names if part in modules]
         kinds = {f"{module.bits} bit, group size {module.group_size}" for module in found}

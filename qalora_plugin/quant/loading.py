@@ -85,11 +85,15 @@ class QALoraHfQuantizer(HfQuantizer):
             from .. import tuner  # noqa: F401 (PEFT, and so TRL, then puts our adapters on this model)
         return model
 
-    def update_tp_plan(self, config):
-        """The first to see the model's config: lifts what keeps a merged checkpoint from loading without us."""
+    def _lift_guard(self, config):
+        """Take out of the model's config what keeps a merged checkpoint from loading where this package is not."""
         if self.quantization_config.quant_method == MERGED_METHOD and hasattr(config, WEIGHTS_KEY):
             delattr(config, WEIGHTS_KEY)
         return config
+
+    # The hooks that see the config before transformers looks for the weights: the first up to 5.20, the second since
+    # (read in 5.14 to 5.24, run in 5.16, 5.19 and 5.23). Nothing of what they are there for applies to packed linears.
+    update_tp_plan = update_attn_implementation = _lift_guard
 
     def base_fingerprint(self, like: str | None = None) -> str:
         """Fingerprint of the base this model was loaded from, of the kind that ``like`` is.

@@ -6,7 +6,7 @@ from importlib.metadata import version
 import pytest
 import torch
 from axolotl_runs import BIN, command, losses, train_here, write_config
-from fabricate import make_base
+from fabricate import make_base, to_old_layout
 from packaging.version import Version
 from safetensors.torch import load_file
 
@@ -23,6 +23,11 @@ def train_and_prove(folder, base, **changes):
     assert report.passed
     assert losses(out)[-1] < losses(out)[0]
     return out, report
+
+
+def test_old_autogptq_folder(tmp_path):
+    """Settings in quantize_config.json, weights under a name of their own, in shards."""
+    train_and_prove(tmp_path, to_old_layout(make_base(tmp_path / "base", shards=2)))
 
 
 def test_every_lora_key_at_once_in_bf16(tmp_path):

@@ -6,8 +6,7 @@ import pytest
 import yaml
 from axolotl.cli.config import load_cfg
 from axolotl_runs import write_config
-from fabricate import make_adapter, make_base
-from quant.test_autogptq import to_old_layout
+from fabricate import make_adapter, make_base, to_old_layout
 
 from qalora_plugin.errors import QALoraError
 from qalora_plugin.quant.checkpoint import read_json, write_json

@@ -1,11 +1,10 @@
 """Folders as AutoGPTQ wrote them until 2023: settings beside the config, weights under names of their own."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from fabricate import make_adapter, make_base
+from fabricate import make_adapter, make_base, to_old_layout
 
 from qalora_plugin import load_base
 from qalora_plugin.errors import QALoraError
@@ -16,28 +15,6 @@ from qalora_plugin.quant.checkpoint import Checkpoint
 from qalora_plugin.verifying import verify
 
 IDS = torch.arange(4, 100).view(2, 48)
-
-
-def to_old_layout(folder: Path, settings_in_config: bool = False) -> Path:
-    """Rename the weights of a base as AutoGPTQ named them, and move its settings to where AutoGPTQ kept them."""
-    name = "gptq_model-4bit-32g"
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        listed = json.loads(index.read_text())
-        for file in set(listed["weight_map"].values()):
-            (folder / file).rename(folder / file.replace("model-", f"{name}-"))
-        listed["weight_map"] = {k: file.replace("model-", f"{name}-") for k, file in listed["weight_map"].items()}
-        (folder / f"{name}.safetensors.index.json").write_text(json.dumps(listed))
-        index.unlink()
-    else:
-        (folder / "model.safetensors").rename(folder / f"{name}.safetensors")
-    if not settings_in_config:
-        config = json.loads((folder / "config.json").read_text())
-        found = config.pop("quantization_config")
-        (folder / "config.json").write_text(json.dumps(config))
-        settings = {key: found[key] for key in ("bits", "group_size", "desc_act", "sym")}
-        (folder / "quantize_config.json").write_text(json.dumps(settings | {"damp_percent": 0.01}))
-    return folder
 
 
 @pytest.fixture(params=[{}, {"shards": 3}, {"settings_in_config": True}], ids=str)

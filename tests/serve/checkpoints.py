@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from qalora_plugin.quant.checkpoint import INDEX_NAME, Checkpoint
 from qalora_plugin.quant.fingerprint import fingerprint
-from qalora_plugin.quant.modules import is_act_order, is_symmetric, quantized_modules
+from qalora_plugin.quant.modules import NEEDS_QALORA, WEIGHTS_KEY, is_act_order, is_symmetric, quantized_modules
 
 HIDDEN = 256  # four heads of 64: vLLM's CPU attention wants 32 or more
 ALL = ("proj", "lm_head")
@@ -66,7 +66,8 @@ def add_offsets(
         "adapter": "sha256:" + hashlib.sha256((merged / offsets).read_bytes()).hexdigest(),
         "format_version": 1,
     }
-    write_json(merged / "config.json", checkpoint.config | {"quantization_config": quantization})
+    stated = {"quantization_config": quantization, WEIGHTS_KEY: NEEDS_QALORA}
+    write_json(merged / "config.json", checkpoint.config | stated)
     for path in base.glob("tokenizer*"):
         (merged / path.name).hardlink_to(path)
     return merged

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fabricate import to_old_layout
 from safetensors.torch import load_file, save_file
 from serve.checkpoints import make_merged
 from serve.hardware import needs_kernel
@@ -87,6 +88,14 @@ def test_plain_gptq_base(tmp_path):
         logger.removeHandler(handler)
     assert not [message for message in warned if "_proj" in message or "qalora" in message]  # none a layer
     assert difference(found, score(base, tokens, BF16)) <= MEAN_TOLERANCE[BF16]
+
+
+@pytest.mark.parametrize("settings_in_config", [False, True])
+def test_old_autogptq_folder(tmp_path, settings_in_config):
+    base, tokens = make_merged(tmp_path).parent / "base", text_tokens(6, 100)
+    wanted = score(base, tokens, BF16)
+    found = vllm_scores(to_old_layout(base, settings_in_config), tokens, BF16, quantization="qalora")
+    assert difference(found, wanted) <= MEAN_TOLERANCE[BF16]
 
 
 def test_reloaded_weights(tmp_path):
