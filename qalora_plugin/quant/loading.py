@@ -110,8 +110,8 @@ class QALoraHfQuantizer(HfQuantizer):
             delattr(config, WEIGHTS_KEY)
         return config
 
-    # The hooks that see the config before transformers looks for the weights: the first up to 5.20, the second since (read
-    # in 5.14 to 5.24, run in 5.16, 5.19 and 5.23). Nothing of what they are there for applies to packed linears.
+    # The hooks that see the config before transformers looks for the weights: the first up to 5.20, the second since
+    # (read in 5.14 to 5.24, run in 5.16, 5.19, 5.23). Nothing of what they are there for applies to packed linears.
     update_tp_plan = update_attn_implementation = _lift_guard
 
     def base_fingerprint(self) -> str:
