@@ -171,7 +171,7 @@ UP_A = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
         ({"tensors": lambda t: t[UP_A].fill_(float("nan"))}, "holds NaN or Inf"),
         ({"tensors": lambda t: t.update({UP_A: t[UP_A].repeat(1, 2)})}, "another group size"),
         ({"tensors": lambda t: t.update({"lm_head.weight": t[UP_A].clone()})}, "holds 'lm_head.weight'"),
-        ({"tensors": lambda t: t[UP_A].fill_(1e9)}, "use offset_dtype float32"),
+        ({"tensors": lambda t: t[UP_A].fill_(1e9)}, "Use offset_dtype float32"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
