@@ -8,10 +8,10 @@ import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from .adapter_folder import AdapterFolder, matching_pattern
+from .adapter_folder import AdapterFolder, check_config_patterns, matching_pattern
 from .args import QALoraBlock, read_block, refuse_unmergeable
 from .atomic import require_absent
-from .errors import QALoraError, os_errors_in_one_line
+from .errors import QALoraError, os_errors_in_one_line, printable
 from .kernels.dequant import emulates
 from .places import absolute, is_inside, require_outside, require_writable
 from .quant import autogptq
@@ -92,6 +92,8 @@ def check_targets(cfg: dict[str, Any], modules: dict[str, QuantizedModule]) -> N
         QALoraError: with the names that there are.
     """
     wanted = cfg.get("lora_target_modules") or []
+    patterns = {"target_modules": wanted, "exclude_modules": cfg.get("lora_exclude_modules")}
+    check_config_patterns(patterns, list(modules), "the config")
     config = LoraConfig(
         target_modules=wanted if not cfg.get("lora_target_linear") else sorted(_leaves(modules)),
         exclude_modules=cfg.get("lora_exclude_modules") or None,
@@ -99,6 +101,10 @@ def check_targets(cfg: dict[str, Any], modules: dict[str, QuantizedModule]) -> N
         layers_pattern=cfg.get("peft_layers_pattern"),
     )
     if not any(check_target_module_exists(config, name) for name in modules):
+        if isinstance(wanted, str) and any("language_model" in name.split(".") for name in modules):
+            # A model with vision: names on disk may not be those in the model, which is known once it is loaded.
+            LOG.warning("lora_target_modules: %s matches no name of the base's file", printable(wanted))
+            return
         narrowed = [key for key in _NARROWING if cfg.get(key)]
         raise QALoraError(
             f"lora_target_modules {wanted!r}{' with ' + ', '.join(narrowed) if narrowed else ''} matches no quantised "
@@ -107,11 +113,13 @@ def check_targets(cfg: dict[str, Any], modules: dict[str, QuantizedModule]) -> N
         )
     for pattern in wanted if isinstance(wanted, list) else ():
         if not any(name == pattern or name.endswith(f".{pattern}") for name in modules):
-            LOG.warning("lora_target_modules: %s is no quantised linear of this base and gets no adapter", pattern)
+            LOG.warning(
+                "lora_target_modules: %s is no quantised linear of this base and gets no adapter", printable(pattern)
+            )
     for key in ("lora_rank_pattern", "lora_alpha_pattern"):
         for pattern in cfg.get(key) or ():
             if not any(matching_pattern([pattern], name) for name in modules):
-                LOG.warning("%s: %s matches no quantised linear of this base", key, pattern)
+                LOG.warning("%s: %s matches no quantised linear of this base", key, printable(pattern))
 
 
 def _leaves(modules: dict[str, QuantizedModule]) -> set[str]:

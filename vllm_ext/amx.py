@@ -18,7 +18,6 @@ from contextlib import suppress
 from functools import cache
 
 import torch
-import vllm
 from torch import Tensor, nn
 
 from qalora_plugin.private_cache import private_folder
@@ -53,6 +52,8 @@ def faster_path(group_size: int, code: str) -> str:
     Args:
         group_size: one that both take. code: a hash of this package, whose versions differ.
     """
+    import vllm  # not above: the ops of this package can be tested and timed where vLLM is not
+
     folder = private_folder("paths")
     machine = (torch.__config__.show(), torch.get_num_threads(), os.cpu_count(), _cpu_name())
     key = hashlib.sha256(repr((group_size, code, vllm.__version__, machine)).encode()).hexdigest()[:16]
