@@ -117,6 +117,8 @@ def main() -> int:
         ended = run(part, args, min(left, part.seconds * (3 if args.rehearse else 1))) if left > 1 else "no time left"
         failed = failed or not ended.startswith("done")
         print(f"{part.name}: {ended}", flush=True)
+    if args.rehearse:
+        print("\nA rehearsal: that the parts ran is what counts, not these figures.")
     print_bars(args.out)
     return int(failed)
 
