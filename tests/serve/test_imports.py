@@ -19,5 +19,5 @@ def test_names_of_the_training_environment_say_what_is_missing():
 
 
 def test_every_module_can_be_imported_first():
-    training = tuple(f"qalora_plugin.{name}" for name in ("adapter", "plugin", "preflight", "tuner"))
+    training = tuple(f"qalora_plugin.{name}" for name in ("adapter", "peft_conversion", "plugin", "preflight", "tuner"))
     assert failures(modules(qalora_plugin, but=training) + modules(vllm_ext)) == {}
