@@ -136,13 +136,13 @@ class QALoraLayer(nn.Module, LoraLayer):
         return module.groups, module.out_features
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: QALoraConfig, **kwargs) -> None:
-        if not (isinstance(config, QALoraConfig) and config.qalora):
+        base = self.get_base_layer()
+        if not isinstance(config, QALoraConfig) or (base.base_fingerprint and not config.qalora):
             raise QALoraError(
                 f"adapter {adapter_name!r} has a {type(config).__name__} that says nothing of its base. Give it the "
                 'first one\'s: QALoraConfig(..., qalora=model.peft_config["default"].qalora).'
             )
-        base = self.get_base_layer()
-        trained_on, fingerprint = (config.qalora.get(key) for key in ("group_size", "base_fingerprint"))
+        trained_on, fingerprint = ((config.qalora or {}).get(key) for key in ("group_size", "base_fingerprint"))
         if trained_on not in (None, base.group_size):
             raise QALoraError(
                 f"the adapter was trained with group size {trained_on}, {kwargs.get('target_name')} of this base has "

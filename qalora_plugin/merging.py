@@ -45,7 +45,7 @@ OFFSET_DTYPES = ("float16", "float32")
 SHARD_BYTES = 64 << 20
 MOST_LOST = 1e-3  # of what the adapter adds, in the Euclidean norm; float16 rounds to 2e-4
 _SMALL = 1e-4  # mean square roots below this may suffer in float16, which loses digits below 6e-5
-_TOO_LARGE = {"float16": "use offset_dtype float32", "float32": "the training diverged"}
+_TOO_LARGE = {"float16": "Use offset_dtype float32", "float32": "The training diverged"}
 _KEPT_KEYS = (
     "bits",
     "group_size",
@@ -240,7 +240,7 @@ def _offsets(adapter: AdapterFolder, name: str, dtype: str) -> _Folded:
     scaling = adapter.scaling(name)
     offsets = fold(lora_a, lora_b, scaling, dtype)
     if not all_finite(offsets):
-        raise QALoraError(f"the offsets of {name} exceed what {dtype} can hold: {_TOO_LARGE[dtype]}.")
+        raise QALoraError(f"the offsets of {name} exceed what {dtype} can hold. {_TOO_LARGE[dtype]}.")
     wanted, lost = squared_norm(lora_a, lora_b, scaling), 0.0
     if dtype == "float16" and wanted < _SMALL**2 * offsets.size:
         exact = fold(lora_a, lora_b, scaling, "float32")

@@ -186,9 +186,9 @@ def test_permissions_follow_the_umask(base, adapter, tmp_path, umask):
 @pytest.mark.parametrize(
     ("out", "match"),
     [
-        ("/proc/nowhere/out", "/proc/nowhere.*: No such file"),
+        ("/proc/nowhere/out", r"/proc is not writable \(No such file"),
         ("x" * 300, "File name too long. Choose a shorter name"),
-        ("file/out", "Not a directory|File exists"),
+        ("file/out", "is a file, not a folder"),
     ],
 )
 def test_places_that_cannot_be_written(base, adapter, tmp_path, out, match):

@@ -69,7 +69,7 @@ def test_format(base, merged):
     assert shard.stat().st_ino == (base / "model.safetensors").stat().st_ino  # linked: no new bytes
     assert (merged / "tokenizer.json").is_file()
     card = (merged / "README.md").read_text()
-    assert "not measured yet" in card
+    assert "\n| exactness | " in card
     assert "\nbase_model:" not in card  # the base is a folder, which the Hub refuses there
 
 

@@ -100,7 +100,10 @@ def _why_no_linear(model: "PreTrainedModel", stored: str, destination: Destinati
         found = f"a {type(model.get_submodule(name)).__name__} there"
     except AttributeError:
         found = f"nothing named {name}"
-    return f"{head}has no such linear layer ({found}). Is config.json another model's?"
+    linears = [other for other, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    leaf = name.rpartition(".")[2]
+    alike = next((other for other in linears if other.rpartition(".")[2] == leaf), next(iter(linears), "none"))
+    return f"{head}has no such linear layer ({found}; its own are named like {alike}). Is config.json another model's?"
 
 
 def _require_same_linear(stored: str, spec: QuantizedModule, linear: nn.Module, model_type: str) -> None:
