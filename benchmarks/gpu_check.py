@@ -40,7 +40,6 @@ class Part:
 
 PARTS = [
     Part("gpu tests", 60),
-    Part("tests", 90),
     Part("train ours", 70, "train.py", "ours"),
     Part("train dense", 60, "train.py", "dense"),
     Part("linear", 110, "linear.py"),
@@ -48,6 +47,7 @@ PARTS = [
     Part("decode", 50, "decode.py"),
     Part("train qlora", 60, "train.py", "qlora"),
     Part("train peft", 60, "train.py", "peft"),
+    Part("tests", 90),  # sweeps over shapes and types, which compile for long
 ]
 
 
