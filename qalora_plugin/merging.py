@@ -23,7 +23,7 @@ from .errors import QALoraError, os_errors_in_one_line
 from .folding import fold, fold_workers, squared_norm
 from .places import require_place
 from .quant.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, read_json, write_json
-from .quant.fingerprint import Identity, fingerprint, identity, keep_remembering
+from .quant.fingerprint import Identity, fingerprint, identity, is_sampled, keep_remembering
 from .quant.fusion import dense_modules, unservable
 from .quant.modules import (
     FORMAT_VERSION,
@@ -110,7 +110,8 @@ def merge(
         hashing = worker.submit(fingerprint, checkpoint)
         check_values(checkpoint, modules)
     base_fingerprint = hashing.result()
-    opened.require_base(fingerprint(checkpoint, like=opened.base_fingerprint), base)
+    recorded = opened.base_fingerprint
+    opened.require_base(fingerprint(checkpoint, recorded) if is_sampled(recorded) else base_fingerprint, base)
     opened.check_fits(modules)
 
     itemsize = np.dtype(offset_dtype).itemsize

@@ -15,7 +15,7 @@ from .errors import QALoraError, os_errors_in_one_line, printable
 from .kernels.dequant import emulates
 from .places import absolute, is_inside, require_outside, require_writable
 from .quant import autogptq
-from .quant.checkpoint import Checkpoint, is_local, read_json, resolve
+from .quant.checkpoint import Checkpoint, expanded, is_local, read_json, resolve
 from .quant.fusion import dense_modules, unservable
 from .quant.loading import config_overrides
 from .quant.modules import BASE_METHOD, QuantizedModule, check_values, require_base
@@ -160,7 +160,7 @@ def check_base(base: str, revision: str | None = None) -> dict[str, QuantizedMod
     Returns:
         The quantised linears; None for a Hub id.
     """
-    if not (Path(base).expanduser().exists() or base.startswith(("/", ".", "~"))):
+    if not (expanded(base).exists() or base.startswith(("/", ".", "~"))):
         if (method := _hub_quantization(base, revision).get("quant_method")) != BASE_METHOD:
             found = f"has quant_method {method!r}" if method else "is dense, or names no quant_method"
             raise QALoraError(
@@ -183,7 +183,7 @@ def overrides_of_config(base: str, revision: str | None = None) -> dict[str, Any
     was not.
     """
     if is_local(base):
-        return config_overrides(Path(base).expanduser())
+        return config_overrides(expanded(base))
     if read_json(_hub_config(base, revision)).get("quantization_config"):
         return {}
     return config_overrides(resolve(base, revision))

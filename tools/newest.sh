@@ -17,7 +17,6 @@ set -euo pipefail
 shopt -s inherit_errexit
 
 SUITE=trixie
-MIRROR=${DEBIAN_MIRROR:-http://deb.debian.org/debian}
 NEEDED=(ca-certificates g++ git python3 python3-dev python3-venv)
 TESTS=(tests --ignore tests/serve --ignore tests/e2e/test_whole_line.py --ignore tests/test_export_served.py)
 # Axolotl 0.21 pins a zstandard that cannot be built for Python 3.13; any later one does.
@@ -67,7 +66,7 @@ make_root() {
     done
     say "Debian $SUITE → $root"
     rm -rf "$root.part"
-    debootstrap --variant=minbase --include="$(IFS=,; echo "${NEEDED[*]}")" $SUITE "$root.part" "$MIRROR"
+    debootstrap --variant=minbase --include="$(IFS=,; echo "${NEEDED[*]}")" $SUITE "$root.part" ${DEBIAN_MIRROR:+"$DEBIAN_MIRROR"}
     mv "$root.part" "$root"
 }
 

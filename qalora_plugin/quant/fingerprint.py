@@ -38,7 +38,7 @@ def fingerprint(checkpoint: Checkpoint, like: str | None = None) -> str:
         like: a recorded fingerprint to compare with. Adapters made before this one record a ``"sha256:…"`` of samples:
             then the answer is of that kind.
     """
-    if like is not None and like.startswith("sha256:"):
+    if is_sampled(like):
         return _sampled(checkpoint)
     digests: dict[str, str] = {}
     for file in dict.fromkeys(info.file for info in checkpoint.tensors.values()):
@@ -49,6 +49,11 @@ def fingerprint(checkpoint: Checkpoint, like: str | None = None) -> str:
         info = checkpoint.tensors[name]
         whole.update(json.dumps([name, info.dtype, info.shape, digests[name]]).encode())
     return f"blake3:{whole.hexdigest()}"
+
+
+def is_sampled(recorded: str | None) -> bool:
+    """Whether a recorded fingerprint is one of samples, as older adapters have it."""
+    return recorded is not None and recorded.startswith("sha256:")
 
 
 def identity(path: Path) -> Identity:

@@ -215,3 +215,12 @@ def test_a_cache_that_others_could_write_is_not_used(copy, cache, tmp_path, capl
     assert settled(copy) == first
     assert "nothing is cached" in caplog.text
     assert trap == "file" or not list(cache.iterdir())
+
+
+def test_a_merge_reads_the_base_through_once(base, adapter, tmp_path, monkeypatch):
+    """Also where nothing can be remembered."""
+    digest, read = module._digest, []
+    monkeypatch.setattr(module, "private_folder", lambda name: None)
+    monkeypatch.setattr(module, "_digest", lambda path, info: read.append(info) or digest(path, info))
+    merge(base, adapter, tmp_path / "out", progress=False)
+    assert len(read) == len(set(read)) == len(Checkpoint.open(base).tensors)
