@@ -34,7 +34,7 @@ from vllm.distributed import init_distributed_environment, initialize_model_para
 from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter
 
 import vllm_ext
-from vllm_ext.kernels import NoKernel, find_float_zero_kernel, find_kernel, hand_over
+from vllm_ext.kernels.vllm import NoKernel, find_float_zero_kernel, find_kernel, hand_over
 from vllm_ext.ops import add_offsets, prepare
 
 CUDA = torch.cuda.is_available()

@@ -34,10 +34,10 @@ from rich.progress import track
 from rich.table import Table
 from safetensors.torch import save_file
 
-from qalora_plugin.adapter_folder import ADAPTER_FORMAT, CONFIG_NAME, PEFT_TYPE, POOLING, WEIGHTS_NAME
-from qalora_plugin.quant.checkpoint import Checkpoint
-from qalora_plugin.quant.fingerprint import fingerprint
-from qalora_plugin.quant.modules import quantized_modules
+from qalora_plugin.checkpoint.adapter_folder import ADAPTER_FORMAT, CONFIG_NAME, PEFT_TYPE, POOLING, WEIGHTS_NAME
+from qalora_plugin.checkpoint.fingerprint import fingerprint
+from qalora_plugin.checkpoint.folder import Checkpoint
+from qalora_plugin.formats.gptq import quantized_modules
 
 METHODS = ("cp -r", "cp -al", "merge", "merge --copy", "merge()", "merge(copy=True)")
 TIME_BARS = {"merge": 0.5, "merge --copy": 1.2, "merge()": 0.5, "merge(copy=True)": 1.2}  # of the seconds of cp -r

@@ -34,7 +34,7 @@ def report(**found: float) -> None:
 def main() -> None:
     kind = sys.argv.pop(1)
     if kind == "command":
-        from qalora_plugin.cli import app
+        from qalora_plugin.commands.cli import app
 
         atexit.register(report)  # the command ends the process
         app()

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from qalora_plugin.quant.modules import BASE_METHOD
+from qalora_plugin.formats.gptq import BASE_METHOD
 
 SHAPES = {
     "tiny": {

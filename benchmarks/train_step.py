@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from qalora_plugin.kernels.dequant import emulates
+from qalora_plugin.kernels.hardware import emulates
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

@@ -14,7 +14,7 @@ from rich.progress import track
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from qalora_plugin.kernels.dequant import gemm_dtype
+from qalora_plugin.kernels.hardware import gemm_dtype
 
 LENGTH = 256
 BATCH = 4

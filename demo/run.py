@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from stages import Runner, Stage, StageError
 
-from qalora_plugin.kernels.dequant import emulates
+from qalora_plugin.kernels.hardware import emulates
 
 DEMO = Path(__file__).resolve().parent
 ROOT = DEMO.parent

@@ -9,19 +9,19 @@ model takes to merge.
 from importlib import import_module
 from typing import Any
 
-from .errors import QALoraError
-from .registration import register_with_transformers
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.registration import register_with_transformers
 
 _LAZY = {
-    "QALoraArgs": ".args",
-    "QALoraConfig": ".adapter",
-    "QALoraMergeCallback": ".trainer",
-    "QALoraPlugin": ".plugin",
-    "add_adapter": ".adapter",
-    "load_adapter": ".adapter",
-    "load_base": ".quant.loading",
-    "merge": ".merging",
-    "verify": ".verifying",
+    "QALoraArgs": ".integrations.axolotl.args",
+    "QALoraConfig": ".integrations.peft.adapter",
+    "QALoraMergeCallback": ".integrations.trainer",
+    "QALoraPlugin": ".integrations.axolotl.plugin",
+    "add_adapter": ".integrations.peft.adapter",
+    "load_adapter": ".integrations.peft.adapter",
+    "load_base": ".integrations.transformers.loading",
+    "merge": ".conversion.merging",
+    "verify": ".eval.verifying",
 }
 __all__ = ["QALoraError", *_LAZY]
 _OF_THE_TRAINING_ENVIRONMENT = ("axolotl", "peft")  # vLLM's has neither

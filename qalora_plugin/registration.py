@@ -57,4 +57,4 @@ def _register() -> None:
 
     If it is what imports transformers, it is half imported now: that end is still to come, and this does nothing.
     """
-    import_module(".quant.loading", __package__)
+    import_module(".integrations.transformers.loading", __package__)

@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # run Triton's kernels without a GPU; read when Triton is first imported
-from fabricate import make_base
+from support.fabricate import make_base
 
 
 def pytest_collection_modifyitems(items):
@@ -28,13 +28,13 @@ def base(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def adapter(base, tmp_path_factory) -> Path:
     """An adapter with random (not zero) A and B on every linear of ``base``."""
-    from fabricate import make_adapter
+    from support.fabricate import make_adapter
 
     return make_adapter(base, tmp_path_factory.mktemp("adapter") / "adapter")
 
 
 @pytest.fixture(scope="session")
 def merged(base, adapter, tmp_path_factory) -> Path:
-    from qalora_plugin.merging import merge
+    from qalora_plugin.conversion.merging import merge
 
     return merge(base, adapter, tmp_path_factory.mktemp("merged") / "model", progress=False).folder

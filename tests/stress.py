@@ -18,12 +18,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from qalora_plugin.errors import QALoraError
-from qalora_plugin.merging import merge
+from qalora_plugin.conversion.merging import merge
+from qalora_plugin.core.errors import QALoraError
 
 RACERS = 4
 PREPARE = """
-import sys; from pathlib import Path; from fabricate import make_adapter, make_base
+import sys; from pathlib import Path; from support.fabricate import make_adapter, make_base
 place = Path(sys.argv[1]); base = make_base(place / "base", shards=2)
 for i in range(int(sys.argv[2])): make_adapter(base, place / f"adapter{i}", seed=i)
 """

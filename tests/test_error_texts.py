@@ -5,15 +5,15 @@ import shutil
 
 import pytest
 import torch
-from fabricate import make_base, to_old_layout
 from safetensors.torch import load_file, save_file
+from support.fabricate import make_base, to_old_layout
 
 from qalora_plugin import QALoraConfig, add_adapter, load_adapter, load_base
-from qalora_plugin.adapter_folder import AdapterFolder
-from qalora_plugin.errors import QALoraError
-from qalora_plugin.merging import merge
-from qalora_plugin.quant.checkpoint import Checkpoint
-from qalora_plugin.quant.modules import require_base
+from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
+from qalora_plugin.checkpoint.folder import Checkpoint
+from qalora_plugin.conversion.merging import merge
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.formats.gptq import require_base
 
 
 def renamed(base, out, change):

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from import_orders import failures, modules, public_names
+from support.import_orders import failures, modules, public_names
 
 import qalora_plugin
 
@@ -25,7 +25,7 @@ def test_every_module_can_be_imported_first():
         "from qalora_plugin import QALoraMergeCallback",
         "import transformers.quantizers.auto",
         "import transformers.modeling_utils, vllm_ext",
-        "import vllm_ext, qalora_plugin.errors",
+        "import vllm_ext, qalora_plugin.core.errors",
         "import peft",
     ],
 )

@@ -13,13 +13,13 @@ def register() -> None:
     """
     import vllm
 
-    from . import versions
-    from .raw_adapters import refuse_raw_adapters
+    from vllm_ext import compat
+    from vllm_ext.raw_adapters import refuse_raw_adapters
 
     refuse_raw_adapters()
-    if problem := versions.problem(vllm.__version__):
-        versions.register_refusal(problem)
+    if problem := compat.problem(vllm.__version__):
+        compat.register_refusal(problem)
         return
-    from . import config  # noqa: F401 (importing it registers it)
+    from vllm_ext import config  # noqa: F401 (importing it registers it)
 
-    versions.silence_unpacked_zeros()
+    compat.silence_unpacked_zeros()

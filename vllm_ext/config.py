@@ -1,6 +1,6 @@
 """``quantization_config`` → which linears of a vLLM model are quantised, and how.
 
-Read off the checkpoint's safetensors headers, as training and merging do (``qalora_plugin.quant.modules``): what has
+Read off the checkpoint's safetensors headers, as training and merging do (``qalora_plugin.formats.gptq``): what has
 a ``qweight`` is quantised, its shapes give bits and group size. So ``dynamic``, ``modules_to_not_convert`` and a
 quantised ``lm_head`` need no rules here.
 """
@@ -17,9 +17,11 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-from qalora_plugin.errors import QALoraError
-from qalora_plugin.quant.checkpoint import INDEX_NAME, Checkpoint, TensorInfo, read_header, read_json
-from qalora_plugin.quant.modules import (
+from qalora_plugin.checkpoint.folder import INDEX_NAME, Checkpoint
+from qalora_plugin.checkpoint.json_files import read_json
+from qalora_plugin.checkpoint.tensors import TensorInfo, read_header
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.formats.gptq import (
     BASE_METHOD,
     MERGED_METHOD,
     QuantizedModule,
@@ -27,10 +29,9 @@ from qalora_plugin.quant.modules import (
     checkpoint_format,
     quantized_modules,
 )
-
-from .linear import QALoraLinearMethod
-from .paths import PATH_KEY, TIMED_KEY, forced_path, timed_path
-from .versions import load_every_tensor
+from vllm_ext.compat import load_every_tensor
+from vllm_ext.kernels.select import PATH_KEY, TIMED_KEY, forced_path, timed_path
+from vllm_ext.linear import QALoraLinearMethod
 
 # What vLLM fuses where a model class does not say so itself (StableLM, GPT-J).
 USUAL_PACKING = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -219,5 +220,5 @@ def _headers(model: str, revision: str | None) -> dict[str, TensorInfo]:
 @cache
 def _code_hash() -> str:
     """Of this package's source files."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    files = sorted(Path(__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]

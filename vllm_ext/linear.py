@@ -20,17 +20,16 @@ from vllm.model_executor.parameter import (
     PackedvLLMParameter,
 )
 
-from qalora_plugin.errors import QALoraError
-from qalora_plugin.kernels.dequant import gemm_dtype
-from qalora_plugin.quant.layout import pack_rows, unpack_rows
-from qalora_plugin.quant.modules import QuantizedModule
-from qalora_plugin.quant.words import codes_per_period
-
-from .dense import dense_weight, matmul
-from .kernels import hand_over, moved_zeros
-from .loaders import load_g_idx, vocabulary_loader, zeros_loader
-from .ops import add_offsets, prepare
-from .paths import FUSED, LayerKind, choose_path
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.core.packing import pack_rows, unpack_rows
+from qalora_plugin.core.words import codes_per_period
+from qalora_plugin.formats.gptq import QuantizedModule
+from qalora_plugin.kernels.hardware import gemm_dtype
+from vllm_ext.kernels.dense import dense_weight, matmul
+from vllm_ext.kernels.select import FUSED, LayerKind, choose_path
+from vllm_ext.kernels.vllm import hand_over, moved_zeros
+from vllm_ext.loaders import load_g_idx, vocabulary_loader, zeros_loader
+from vllm_ext.ops import add_offsets, prepare
 
 
 @register_weight_loader_v2_supported_method

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.parameter import BasevLLMParameter
 
-from qalora_plugin.quant.layout import read_zeros
+from qalora_plugin.formats.gptq import read_zeros
 
 
 def load_g_idx(param: BasevLLMParameter, loaded_weight: Tensor, shard_id: str | int | tuple | None = None) -> None:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from qalora_plugin.kernels import cpu
-
-from . import int4_cpu
+from vllm_ext.kernels import cpu_int4
 
 _SMALLEST = 1 << 11  # offsets; a layer with fewer is a toy, not worth the wait for the compiler
 
@@ -22,7 +21,7 @@ _SMALLEST = 1 << 11  # offsets; a layer with fewer is a toy, not worth the wait 
 def prepare(offsets: Tensor, act_dtype: torch.dtype, group_size: int) -> Tensor:
     """Offsets ``[G, N]`` as :func:`add_offsets` reads them, converted once."""
     if _runs_triton(offsets):
-        from . import offsets_triton  # needs Triton, which a CPU may lack
+        from vllm_ext.kernels import offsets_triton  # needs Triton, which a CPU may lack
 
         return offsets_triton.prepare(offsets, act_dtype, group_size)
     on_cpu = offsets.device.type == "cpu" and act_dtype == torch.bfloat16 and offsets.numel() >= _SMALLEST
@@ -42,7 +41,7 @@ def add_offsets(y: Tensor, x: Tensor, offsets: Tensor, group_size: int) -> None:
 def _add_offsets(y: Tensor, x: Tensor, offsets: Tensor, group_size: int) -> None:
     y, x = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
     if _runs_triton(x):
-        from . import offsets_triton
+        from vllm_ext.kernels import offsets_triton
 
         offsets_triton.add_offsets(y, x, offsets, group_size)
     elif offsets.ndim == 4:  # panels
@@ -70,4 +69,4 @@ def _define(name: str, function: Callable, fake: Callable, mutates: tuple[str, .
 
 
 _define("add_offsets", _add_offsets, _add_offsets_fake, mutates=("y",))
-_define("int4_linear", int4_cpu.int4_linear, int4_cpu.int4_linear_fake)
+_define("int4_linear", cpu_int4.int4_linear, cpu_int4.int4_linear_fake)

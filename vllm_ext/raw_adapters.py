@@ -8,9 +8,9 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from qalora_plugin.errors import QALoraError
+from qalora_plugin.core.errors import QALoraError
 
-PEFT_TYPE = "QALORA"  # qalora_plugin.adapter_folder, which vLLM's processes need not import
+PEFT_TYPE = "QALORA"  # qalora_plugin.checkpoint.adapter_folder, which vLLM's processes need not import
 
 
 def refuse_raw_adapters() -> None:

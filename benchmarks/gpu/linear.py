@@ -15,9 +15,8 @@ from gpu.timing import COPIES, gigabytes_per_second, microseconds
 from torch import Tensor
 from torch.nn import functional
 
-from qalora_plugin.kernels import gpu as gpu_kernels
-from qalora_plugin.kernels.packed import PackedWeight
-from qalora_plugin.quant import reference
+from qalora_plugin.core import reference
+from qalora_plugin.kernels.triton import dequantize
 from vllm_ext import ops
 
 NAMES = ["shape", "group_size", "rows", "dtype", "path", "us", "added_us", "added", "limit_us", "error", "lost", "note"]
@@ -70,7 +69,7 @@ def paths(subject: Subject, has_ops: bool) -> dict[str, tuple[str | None, Callab
         found["fused-zeros"] = "machete", stock.machete(subject.qweight, subject.scales, subject.group_size, zeros)
     if CUDA:
         packed, offsets = subject.packed(), subject.offsets.float()
-        found["triton matmul"] = None, lambda x: gpu_kernels.matmul(x, packed, offsets)
+        found["triton matmul"] = None, lambda x: dequantize.matmul(x, packed, offsets)
     return found
 
 
@@ -121,7 +120,7 @@ def compare(
     for rows in all_rows:
         x, times = torch.randn(rows, k, device=DEVICE).to(dtype), {}
         for name, (kernel, function) in built[0].items():
-            if name == "triton matmul" and rows > gpu_kernels.MAX_TOKENS:
+            if name == "triton matmul" and rows > dequantize.MAX_TOKENS:
                 continue
             offsets = kernel is not None or name == "triton matmul"
             calls = [partial(one[name][1], x) for one in built]

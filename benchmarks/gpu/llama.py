@@ -12,8 +12,8 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from qalora_plugin.quant.layout import unpack_rows
-from qalora_plugin.quant.linear import QuantLinear
+from qalora_plugin.core.packing import unpack_rows
+from qalora_plugin.layers.linear import QuantLinear
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 METHODS = ("dense", "lora", "qlora", "peft", "ours")
@@ -66,8 +66,8 @@ def _with_adapter(model: nn.Module, method: str, rank: int, group_size: int) -> 
 
     lora = {"r": rank, "lora_alpha": rank, "target_modules": TARGETS, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
     if method == "ours":
-        from qalora_plugin.adapter import QALoraConfig
-        from qalora_plugin.adapter_folder import ADAPTER_FORMAT, POOLING
+        from qalora_plugin.checkpoint.adapter_folder import ADAPTER_FORMAT, POOLING
+        from qalora_plugin.integrations.peft.adapter import QALoraConfig
 
         binding = {"format_version": ADAPTER_FORMAT, "pooling": POOLING, "group_size": group_size}
         return get_peft_model(model, QALoraConfig(**lora, qalora=binding))

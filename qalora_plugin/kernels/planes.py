@@ -7,28 +7,28 @@ weight. Arithmetic is float32 (float64 on request) and rounds once to the output
 import torch
 from torch import Tensor
 
-from ..quant.layout import code_plane
-from ..quant.words import codes_per_period
-from .packed import PackedWeight
+from qalora_plugin.core.packing import code_plane
+from qalora_plugin.core.weight import GroupwiseWeight
+from qalora_plugin.core.words import codes_per_period
 
 
-def fill(packed: PackedWeight, offsets: Tensor | None, out: Tensor) -> None:
+def fill(weight: GroupwiseWeight, offsets: Tensor | None, out: Tensor) -> None:
     """Write the dense weight, plus ``offsets`` [G, N] instead of the packed ones, to ``out`` ``[K, N]``."""
-    bits, group_size, groups = packed.bits, packed.group_size, packed.groups
+    bits, group_size, groups = weight.bits, weight.group_size, weight.groups
     math_dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
-    scales, zeros = packed.scales.to(math_dtype), packed.zeros().to(math_dtype)
+    scales, zeros = weight.scales.to(math_dtype), weight.zeros.to(math_dtype)
     offsets = None if offsets is None else offsets.to(math_dtype)
     period = codes_per_period(bits)
-    aligned = packed.g_idx is None and group_size % period == 0
+    aligned = weight.g_idx is None and group_size % period == 0
 
     for j in range(period):
-        codes, rows = code_plane(packed.qweight, bits, j), out[j::period]
+        codes, rows = code_plane(weight.qweight, bits, j), out[j::period]
         if aligned:  # a plane holds group_size/period consecutive rows of every group: broadcast
             codes, rows = (t.view(groups, group_size // period, -1) for t in (codes, rows))
             s, z, o = (None if t is None else t.unsqueeze(1) for t in (scales, zeros, offsets))
         else:
-            columns = torch.arange(j, packed.in_features, period, device=out.device)
-            group = columns // group_size if packed.g_idx is None else packed.g_idx[columns].long()
+            columns = torch.arange(j, weight.in_features, period, device=out.device)
+            group = columns // group_size if weight.g_idx is None else weight.g_idx[columns].long()
             s, z, o = (None if t is None else t[group] for t in (scales, zeros, offsets))
         centred = codes - z
         if o is None:

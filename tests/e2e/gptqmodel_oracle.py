@@ -12,7 +12,7 @@ import torch
 from gptqmodel import BACKEND, GPTQModel
 from safetensors.torch import save_file
 
-from qalora_plugin.quantizing import quantize
+from qalora_plugin.methods.quantizing import quantize
 
 model, text, out, options = sys.argv[1:]
 quantize(model, out, text, samples=16, length=64, **json.loads(options))

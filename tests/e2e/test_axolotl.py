@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 import torch
-from axolotl_runs import BIN, command, losses, write_config
+from support.axolotl_runs import BIN, command, losses, write_config
 from transformers import AutoModelForCausalLM
 
 from qalora_plugin import load_adapter, load_base
-from qalora_plugin.verifying import verify
+from qalora_plugin.eval.verifying import verify
 
 pytestmark = pytest.mark.e2e
 WEIGHTS = "adapter_model.safetensors"
@@ -83,7 +83,7 @@ def test_plugin_that_cannot_be_imported(base, tmp_path):
     """A part of it fails to import: Axolotl alone would only say "not registered"."""
     config = write_config(tmp_path, base)
     code = (
-        "import sys; sys.modules['qalora_plugin.adapter_folder'] = None; "
+        "import sys; sys.modules['qalora_plugin.checkpoint.adapter_folder'] = None; "
         f"from axolotl.cli.config import load_cfg; load_cfg({str(config)!r})"
     )
     output = command(BIN / "python", "-c", code, code=1)

@@ -5,13 +5,13 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from axolotl_runs import BIN, command, losses, train_here, write_config
-from fabricate import make_base, to_old_layout
 from packaging.version import Version
 from safetensors.torch import load_file
+from support.axolotl_runs import BIN, command, losses, train_here, write_config
+from support.fabricate import make_base, to_old_layout
 
-from qalora_plugin.errors import QALoraError
-from qalora_plugin.verifying import verify
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.eval.verifying import verify
 
 pytestmark = pytest.mark.e2e
 

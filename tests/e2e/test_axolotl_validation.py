@@ -5,11 +5,11 @@ import shutil
 import pytest
 import yaml
 from axolotl.cli.config import load_cfg
-from axolotl_runs import write_config
-from fabricate import make_adapter, make_base, to_old_layout
+from support.axolotl_runs import write_config
+from support.fabricate import make_adapter, make_base, to_old_layout
 
-from qalora_plugin.errors import QALoraError
-from qalora_plugin.quant.checkpoint import read_json, write_json
+from qalora_plugin.checkpoint.json_files import read_json, write_json
+from qalora_plugin.core.errors import QALoraError
 
 OURS, MORA = "qalora_plugin.QALoraPlugin", "axolotl.integrations.mora.MoraPlugin"
 EXPERTS = "axolotl.integrations.expert_parallel.ExpertParallelPlugin"
@@ -90,7 +90,7 @@ def test_home_is_expanded(base, tmp_path, monkeypatch):
     cfg = validate(tmp_path, "~/base", output_dir="~/out", qalora={"merge_dir": "~/merged"})
     assert (cfg.base_model, cfg.output_dir) == (str(tmp_path / "base"), str(tmp_path / "out"))
     (tmp_path / "merged").mkdir()
-    from qalora_plugin.preflight import check_merge_dir
+    from qalora_plugin.integrations.axolotl.preflight import check_merge_dir
 
     with pytest.raises(QALoraError, match=rf"{tmp_path}/merged exists.*remove it, set qalora.merge_dir"):
         check_merge_dir(cfg)
@@ -133,7 +133,7 @@ def replace_linears(base, other, leaf):
 
 def test_base_without_bits(base, adapter, tmp_path):
     """Its tensors show them."""
-    from qalora_plugin.merging import merge
+    from qalora_plugin.conversion.merging import merge
 
     folder = shutil.copytree(base, tmp_path / "base")
     config = read_json(folder / "config.json")
@@ -154,7 +154,7 @@ def test_old_autogptq_folder(tmp_path):
 
 
 def test_context_parallel_is_said_to_be_untested(base, tmp_path, caplog):
-    from qalora_plugin.preflight import check_axolotl
+    from qalora_plugin.integrations.axolotl.preflight import check_axolotl
 
     check_axolotl(yaml.safe_load(write_config(tmp_path, base, context_parallel_size=2).read_text()))
     assert "context_parallel_size: 2 is not tested" in caplog.text

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from axolotl_runs import BIN, command
 from safetensors.torch import load_file
+from support.axolotl_runs import BIN, command
 
 pytestmark = pytest.mark.e2e
 SCRIPT = Path(__file__).with_name("ddp_train.py")

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from axolotl_runs import BIN, command, write_config
-from fabricate import make_tokenizer
 from safetensors.torch import load_file
+from support.axolotl_runs import BIN, command, write_config
+from support.fabricate import make_tokenizer
+from support.vllm_server import Server
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from vllm_server import Server
 
 from qalora_plugin import load_base
-from qalora_plugin.quant.linear import QuantLinear
-from qalora_plugin.tokens import default_texts
-from qalora_plugin.verifying import verify
+from qalora_plugin.eval.tokens import default_texts
+from qalora_plugin.eval.verifying import verify
+from qalora_plugin.layers.linear import QuantLinear
 
 pytestmark = pytest.mark.e2e
 SERVING = Path(__file__).parents[2] / ".venv-serve"

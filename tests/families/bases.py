@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from fabricate import make_tokenizer, quantise, write_shards
 from safetensors.torch import load_file, save_file
+from support.fabricate import make_tokenizer, quantise, write_shards
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qalora_plugin.quant import reference
+from qalora_plugin.core import reference
 
 GROUP = 32
 NOT_QUANTISED = ("vision", "visual", "vit", "audio", "projector", "connector", "merger", "perceiver", "resampler")

@@ -7,9 +7,9 @@ import torch
 from families.bases import Base, fold_into_dense
 
 from qalora_plugin import add_adapter, load_base, merge, verify
-from qalora_plugin.adapter import QALoraLayer
-from qalora_plugin.quant.linear import QuantLinear
-from qalora_plugin.quant.loading import load_model
+from qalora_plugin.integrations.peft.adapter import QALoraLayer
+from qalora_plugin.integrations.transformers.loading import load_model
+from qalora_plugin.layers.linear import QuantLinear
 
 RANK, ALPHA = 4, 8
 TOLERANCE = 2e-5  # max|Δ logits| / max|logits| in float32

@@ -6,15 +6,15 @@ from pathlib import Path
 import torch
 from families.architectures import EXPERTS, QUANTISED_EXPERTS, VISION_LANGUAGE, build
 from families.bases import make_base_of
-from serve.checkpoints import add_offsets
-from serve.scoring import text_tokens
 from serve.test_offline import OPTIONS, scores
+from support.merged_checkpoints import add_offsets
+from support.scoring import text_tokens
 from transformers import PreTrainedModel
 from vllm import LLM, ModelRegistry
 from vllm.distributed import cleanup_dist_env_and_memory
 
-from qalora_plugin.errors import QALoraError
-from qalora_plugin.quant.loading import load_base, load_model
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.integrations.transformers.loading import load_base, load_model
 
 # Sizes that vLLM's classes count on; else as in the training table.
 CHANGES = {"falcon": {"ffn_hidden_size": 256}}

@@ -12,10 +12,10 @@ from transformers import T5Config
 from transformers.pytorch_utils import Conv1D
 
 from qalora_plugin import add_adapter, load_base
-from qalora_plugin.adapter import QALoraLayer
-from qalora_plugin.errors import QALoraError
-from qalora_plugin.quant.linear import QuantLinear
-from qalora_plugin.quant.loading import load_model
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.integrations.peft.adapter import QALoraLayer
+from qalora_plugin.integrations.transformers.loading import load_model
+from qalora_plugin.layers.linear import QuantLinear
 
 IDS = torch.arange(4, 68).view(2, 32)
 

@@ -5,23 +5,23 @@ import shutil
 
 import pytest
 import torch
-from fabricate import make_adapter
 from families.architectures import build
 from families.bases import make_base_of
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from support.fabricate import make_adapter
 from transformers import AutoModel
 from transformers.core_model_loading import WeightRenaming
 
 from qalora_plugin import add_adapter, load_adapter, load_base, merge, verify
-from qalora_plugin.adapter_folder import AdapterFolder
-from qalora_plugin.errors import QALoraError
-from qalora_plugin.formats.lora import export_lora
-from qalora_plugin.quant.checkpoint import Checkpoint
-from qalora_plugin.quant.linear import QuantLinear
-from qalora_plugin.quant.loading import load_model
-from qalora_plugin.quant.naming import shorten, stored_name
+from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
+from qalora_plugin.checkpoint.folder import Checkpoint
+from qalora_plugin.conversion.lora import export_lora
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.integrations.transformers.loading import load_model
+from qalora_plugin.integrations.transformers.naming import shorten, stored_name
+from qalora_plugin.layers.linear import QuantLinear
 
 IDS = torch.arange(4, 68).view(2, 32)
 ON_DISK = "language_model.model.layers.0.self_attn.q_proj"

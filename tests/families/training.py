@@ -6,7 +6,7 @@ from families.architectures import EXPERTS, QUANTISED_EXPERTS, TEXT, VISION_LANG
 from families.bases import make_base_of
 from families.line import run_line
 
-from qalora_plugin.errors import QALoraError
+from qalora_plugin.core.errors import QALoraError
 
 NAMES = [*TEXT, *VISION_LANGUAGE, *(name + EXPERTS for name in QUANTISED_EXPERTS)]
 COLUMNS = ("model type", "class", "linears: quantised · adapted", "base", "after a step", "merged", "outcome")

@@ -22,19 +22,19 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from fabricate import make_adapter, make_base, make_tokenizer
 from fuzz.mutate import mutate, mutated_value
 from huggingface_hub import constants
 from pydantic import ValidationError
+from support.fabricate import make_adapter, make_base, make_tokenizer
 from typer.testing import CliRunner
 
-from qalora_plugin.args import QALoraArgs
-from qalora_plugin.cli import app
-from qalora_plugin.errors import QALoraError
-from qalora_plugin.formats.lora import export_lora
-from qalora_plugin.inspecting import inspect
-from qalora_plugin.merging import is_merge_of, merge
-from qalora_plugin.preflight import check_axolotl
+from qalora_plugin.commands.cli import app
+from qalora_plugin.commands.inspecting import inspect
+from qalora_plugin.conversion.lora import export_lora
+from qalora_plugin.conversion.merging import is_merge_of, merge
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.integrations.axolotl.args import QALoraArgs
+from qalora_plugin.integrations.axolotl.preflight import check_axolotl
 
 PATIENCE = 20  # seconds for one call; the slowest honest one takes a tenth of one
 

@@ -2,10 +2,10 @@
 construction. Run by ``test_gpu.py`` in a process without Triton's interpreter.
 """
 
-from nvidia_machine_code import bits_moved, instructions, spills, widths
+from support.nvidia_machine_code import bits_moved, instructions, spills, widths
 
-from qalora_plugin.kernels import gpu
-from qalora_plugin.quant.words import codes_per_period
+from qalora_plugin.core.words import codes_per_period
+from qalora_plugin.kernels.triton import dequantize
 
 PACKED = {"qweight": "*i32", "qzeros": "*i32", "scales": "*fp16", "offsets": "*fp32"}
 SIZES = {"N": "i32", "group_size": "i32", "zero_shift": "i32"}
@@ -14,16 +14,16 @@ TURING, AMPERE, ADA, HOPPER, BLACKWELL, CONSUMER_BLACKWELL = 75, 80, 89, 90, 100
 
 def compile_fill(capability, dtype, bits, periods=4, aligned=True, act_order=False, offsets=True, scales="*fp16"):
     constants = {"HAS_OFFSETS": offsets, "ALIGNED": aligned, "ACT_ORDER": act_order, "PERIODS": periods}
-    constants |= {"COLUMNS": gpu.FILL_COLUMNS} | gpu.layout_constants(bits)
+    constants |= {"COLUMNS": dequantize.FILL_COLUMNS} | dequantize.layout_constants(bits)
     arguments = PACKED | {"scales": scales, "g_idx": "*i32", "out": dtype} | SIZES
-    return instructions(gpu.fill_kernel, arguments, constants, capability, gpu.FILL_WARPS)
+    return instructions(dequantize.fill_kernel, arguments, constants, capability, dequantize.FILL_WARPS)
 
 
 def compile_matmul(capability, dtype, bits, tokens):
-    blocks = {"HAS_OFFSETS": True} | gpu.matmul_blocks(tokens, bits)
+    blocks = {"HAS_OFFSETS": True} | dequantize.matmul_blocks(tokens, bits)
     sizes = {"T": "i32", "K": "i32"} | SIZES | {"steps_each": "i32"}
     arguments = {"x": dtype} | PACKED | {"partial": "*fp32"} | sizes
-    return instructions(gpu.matmul_kernel, arguments, blocks | gpu.layout_constants(bits), capability)
+    return instructions(dequantize.matmul_kernel, arguments, blocks | dequantize.layout_constants(bits), capability)
 
 
 for capability in (TURING, AMPERE, ADA, HOPPER, BLACKWELL, CONSUMER_BLACKWELL):
@@ -37,7 +37,7 @@ for bits in (2, 3, 4, 8):
 
 for bits, periods in ((2, 2), (3, 1), (4, 4), (4, 8), (8, 8)):
     names = compile_fill(HOPPER, "*bf16", bits, periods)
-    columns = gpu.FILL_COLUMNS // (32 * gpu.FILL_WARPS)  # of a thread
+    columns = dequantize.FILL_COLUMNS // (32 * dequantize.FILL_WARPS)  # of a thread
     weights = columns * periods * codes_per_period(bits)
     assert not spills(names), bits
     assert not any(name.startswith(("LDS", "STS", "BAR")) for name in names), bits  # nothing goes between threads

@@ -2,10 +2,10 @@
 slow by construction. Run by ``test_offsets_triton.py`` in a process without Triton's interpreter.
 """
 
-from nvidia_machine_code import instructions, spills, widths
+from support.nvidia_machine_code import instructions, spills, widths
 
-from qalora_plugin.kernels import pool_triton
-from vllm_ext import offsets_triton
+from qalora_plugin.kernels.triton import pooling
+from vllm_ext.kernels import offsets_triton
 
 TURING, AMPERE, HOPPER, BLACKWELL = 75, 80, 90, 120
 SIZES = dict.fromkeys(("M", "N", "G", "g", "stride_y", "stride_x"), "i32") | {"divisor": "fp32"}
@@ -25,7 +25,7 @@ for capability, rows, group_size in ((TURING, 1, 32), (AMPERE, 1, 128), (HOPPER,
 
 for capability in (TURING, AMPERE, HOPPER, BLACKWELL):
     pointers = {"x": "*bf16", "pooled": "*bf16"}
-    check(capability, pool_triton.pool_kernel, pointers, POOL_SIZES, pool_triton.pool_blocks(32))
+    check(capability, pooling.pool_kernel, pointers, POOL_SIZES, pooling.pool_blocks(32))
 
 for capability in (AMPERE, HOPPER, BLACKWELL):
     pointers = {"y_ptr": "*bf16", "pooled_ptr": "*fp32", "offsets_ptr": "*fp32"}

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from steps import with_random_b
+from support.steps import with_random_b
 
 from qalora_plugin import add_adapter, load_base
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from fabricate import quantise
+from support.fabricate import quantise
 
+from qalora_plugin.core import reference
+from qalora_plugin.core.packing import pack_rows
+from qalora_plugin.formats.gptq import write_zeros
 from qalora_plugin.kernels import cpu
-from qalora_plugin.kernels.packed import PackedWeight
-from qalora_plugin.quant import reference
-from qalora_plugin.quant.layout import pack_rows, write_zeros
-from qalora_plugin.quant.linear import QuantLinear
+from qalora_plugin.layers.linear import QuantLinear
 
 RANKS = (1, 16, 70)
 # Relative to the largest value of the float64 reference. float32 sums at most 70 products; bfloat16 is the float32
@@ -300,7 +300,7 @@ def test_waiting_for_another_process_ends(tmp_path):
 import fcntl, os, sys
 from qalora_plugin.kernels import cpu
 from qalora_plugin.kernels.cpu import build
-from qalora_plugin.private_cache import private_folder
+from qalora_plugin.core.private_cache import private_folder
 build._PATIENCE = 0.5
 lock = private_folder("kernels") / f"cpu-{build._kind()}.lock"
 handle = os.open(lock, os.O_RDWR | os.O_CREAT)

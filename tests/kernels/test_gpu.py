@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from layers import adapter_for, make_layer, reference_weight
-from nvidia_machine_code import run_uninterpreted
+from support.layers import adapter_for, make_layer, reference_weight
+from support.nvidia_machine_code import run_uninterpreted
 
-from qalora_plugin.kernels import gpu, pool_triton
-from qalora_plugin.kernels.dequant import effective_offsets
-from qalora_plugin.kernels.linear import pool
-from qalora_plugin.quant import reference
-from qalora_plugin.quant.words import codes_per_period
+from qalora_plugin.core import reference
+from qalora_plugin.core.delta import effective_offsets
+from qalora_plugin.core.words import codes_per_period
+from qalora_plugin.kernels.autograd import pool
+from qalora_plugin.kernels.triton import dequantize, pooling
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of the largest weight or output. Weights are worked out in float32 and rounded once; to bfloat16, Triton's interpreter
@@ -48,7 +48,7 @@ def test_fill(bits, group_size, fmt, act_order, with_adapter):
     offsets = None if offsets is None else offsets.to(DEVICE)
     for dtype in TOLERANCE if group_size == 32 else [torch.float32]:
         out = torch.full((96, 160), float("nan"), dtype=dtype, device=DEVICE)
-        gpu.fill(layer.packed, offsets, out)
+        dequantize.fill(layer.packed, offsets, out)
         assert_close(out, expected, TOLERANCE[dtype])
 
 
@@ -57,7 +57,7 @@ def test_fill_with_other_scales(scale_dtype):
     layer = make_layer(64, 32, 4, 32)
     layer.scales = layer.scales.to(scale_dtype)
     out = torch.empty(64, 32, device=DEVICE)
-    gpu.fill(layer.to(DEVICE).packed, None, out)
+    dequantize.fill(layer.to(DEVICE).packed, None, out)
     assert_close(out, reference_weight(layer.cpu()), TOLERANCE[torch.float32])
 
 
@@ -72,8 +72,8 @@ def test_matmul(bits, shape, tokens):
     layer = layer.to(DEVICE)
     for dtype in TOLERANCE:
         x = torch.randn(tokens, in_features, generator=torch.Generator().manual_seed(2)).to(DEVICE, dtype)
-        assert gpu.takes_matmul(x, layer.packed)
-        y = gpu.matmul(x, layer.packed, offsets.to(DEVICE))
+        assert dequantize.takes_matmul(x, layer.packed)
+        y = dequantize.matmul(x, layer.packed, offsets.to(DEVICE))
         assert y.dtype == dtype
         # y is rounded; the products add up in float32
         assert_close(y, x.cpu().double() @ weight, 2 * TOLERANCE[dtype])
@@ -87,7 +87,7 @@ def test_pool(groups, group_size, dtype):
     x = wide[:, : groups * group_size]
     expected = reference.pool(x.double(), torch.arange(groups * group_size) // group_size, groups)
     for given in (x.to(DEVICE), x.contiguous().view(1, 7, -1).to(DEVICE)):
-        found = pool_triton.pool(given, groups, dtype, divisor=4)
+        found = pooling.pool(given, groups, dtype, divisor=4)
         assert found.shape == (*given.shape[:-1], groups)
         assert_close(4 * found.view(7, groups), expected, TOLERANCE[dtype])
 
@@ -107,10 +107,10 @@ def test_pool_is_differentiable(act_order):
 def test_matmul_keeps_the_leading_dimensions():
     layer = make_layer(64, 32, 4, 32).to(DEVICE)
     x = torch.randn(2, 3, 64, device=DEVICE)
-    torch.testing.assert_close(gpu.matmul(x, layer.packed, None), layer(x), rtol=1e-5, atol=1e-5)
-    assert not gpu.takes_matmul(torch.empty(0, 64), layer.packed)
-    assert not gpu.takes_matmul(torch.empty(9, 64), layer.packed)
-    assert not gpu.takes_matmul(torch.empty(1, 64), make_layer(64, 32, 3, 16).packed)
+    torch.testing.assert_close(dequantize.matmul(x, layer.packed, None), layer(x), rtol=1e-5, atol=1e-5)
+    assert not dequantize.takes_matmul(torch.empty(0, 64), layer.packed)
+    assert not dequantize.takes_matmul(torch.empty(9, 64), layer.packed)
+    assert not dequantize.takes_matmul(torch.empty(1, 64), make_layer(64, 32, 3, 16).packed)
 
 
 def test_kernels_compile_for_nvidia_gpus():

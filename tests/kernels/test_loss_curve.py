@@ -7,11 +7,11 @@ import textwrap
 
 import pytest
 import torch
-from dense_reference import dense_reference
-from fabricate import make_base, make_tokenizer
+from support.dense_reference import dense_reference
+from support.fabricate import make_base, make_tokenizer
 
 from qalora_plugin import add_adapter, load_base
-from qalora_plugin.adapter import QALoraLayer
+from qalora_plugin.integrations.peft.adapter import QALoraLayer
 from qalora_plugin.kernels import cpu
 
 STEPS, LENGTH, BATCH = 200, 48, 4

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from qalora_plugin.core import reference
 from qalora_plugin.kernels import cpu
-from qalora_plugin.quant import reference
 from vllm_ext import ops
 from vllm_ext.ops import add_offsets, prepare
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from nvidia_machine_code import run_uninterpreted
+from support.nvidia_machine_code import run_uninterpreted
 
-from qalora_plugin.quant import reference
-from vllm_ext import offsets_triton
+from qalora_plugin.core import reference
+from vllm_ext.kernels import offsets_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32

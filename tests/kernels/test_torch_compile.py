@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from steps import COMPILED, EAGER, IDS, assert_same_step, make_quant_linear, step, with_random_b
+from support.steps import COMPILED, EAGER, IDS, assert_same_step, make_quant_linear, step, with_random_b
 from torch import nn
 from torch.nn import functional as F
 
-from qalora_plugin.adapter import QALoraConfig, QALoraLayer
+from qalora_plugin.integrations.peft.adapter import QALoraConfig, QALoraLayer
 
 
 class Block(nn.Module):

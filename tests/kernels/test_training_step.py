@@ -5,19 +5,19 @@ Each is compared with dense weights under plain autograd (``dense_reference.py``
 
 import pytest
 import torch
-from dense_reference import dense_reference
-from fabricate import make_adapter, make_base
 from peft import LoraConfig
-from steps import COMPILED, EAGER, IDS, assert_same_step, make_quant_linear, step, with_random_b
+from support.dense_reference import dense_reference
+from support.fabricate import make_adapter, make_base
+from support.steps import COMPILED, EAGER, IDS, assert_same_step, make_quant_linear, step, with_random_b
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
 from qalora_plugin import add_adapter, load_adapter, load_base
-from qalora_plugin.adapter import QALoraConfig, QALoraLayer
-from qalora_plugin.errors import QALoraError
+from qalora_plugin.core import reference
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.integrations.peft.adapter import QALoraConfig, QALoraLayer
 from qalora_plugin.kernels import cpu
-from qalora_plugin.kernels.linear import _adapter_gradients
-from qalora_plugin.quant import reference
+from qalora_plugin.kernels.autograd import _adapter_gradients
 
 REFERENCE = 5e-5  # float32 against a float64 model; its RMSNorms are float32, as transformers writes them
 

@@ -3,13 +3,13 @@ has it: what is asked is looked at, and the timing runs on what there is."""
 
 import pytest
 import torch
-from serve.hardware import needs_kernel
-from serve.layers import K
+from support.hardware import needs_kernel
+from support.vllm_layers import K
 
-from vllm_ext import amx, paths
 from vllm_ext.config import QALoraConfig
-from vllm_ext.int4_cpu import Int4PackKernel
-from vllm_ext.paths import FUSED, SEPARATE, LayerKind, choose_path
+from vllm_ext.kernels import amx, select
+from vllm_ext.kernels.cpu_int4 import Int4PackKernel
+from vllm_ext.kernels.select import FUSED, SEPARATE, LayerKind, choose_path
 
 
 @pytest.fixture
@@ -102,9 +102,9 @@ def test_the_faster_one_is_taken(cache, machine, monkeypatch, seconds, expected)
 
 def test_a_path_that_is_not_there_is_not_taken_for_its_speed(monkeypatch):
     def none(*_):
-        raise paths.NoKernel("none here")
+        raise select.NoKernel("none here")
 
-    monkeypatch.setattr(paths, "find_kernel", none)
+    monkeypatch.setattr(select, "find_kernel", none)
     kind = LayerKind("x", 4, True, 32, torch.bfloat16, (K, K), (K, K), True, True)
     assert choose_path(kind, None, SEPARATE)[0] == FUSED
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from serve.hardware import needs_kernel
+from support.hardware import needs_kernel
 
 pytestmark = [pytest.mark.e2e, needs_kernel]
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

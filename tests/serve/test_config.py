@@ -3,11 +3,11 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from serve.checkpoints import edit_quantization, make_merged
+from support.merged_checkpoints import edit_quantization, make_merged
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models.utils import WeightsMapper
 
-from qalora_plugin.errors import QALoraError
+from qalora_plugin.core.errors import QALoraError
 from vllm_ext import config
 from vllm_ext.config import QALoraConfig
 

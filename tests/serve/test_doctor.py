@@ -6,24 +6,24 @@ import sys
 
 import torch
 
-from qalora_plugin.doctor import diagnose
-from vllm_ext import paths
+from qalora_plugin.commands.doctor import diagnose
+from vllm_ext.kernels import select
 
 
 def test_serving_rows_are_the_choice_of_the_layers():
     for row in diagnose().serving:
         bits, group_size = 4, int(row["layers"].split("g ")[1].split(",")[0])
         symmetric = "asymmetric" not in row["layers"]
-        kind = paths.LayerKind(
+        kind = select.LayerKind(
             "x", bits, symmetric, group_size, getattr(torch, row["dtype"]), (4096, 4096), (4096, 4096), True, True
         )
-        path, kernel = paths.choose_path(kind, None)
+        path, kernel = select.choose_path(kind, None)
         assert row["kernel"] == (path if kernel is None else f"{path} ({type(kernel).__name__})")
-        assert (row["why_not_faster"] is None) == (path == paths.FUSED)
+        assert (row["why_not_faster"] is None) == (path == select.FUSED)
 
 
 def test_command_in_a_fresh_process():
-    command = [sys.executable, "-c", "from qalora_plugin.cli import app; app()", "doctor", "--json"]
+    command = [sys.executable, "-c", "from qalora_plugin.commands.cli import app; app()", "doctor", "--json"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     report = json.loads(output[output.index("{") :])
     assert {"vllm", "gptqmodel"} <= set(report["versions"])

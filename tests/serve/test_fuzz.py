@@ -6,9 +6,9 @@ import signal
 
 import pytest
 from fuzz.mutate import FILES, mutated_value
-from serve.checkpoints import make_merged
+from support.merged_checkpoints import make_merged
 
-from qalora_plugin.errors import QALoraError
+from qalora_plugin.core.errors import QALoraError
 from vllm_ext.config import QALoraConfig
 
 PATIENCE = 10  # seconds

@@ -17,7 +17,7 @@ except ImportError:  # no CUDA ops in a build for CPUs, no libcuda on a machine 
 from vllm.platforms.cuda import CudaPlatformBase
 from vllm.platforms.interface import DeviceCapability
 import torch
-import vllm_ext.paths
+import vllm_ext.kernels.select
 
 class Gpu(CudaPlatformBase):
     @classmethod
@@ -31,10 +31,10 @@ for module in list(sys.modules.values()):
 found = []
 for capability, bits, symmetric, group_size, dtype in json.loads(sys.argv[1]):
     shape = (4096, 4096)
-    kind = vllm_ext.paths.LayerKind(
+    kind = vllm_ext.kernels.select.LayerKind(
         "layer", bits, symmetric, group_size, getattr(torch, dtype), shape, shape, has_offsets=True, sortable=True
     )
-    path, kernel = vllm_ext.paths.choose_path(kind, None)
+    path, kernel = vllm_ext.kernels.select.choose_path(kind, None)
     found.append([path, type(kernel).__name__, getattr(kernel, "config", None) and kernel.config.zero_points])
 print("@@" + json.dumps(found))
 """

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from serve.layers import K, assert_close, config_for, expected, linear_tensors, load
+from support.vllm_layers import K, assert_close, config_for, expected, linear_tensors, load
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 pytestmark = pytest.mark.usefixtures("one_rank")

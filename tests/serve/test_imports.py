@@ -1,6 +1,6 @@
 """Whatever is imported first works in vLLM's environment, too."""
 
-from import_orders import failures, modules, public_names
+from support.import_orders import failures, modules, public_names
 
 import qalora_plugin
 import vllm_ext

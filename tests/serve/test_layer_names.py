@@ -3,9 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
-from serve.layers import config_for, linear_tensors
+from support.vllm_layers import config_for, linear_tensors
 
-from qalora_plugin.errors import QALoraError
+from qalora_plugin.core.errors import QALoraError
 from vllm_ext.config import QALoraConfig
 
 

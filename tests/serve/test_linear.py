@@ -4,13 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from serve.hardware import HAS_KERNEL, needs_kernel
-from serve.layers import K, assert_close, config_for, expected, linear_tensors, load
+from support.hardware import HAS_KERNEL, needs_kernel
+from support.vllm_layers import K, assert_close, config_for, expected, linear_tensors, load
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 
-from qalora_plugin.errors import QALoraError
-from qalora_plugin.quant.layout import unpack_rows
-from vllm_ext import ops, paths
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.core.packing import unpack_rows
+from vllm_ext import ops
+from vllm_ext.kernels import select
 from vllm_ext.linear import QALoraLinearMethod
 
 HEAD, HEADS, KV_HEADS = 64, 4, 2
@@ -97,7 +98,7 @@ class KernelWithoutZeros:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_zeros_that_the_kernel_does_not_take_go_into_the_offsets(tmp_path, monkeypatch, bits, dtype, adapted):
-    monkeypatch.setattr(paths, "find_kernel", lambda bits, *_: KernelWithoutZeros(bits, dtype))
+    monkeypatch.setattr(select, "find_kernel", lambda bits, *_: KernelWithoutZeros(bits, dtype))
     monkeypatch.setattr(ops, "_SMALLEST", 1 << 40)  # in float32 on a CPU, too
     parts = {
         part: linear_tensors(size, seed, False, "gptq", 64, bits, offset_dtype=torch.float16 if adapted else None)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from fabricate import to_old_layout
 from safetensors.torch import load_file, save_file
-from serve.checkpoints import make_merged
-from serve.hardware import needs_kernel
-from serve.scoring import MEAN_TOLERANCE, score, text_tokens
+from support.fabricate import to_old_layout
+from support.hardware import needs_kernel
+from support.merged_checkpoints import make_merged
+from support.scoring import MEAN_TOLERANCE, score, text_tokens
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
-from serve.hardware import HAS_KERNEL
+from support.hardware import HAS_KERNEL
 
-from qalora_plugin.errors import QALoraError
-from vllm_ext import versions
-from vllm_ext.int4_cpu import Int4PackKernel
-from vllm_ext.kernels import FloatZeroKernel, NoKernel, find_float_zero_kernel, float_zeros
-from vllm_ext.paths import DENSE, FUSED, SEPARATE, LayerKind, choose_path, forced_path
+from qalora_plugin.core.errors import QALoraError
+from vllm_ext import compat
+from vllm_ext.kernels.cpu_int4 import Int4PackKernel
+from vllm_ext.kernels.select import DENSE, FUSED, SEPARATE, LayerKind, choose_path, forced_path
+from vllm_ext.kernels.vllm import FloatZeroKernel, NoKernel, find_float_zero_kernel, float_zeros
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -111,7 +111,7 @@ def test_float_zeros_hold_the_adapter(dtype, lost):
 def test_int4_kernel_of_the_cpu(rows):
     from torch import nn
 
-    from qalora_plugin.quant.layout import pack_rows
+    from qalora_plugin.core.packing import pack_rows
 
     kernel = choose_path(kind(full_shape=(1024, 128), shape=(1024, 128)), FUSED)[1]
     codes, zeros, scales, offsets = fabricated(BF16)
@@ -135,7 +135,7 @@ def test_machete_with_float_zeros(dtype, group_size):
     from torch import nn
     from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter
 
-    from qalora_plugin.quant.layout import pack_rows
+    from qalora_plugin.core.packing import pack_rows
 
     try:
         kernel = find_float_zero_kernel(4, group_size, dtype, (1024, 128), (1024, 128))
@@ -174,7 +174,7 @@ def test_machete_with_float_zeros(dtype, group_size):
     ],
 )
 def test_versions(version, served):
-    problem = versions.problem(version)
+    problem = compat.problem(version)
     assert (problem is None) == served
     assert served or f"needs vLLM 0.26 or newer, this is {version}" in problem
 

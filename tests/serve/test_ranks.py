@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from serve.layers import K, assert_close, config_for, expected, linear_tensors, load
+from support.vllm_layers import K, assert_close, config_for, expected, linear_tensors, load
 from vllm.model_executor import parameter
 from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear

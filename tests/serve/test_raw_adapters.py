@@ -7,7 +7,7 @@ import pytest
 from vllm.lora import peft_helper
 
 import vllm_ext
-from qalora_plugin.errors import QALoraError
+from qalora_plugin.core.errors import QALoraError
 from vllm_ext.raw_adapters import refuse_raw_adapters
 
 LORA = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from serve.checkpoints import make_merged
-from serve.scoring import MEAN_TOLERANCE, score, text_tokens
-from vllm_server import Server
+from support.merged_checkpoints import make_merged
+from support.scoring import MEAN_TOLERANCE, score, text_tokens
+from support.vllm_server import Server
 
 pytestmark = pytest.mark.e2e
 TOLERANCE = MEAN_TOLERANCE[torch.bfloat16]

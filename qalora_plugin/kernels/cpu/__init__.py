@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...quant.words import codes_per_period, zero_shift
-from ..packed import PackedWeight
-from .build import library
+from qalora_plugin.core.delta import OffsetDelta
+from qalora_plugin.core.weight import GroupwiseWeight
+from qalora_plugin.core.words import codes_per_period
+from qalora_plugin.kernels.cpu.build import library
 
 SMALLEST = 1 << 18  # weights; a model of smaller layers is a toy, not worth the wait for the compiler
 
@@ -23,82 +24,67 @@ class _Problem(ctypes.Structure):
     """``struct Problem`` of problem.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("qweight", "qzeros", "scales", "offsets", "lora_a", "lora_b")),
+        *((name, ctypes.c_void_p) for name in ("qweight", "zeros", "scales", "offsets", "lora_a", "lora_b")),
         *((name, ctypes.c_int64) for name in ("rank", "groups", "group_size", "n")),
         ("scaling", ctypes.c_float),
-        ("zero_shift", ctypes.c_uint32),
         *((name, ctypes.c_int32) for name in ("bits", "half_scales", "threads")),
     )
 
-    def __init__(self, packed: PackedWeight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float):
-        half = packed.scales.dtype == torch.float16
-        scales = packed.scales if half else packed.scales.float()
-        offsets = None if packed.offsets is None else packed.offsets.float()
-        a, b = (None if t is None else t.float().contiguous() for t in (lora_a, lora_b))
-        tensors = packed.qweight, packed.qzeros, scales, offsets, a, b
+    def __init__(self, weight: GroupwiseWeight, delta: OffsetDelta | None):
+        half = weight.scales.dtype == torch.float16
+        scales = weight.scales if half else weight.scales.float()
+        offsets = None if weight.offsets is None else weight.offsets.float()
+        a, b = (None, None) if delta is None else (t.float().contiguous() for t in (delta.lora_a, delta.lora_b))
+        tensors = weight.qweight, weight.zeros, scales, offsets, a, b
         super().__init__(
             *(None if t is None else t.data_ptr() for t in tensors),
-            0 if a is None else len(a), packed.groups, packed.group_size, packed.out_features,
-            scaling, zero_shift(packed.bits, packed.checkpoint_format),
-            packed.bits, half, torch.get_num_threads(),
+            0 if a is None else len(a), weight.groups, weight.group_size, weight.out_features,
+            1.0 if delta is None else delta.scaling, weight.bits, half, torch.get_num_threads(),
         )  # fmt: skip
         self.tensors = tensors  # they live as long as the pointers
 
 
-def takes(packed: PackedWeight, dtype: torch.dtype) -> bool:
-    """Whether :func:`fill` is the way for this weight: a large one on a CPU, words and groups aligned."""
-    return why_not(packed, dtype) is None
-
-
-def why_not(packed: PackedWeight, dtype: torch.dtype) -> str | None:
+def why_not_fill(weight: GroupwiseWeight, dtype: torch.dtype) -> str | None:
     """Why :func:`fill` cannot unpack this weight, or is not worth its compilation; None if it does."""
-    if packed.qweight.device.type != "cpu":
-        return f"it is on {packed.qweight.device.type}"
+    if weight.qweight.device.type != "cpu":
+        return f"it is on {weight.qweight.device.type}"
     if dtype not in (torch.float32, torch.bfloat16):
         return f"{dtype} is neither float32 nor bfloat16"
-    if packed.bits == 3:
+    if weight.bits == 3:
         return "3-bit codes straddle words"
-    if packed.g_idx is not None:
+    if weight.g_idx is not None:
         return "act-order scatters its groups"
-    if packed.group_size % codes_per_period(packed.bits):
-        return f"groups of {packed.group_size} do not fill whole words of {packed.bits}-bit codes"
-    if packed.in_features * packed.out_features < SMALLEST:
+    if weight.group_size % codes_per_period(weight.bits):
+        return f"groups of {weight.group_size} do not fill whole words of {weight.bits}-bit codes"
+    if weight.in_features * weight.out_features < SMALLEST:
         return f"layers below {SMALLEST} weights are not worth the wait for the compiler"
     return None if library() is not None else "the C++ kernels could not be compiled (install g++)"
 
 
-def why_not_multiply(packed: PackedWeight, dtype: torch.dtype) -> str | None:
+def why_not_multiply(weight: GroupwiseWeight, dtype: torch.dtype) -> str | None:
     """Why :func:`matmul` does not multiply by this weight; None if it does."""
     if dtype != torch.bfloat16:
         return f"{dtype} is not bfloat16"
-    if reason := why_not(packed, dtype):
+    if reason := why_not_fill(weight, dtype):
         return reason
     found = library().qalora_bfloat16()
     return {0: "this CPU lacks AVX512-BF16", 2: "with AMX, torch's GEMM is faster"}.get(found)
 
 
-def multiplies(packed: PackedWeight, dtype: torch.dtype) -> bool:
-    """Whether this weight is for :func:`matmul` and the functions after it."""
-    return why_not_multiply(packed, dtype) is None
-
-
-def fill(packed: PackedWeight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, out: Tensor) -> None:
+def fill(weight: GroupwiseWeight, delta: OffsetDelta | None, out: Tensor) -> None:
     """Write the effective weight, offsets and adapter included, to ``out`` ``[K, N]``."""
-    problem = _Problem(packed, lora_a, lora_b, scaling)
+    problem = _Problem(weight, delta)
     library().qalora_fill(ctypes.byref(problem), out.data_ptr(), out.dtype == torch.bfloat16)
 
 
-def matmul(x: Tensor, packed: PackedWeight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float) -> Tensor:
+def matmul(x: Tensor, weight: GroupwiseWeight, delta: OffsetDelta | None) -> Tensor:
     """``x·w'``, bfloat16 ``[..., K] → [..., N]``."""
-    return _matmul(library().qalora_matmul, x, packed.out_features, _Problem(packed, lora_a, lora_b, scaling))
+    return _matmul(library().qalora_matmul, x, weight.out_features, _Problem(weight, delta))
 
 
-def matmul_transposed(
-    dy: Tensor, packed: PackedWeight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float
-) -> Tensor:
+def matmul_transposed(dy: Tensor, weight: GroupwiseWeight, delta: OffsetDelta | None) -> Tensor:
     """``dy·w'ᵀ``, bfloat16 ``[..., N] → [..., K]``."""
-    problem = _Problem(packed, lora_a, lora_b, scaling)
-    return _matmul(library().qalora_matmul_transposed, dy, packed.in_features, problem)
+    return _matmul(library().qalora_matmul_transposed, dy, weight.in_features, _Problem(weight, delta))
 
 
 def pool(x: Tensor, groups: int) -> Tensor:

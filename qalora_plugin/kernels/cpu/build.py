@@ -22,8 +22,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ...errors import printable
-from ...private_cache import private_folder
+from qalora_plugin.core.errors import printable
+from qalora_plugin.core.private_cache import private_folder
 
 logger = logging.getLogger(__name__)
 

@@ -49,7 +49,7 @@ void fill(const Problem& p, Out* out) {
             const int64_t first = strip * STRIP, width = std::min(STRIP, n - first);
             float scale[STRIP], shift[STRIP];
             for (int64_t group = block * GROUPS; group < std::min((block + 1) * GROUPS, p.groups); ++group) {
-                group_terms<BITS>(p, b.data(), group, first, width, scale, shift);
+                group_terms(p, b.data(), group, first, width, scale, shift);
                 fill_group<BITS>(p.qweight + words * group * n + first, scale, shift, words, width, n,
                                  out + p.group_size * group * n + first);
             }

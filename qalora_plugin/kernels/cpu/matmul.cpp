@@ -30,7 +30,7 @@ void unpack(const Problem& p, const float* b, int64_t first, int64_t width, uint
     const int64_t words = p.group_size * BITS / 32;
     alignas(64) float scale[COLUMNS] = {}, shift[COLUMNS] = {};
     for (int64_t group = 0; group < p.groups; ++group) {
-        group_terms<BITS>(p, b, group, first, width, scale, shift);
+        group_terms(p, b, group, first, width, scale, shift);
         for (int64_t row = group * words; row < (group + 1) * words; ++row) {
             for (int64_t i = 0; i < COLUMNS; i += 16) {
                 const __m512i word = _mm512_maskz_loadu_epi32(lanes(width - i), p.qweight + row * p.n + first + i);
@@ -85,7 +85,7 @@ void unpack_transposed(const Problem& p, const float* b, int64_t first, uint32_t
         for (int64_t k = first; k < last; k += PERIOD) {
             if (k / p.group_size != group) {
                 group = k / p.group_size;
-                group_terms<BITS>(p, b, group, n, width, scale, shift);
+                group_terms(p, b, group, n, width, scale, shift);
             }
             const int32_t* words = p.qweight + k / PERIOD * p.n + n;
             for (int64_t i = 0; i < COLUMNS; i += 32) {

@@ -10,16 +10,15 @@
 #include <cstdint>
 #include <vector>
 
-struct Problem {  // the tensors of packed.py, all contiguous; __init__.py mirrors this struct
+struct Problem {  // the tensors of a GroupwiseWeight, all contiguous; __init__.py mirrors this struct
     const int32_t* qweight;
-    const int32_t* qzeros;
+    const uint8_t* zeros;  // [G, N]
     const void* scales;    // [G, N] float16 or float32
     const float* offsets;  // [G, N] or null
     const float* lora_a;   // [R, G]
     const float* lora_b;   // [N, R]
     int64_t rank, groups, group_size, n;
     float scaling;
-    uint32_t zero_shift;  // added to a word of qzeros, gives true zeros
     int32_t bits, half_scales, threads;
 };
 
@@ -33,11 +32,9 @@ inline std::vector<float> transposed_b(const Problem& p) {
     return b;
 }
 
-// scale and shift of the columns [first, first + width) of a group; both are whole words of qzeros.
-template <int BITS>
+// scale and shift of the columns [first, first + width) of a group.
 inline void group_terms(const Problem& p, const float* b, int64_t group, int64_t first, int64_t width, float* scale,
                         float* shift) {
-    constexpr int64_t PERIOD = 32 / BITS;
     const int64_t start = group * p.n + first;
     if (p.half_scales) {
         const auto* half = static_cast<const _Float16*>(p.scales) + start;
@@ -46,13 +43,7 @@ inline void group_terms(const Problem& p, const float* b, int64_t group, int64_t
         const auto* full = static_cast<const float*>(p.scales) + start;
         for (int64_t i = 0; i < width; ++i) scale[i] = full[i];
     }
-    for (int64_t i = 0; i < width; i += PERIOD) {
-        const uint32_t word = static_cast<uint32_t>(p.qzeros[(start + i) / PERIOD]) + p.zero_shift;
-        for (int64_t j = 0; j < PERIOD; ++j) {
-            const auto zero = static_cast<int32_t>((word >> (j * BITS)) & ((1u << BITS) - 1));
-            shift[i + j] = -scale[i + j] * static_cast<float>(zero);
-        }
-    }
+    for (int64_t i = 0; i < width; ++i) shift[i] = -scale[i] * static_cast<float>(p.zeros[start + i]);
     if (p.offsets) {
         for (int64_t i = 0; i < width; ++i) shift[i] += p.offsets[start + i];
     }

@@ -1,0 +1,234 @@
+"""A saved adapter, opened without the model: what merge and verify need from it."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+
+from qalora_plugin.checkpoint.hub import expanded
+from qalora_plugin.checkpoint.json_files import read_json, short
+from qalora_plugin.checkpoint.module_names import stored_name
+from qalora_plugin.checkpoint.patterns import check_patterns, matching_pattern
+from qalora_plugin.checkpoint.tensors import TensorInfo, all_finite, read_array, read_header
+from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
+from qalora_plugin.core.weight import GroupwiseSpec
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PEFT_TYPE = "QALORA"
+ADAPTER_FORMAT = 1
+POOLING = "sum"
+_LARGEST_ALPHA = 1e9
+_FLOATS = ("F16", "BF16", "F32", "F64")
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
+
+
+def check_pooling(qalora: dict, what: str) -> None:
+    """Refuse an adapter that this version would scale wrongly."""
+    if not qalora:
+        raise QALoraError(f"{what} does not say how it pools (its config has no `qalora`). Save it again with qalora.")
+    if qalora.get("format_version") != ADAPTER_FORMAT:
+        raise QALoraError(
+            f"{what} has format_version {short(qalora.get('format_version'))}, this version of qalora reads "
+            f"{ADAPTER_FORMAT}. Update qalora, or train it with this version."
+        )
+    if qalora.get("pooling") != POOLING:
+        raise QALoraError(
+            f"{what} has pooling {short(qalora.get('pooling'))}, expected {POOLING!r}: it would be scaled wrongly. "
+            "Train it with this version of qalora."
+        )
+
+
+@dataclass
+class AdapterFolder:
+    """Config and tensor names of one adapter of ours.
+
+    Attributes:
+        folder: where it lies.
+        config: content of ``adapter_config.json``.
+        keys: the adapted linears, name in the base checkpoint → name in the model that was trained, which the file's
+            names are made of.
+        tensors: what the weights file holds, by the file's own names.
+    """
+
+    folder: Path
+    config: dict
+    keys: dict[str, str]
+    tensors: dict[str, TensorInfo]
+
+    @classmethod
+    @os_errors_in_one_line()
+    def open(cls, folder: str | Path) -> "AdapterFolder":
+        """
+        Raises:
+            QALoraError: no adapter, not one of ours, pickled, incomplete or damaged.
+        """
+        folder = expanded(folder)
+        if not folder.is_dir():
+            raise QALoraError(f"the adapter folder {folder} does not exist. Pass the training run's output folder.")
+        config = read_json(folder / CONFIG_NAME)
+        if config.get("peft_type") != PEFT_TYPE:
+            pooled = " with use_qalora, which pools sum·K/g² instead of the sum" if config.get("use_qalora") else ""
+            found = config.get("peft_type")
+            kind = f"a PEFT {_plain(found)} adapter" if found else "an adapter without peft_type"
+            raise QALoraError(
+                f"{folder} is {kind}{pooled}; expected a QA-LoRA adapter of this project (peft_type {PEFT_TYPE}). "
+                "Merging it would scale it wrongly. Train with `adapter: qalora`."
+            )
+        _check_config(config, folder / CONFIG_NAME)
+        check_pooling(config.get("qalora") or {}, str(folder))
+        if not (folder / WEIGHTS_NAME).is_file():
+            pickled = (
+                " (adapter_model.bin is a pickle and is never read)" if (folder / "adapter_model.bin").exists() else ""
+            )
+            raise QALoraError(f"{folder} has no {WEIGHTS_NAME}{pickled}. Save the adapter again with safetensors.")
+        found: dict[str, set[str]] = {}
+        tensors = read_header(folder / WEIGHTS_NAME)
+        for key in tensors:
+            match = _KEY.fullmatch(key)
+            if match is None:
+                raise QALoraError(
+                    f"{folder / WEIGHTS_NAME} holds {key!r}, which is no pooled adapter weight and cannot be merged. "
+                    "Train without modules_to_save and with `adapter: qalora` alone."
+                )
+            if tensors[key].dtype not in _FLOATS:
+                raise QALoraError(
+                    f"{folder / WEIGHTS_NAME}: {key} is {tensors[key].dtype}, expected a float type. Save it again."
+                )
+            found.setdefault(match["module"], set()).add(match["part"])
+        half = [module for module, parts in found.items() if len(parts) < 2]
+        if half or not found:
+            raise QALoraError(
+                f"{folder / WEIGHTS_NAME} lacks A or B of {half[0] if half else 'every layer'}. Save it again."
+            )
+        check_config_patterns(config, sorted(found), folder / CONFIG_NAME)
+        prefixes = config["qalora"].get("names") or {}
+        if not isinstance(prefixes, dict) or not all(isinstance(part, str) for part in prefixes.values()):
+            raise QALoraError(f"{folder / CONFIG_NAME}: qalora.names is no mapping of names to names. Save it again.")
+        keys = {stored_name(module, prefixes): module for module in sorted(found)}
+        if len(keys) < len(found):
+            raise QALoraError(f"{folder / CONFIG_NAME}: qalora.names gives two linears one name. Save it again.")
+        return cls(folder, config, dict(sorted(keys.items())), tensors)
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of the adapted linears, as in the base checkpoint."""
+        return list(self.keys)
+
+    @property
+    def model_class(self) -> str | None:
+        """Name of the transformers class that was trained; None in adapters of older versions."""
+        return self.config["qalora"].get("model_class")
+
+    @property
+    def base_fingerprint(self) -> str | None:
+        return self.config["qalora"].get("base_fingerprint")
+
+    @os_errors_in_one_line()
+    def digest(self) -> str:
+        """``"blake3:…"`` of what a merge takes from this folder: the weights file, and the scaling of each linear."""
+        with open(self.folder / WEIGHTS_NAME, "rb") as file:
+            weights = hashlib.file_digest(file, blake3).hexdigest()
+        scalings = [(module, self.scaling(module)) for module in self.modules]
+        return f"blake3:{blake3(json.dumps([weights, scalings]).encode()).hexdigest()}"
+
+    def require_base(self, fingerprint: str, base: str | Path) -> None:
+        """Refuse a base other than the one trained on."""
+        if not self.base_fingerprint:
+            raise QALoraError(
+                f"the adapter {self.folder} does not record its base (its config has no base_fingerprint), so nothing "
+                "says whether this is the one. Save it again with the version of qalora that trained it."
+            )
+        if self.base_fingerprint != fingerprint:
+            trained_on = self.config.get("base_model_name_or_path")
+            raise QALoraError(
+                f"the adapter {self.folder} was trained on another base: it records {self.base_fingerprint}, {base} is "
+                f"{fingerprint}. Use the base it was trained on{f' ({trained_on})' if trained_on else ''}."
+            )
+
+    def scaling(self, module: str) -> float:
+        """``α/R`` of one linear (``α/√R`` with rsLoRA), rank and alpha patterns applied as PEFT does."""
+        rank = self.rank(module)
+        alpha = self._patterned("alpha_pattern", module, self.config["lora_alpha"])
+        return alpha / rank**0.5 if self.config.get("use_rslora") else alpha / rank
+
+    def rank(self, module: str) -> int:
+        return self._patterned("rank_pattern", module, self.config["r"])
+
+    def _patterned(self, name: str, module: str, default: int) -> int:
+        patterns = self.config.get(name) or {}
+        key = matching_pattern(patterns, self.keys.get(module, module))
+        return default if key is None else patterns[key]
+
+    def check_fits(self, base_modules: dict[str, GroupwiseSpec]) -> None:
+        """Refuse an adapter whose modules, rank or group count are not those of its config and base."""
+        for name in self.modules:
+            spec = base_modules.get(name)
+            if spec is None:
+                raise QALoraError(f"{self.folder} adapts {name}, which the base does not quantise. Use its own base.")
+            rank = self.rank(name)
+            for part, expected in (("A", (rank, spec.groups)), ("B", (spec.out_features, rank))):
+                found = self.tensors[self._key(name, part)].shape
+                if found != expected:
+                    raise QALoraError(
+                        f"{self.folder}: lora_{part} of {name} is {found}, expected {expected} (rank {rank}, "
+                        f"{spec.groups} groups of {spec.group_size}). The adapter belongs to a base with another group "
+                        "size, or its config was edited."
+                    )
+
+    def factors(self, module: str) -> tuple[np.ndarray, np.ndarray]:
+        """A ``[R, G]`` and B ``[N, R]`` of one linear, as stored (bfloat16 as float32)."""
+        lora_a, lora_b = (read_array(self.folder, self.tensors[self._key(module, part)]) for part in "AB")
+        if not (all_finite(lora_a) and all_finite(lora_b)):
+            raise QALoraError(f"{self.folder}: the adapter of {module} holds NaN or Inf. The training diverged.")
+        return lora_a, lora_b
+
+    def _key(self, module: str, part: str) -> str:
+        return f"base_model.model.{self.keys[module]}.lora_{part}.weight"
+
+
+def _check_config(config: dict, path: Path) -> None:
+    """Refuse what no PEFT adapter has in its config where a merge reads it."""
+
+    def check(name: str, value: Any, right: bool, expected: str) -> None:
+        if not right:
+            raise QALoraError(f"{path}: {name} is {short(value)}, expected {expected}. Save the adapter again.")
+
+    for name, kind, expected in (
+        ("qalora", dict, "an object"),
+        ("rank_pattern", dict, "an object"),
+        ("alpha_pattern", dict, "an object"),
+        ("use_rslora", bool, "a boolean"),
+        ("base_model_name_or_path", str, "a string"),
+    ):
+        check(name, config.get(name), isinstance(config.get(name), kind | None), expected)
+    recorded = (config.get("qalora") or {}).get("base_fingerprint")
+    check("qalora.base_fingerprint", recorded, isinstance(recorded, str | None), "a string")
+    ranks = {"r": config.get("r"), **_named("rank_pattern", config)}
+    for name, rank in ranks.items():
+        check(name, rank, type(rank) is int and rank > 0, "a positive integer")
+    for name, alpha in {"lora_alpha": config.get("lora_alpha"), **_named("alpha_pattern", config)}.items():
+        check(name, alpha, type(alpha) in (int, float) and abs(alpha) < _LARGEST_ALPHA, "a finite number")
+
+
+def _named(field: str, config: dict) -> dict[str, Any]:
+    return {f"{field}[{key!r}]": value for key, value in (config.get(field) or {}).items()}
+
+
+def check_config_patterns(config: dict, modules: list[str], what: object) -> None:
+    """Refuse patterns that PEFT, loading this config, could match for ever; see :mod:`.patterns`."""
+    for name in ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern"):
+        found = config.get(name) or ()
+        patterns = [found] if isinstance(found, str) else [None] if isinstance(found, int | float) else list(found)
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise QALoraError(f"{what}: {name} is {short(found)}, expected names. Save the adapter again.")
+        check_patterns(patterns, modules, f"{what}: {name}")
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else short(value)

@@ -1,0 +1,159 @@
+"""A safetensors model folder, opened without loading it: files, tensor headers, config. Refuses what is damaged.
+
+Needs neither transformers nor a model class: merge, verify, inspect and the loader all see a checkpoint through this.
+Nor torch, until a tensor of it is asked for: torch takes longer to import than many a merge takes.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qalora_plugin.checkpoint import autogptq
+from qalora_plugin.checkpoint.hub import resolve
+from qalora_plugin.checkpoint.json_files import read_json, short
+from qalora_plugin.checkpoint.tensors import TensorInfo, damaged, read_array, read_header, read_tensor
+from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclass
+class Checkpoint:
+    """A model folder and the headers of its shards.
+
+    Attributes:
+        folder: the (resolved) folder.
+        config: content of ``config.json``.
+        tensors: name → :class:`TensorInfo`, for every tensor of the model.
+        files: names of the shards, in index order.
+    """
+
+    folder: Path
+    config: dict
+    tensors: dict[str, TensorInfo]
+    files: list[str]
+
+    @classmethod
+    @os_errors_in_one_line()
+    def open(cls, path: str | Path, revision: str | None = None) -> "Checkpoint":
+        """Open a local folder, or a Hub id (downloaded to the Hub cache).
+
+        Raises:
+            QALoraError: not a model folder, pickled weights, a missing, truncated or misplaced shard, a bad index.
+        """
+        folder = resolve(path, revision)
+        config = read_config(folder)
+        files, listed = _shards(folder, weights := weights_name(folder, config))
+        tensors: dict[str, TensorInfo] = {}
+        for file in files:
+            tensors |= read_header(folder / file)
+        if listed is not None:
+            for name, file in listed.items():
+                if name not in tensors or tensors[name].file != file:
+                    raise QALoraError(
+                        f"{folder / weights} says that {file} holds the tensor {name!r}, but it does not. "
+                        "Download or copy the checkpoint again."
+                    )
+            tensors = {name: info for name, info in tensors.items() if name in listed}
+        return cls(folder, config, tensors, files)
+
+    def tensor(self, name: str) -> "Tensor":
+        """Load one tensor, as stored."""
+        return read_tensor(self.folder, self.tensors[name])
+
+    def array(self, name: str) -> np.ndarray:
+        """Load one tensor as a numpy array; bfloat16, which numpy lacks, as float32."""
+        return read_array(self.folder, self.tensors[name])
+
+    def read(self, name: str, spans: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+        """Parts ``(start, length)`` of one tensor's bytes."""
+        info = self.tensors[name]
+        with open(self.folder / info.file, "rb", buffering=0) as file:
+            for start, length in spans:
+                block = os.pread(file.fileno(), length, info.start + start)
+                if len(block) < length:
+                    raise damaged(self.folder / info.file)
+                yield block
+
+    @cached_property
+    def quantization(self) -> dict:
+        """``quantization_config`` of the model, ``{}`` for a dense one."""
+        found = self.config.get("quantization_config") or {}
+        if not isinstance(found, dict):
+            raise QALoraError(
+                f"{self.folder}: quantization_config in config.json is {short(found)}, expected an object. Download or "
+                "copy config.json again."
+            )
+        return found
+
+    @property
+    def method(self) -> str | None:
+        """``quant_method``, or None for a dense checkpoint."""
+        return self.quantization.get("quant_method")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards."""
+        return sum((self.folder / file).stat().st_size for file in self.files)
+
+
+def read_config(folder: Path) -> dict:
+    """``config.json``, with the quantisation that AutoGPTQ's older folders keep beside it."""
+    config = read_json(folder / "config.json")
+    if not config.get("quantization_config") and (folder / autogptq.SETTINGS_NAME).is_file():
+        settings = autogptq.as_quantization_config(read_json(folder / autogptq.SETTINGS_NAME))
+        return config | {"quantization_config": settings}
+    return config
+
+
+def weights_name(folder: Path, config: dict) -> str:
+    """Name of the file that holds the weights, or of their index.
+
+    Raises:
+        QALoraError: there is none, or none that can be told from others.
+    """
+    for name in (SINGLE_NAME, INDEX_NAME):  # transformers, too, prefers the single file over an index
+        if (folder / name).is_file():
+            return name
+    quantization = config.get("quantization_config") or {}
+    if name := autogptq.find_weights(folder, quantization.get("model_file_base_name")):
+        return name
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise QALoraError(
+            f"{folder} holds pickled weights ({', '.join(pickles[:3])}), which can run code when opened and are never "
+            "read. Use or make a safetensors version of this checkpoint."
+        )
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    if others:
+        raise QALoraError(
+            f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}, and several other files of weights "
+            f"({', '.join(others[:3])}). Keep one of them, or name it {SINGLE_NAME}."
+        )
+    raise QALoraError(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}. Pass a folder with safetensors weights.")
+
+
+def _shards(folder: Path, weights: str) -> tuple[list[str], dict[str, str] | None]:
+    """Shard names, and the index's ``weight_map`` if ``weights`` is an index."""
+    if not autogptq.is_index(weights):
+        return [weights], None
+    listed = read_json(folder / weights).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise QALoraError(f"{folder / weights} has no weight_map. Download or copy it again.")
+    for file in listed.values():
+        if not isinstance(file, str) or file != Path(file).name or not file.endswith(".safetensors"):
+            raise QALoraError(
+                f"{folder / weights} names the file {file!r}: shards must be .safetensors files inside the "
+                "folder itself. Do not use a checkpoint from a source you do not trust."
+            )
+    return list(dict.fromkeys(listed.values())), listed

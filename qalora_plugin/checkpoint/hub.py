@@ -1,0 +1,47 @@
+"""Where a model folder is: a path here, or an id of the Hub."""
+
+from pathlib import Path
+from typing import Any
+
+from qalora_plugin.core.errors import QALoraError
+
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+
+
+def is_local(path: str | Path) -> bool:
+    """Whether this is a folder here; else :func:`resolve` takes it for a Hub id."""
+    return expanded(path).is_dir()
+
+
+def expanded(path: str | Path) -> Path:
+    """``path`` with the home of ``~`` in it."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise QALoraError(f"{path}: {error} Write the folder out.") from error
+
+
+def resolve(path: str | Path, revision: str | None = None, **hub: Any) -> Path:
+    """Local folder as it is; anything that looks like a Hub id through the Hub cache.
+
+    Args:
+        hub: passed to ``huggingface_hub.snapshot_download`` (``token``, ``cache_dir`` …).
+    """
+    folder = expanded(path)
+    if is_local(path):
+        return folder.resolve()
+    if folder.exists():
+        raise QALoraError(f"{path} is a file, expected a model folder. Pass the folder that holds config.json.")
+    text = str(path)
+    if text.startswith(("/", ".", "~")) or text.count("/") > 1:
+        raise QALoraError(f"the folder {path} does not exist. Pass a local model folder or a Hub id (owner/name).")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(text, revision=revision, allow_patterns=_HUB_PATTERNS, **hub))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise QALoraError(
+            f"{path!r} is no local folder, and fetching it from the Hub failed: {error}. "
+            "Check the spelling, your connection, and access rights."
+        ) from error

@@ -1,0 +1,111 @@
+"""`qalora inspect`: what a checkpoint is, whether it can be a base, and what an adapter on it would cost."""
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from qalora_plugin.checkpoint.folder import Checkpoint
+from qalora_plugin.checkpoint.hub import is_local
+from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
+from qalora_plugin.eval.tables import print_facts
+from qalora_plugin.formats.opened import QuantizedCheckpoint
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """Facts read off the tensors. Sizes in bytes; counts are numbers of linears or parameters."""
+
+    path: str
+    quant_method: str | None
+    can_be_base: bool
+    why_not: str | None
+    size: int
+    quantised: int = 0
+    kinds: tuple[str, ...] = ()
+    symmetric: bool | None = None
+    act_order: bool | None = None
+    zeros: str | None = None
+    with_offsets: int = 0
+    dense: tuple[str, ...] = ()
+    rank: int = 0
+    trainable_parameters: int = 0
+    adapter_size: int = 0
+    merged_extra: int = 0
+
+    def json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+    def print(self) -> None:
+        rows = [("quantisation", self.quant_method or "none (dense)"), ("size", f"{self.size / 1e6:.1f} MB")]
+        if self.quantised:
+            rows += [
+                ("quantised linears", f"{self.quantised}: {'; '.join(self.kinds)}"),
+                ("zero-points", f"{'symmetric' if self.symmetric else 'asymmetric'}, stored as {self.zeros}"),
+                ("act-order", "yes" if self.act_order else "no"),
+                ("left dense", ", ".join(self.dense) or "nothing"),
+            ]
+        if self.with_offsets:
+            rows.append(("offsets", f"on {self.with_offsets} linears"))
+        rows.append(("can be a base", "yes" if self.can_be_base else f"no: {self.why_not}"))
+        if self.can_be_base:
+            rows += [
+                (f"trainable at rank {self.rank}", f"{self.trainable_parameters / 1e6:.2f} M (all quantised linears)"),
+                ("adapter on disk", f"{self.adapter_size / 1e6:.1f} MB (float32)"),
+                ("a merge adds", f"{self.merged_extra / 1e6:.1f} MB ({self.merged_extra / self.size:.1%}, float16)"),
+            ]
+        print_facts(f"qalora inspect {self.path}", rows)
+
+
+@os_errors_in_one_line()
+def inspect(path: str | Path, rank: int = 16) -> InspectReport:
+    """Look at a local checkpoint.
+
+    Args:
+        rank: adapter rank R for which to count parameters: R·(G + N) a linear.
+
+    Raises:
+        QALoraError: the folder is no readable checkpoint at all.
+    """
+    if not is_local(path):
+        raise QALoraError(f"{path} is not a local folder. Download it first: hf download {path} --local-dir FOLDER")
+    checkpoint, source, why_not = Checkpoint.open(path), None, None
+    try:
+        source = QuantizedCheckpoint.of(checkpoint)
+        source.check_values()
+    except QALoraError as error:
+        why_not = str(error)
+    report = {
+        "path": str(path),
+        "quant_method": checkpoint.method,
+        "can_be_base": why_not is None,
+        "why_not": why_not,
+        "size": checkpoint.nbytes,
+    }
+    if source is not None:
+        specs = source.specs.values()
+        kinds = Counter(f"{spec.bits} bit, g {spec.group_size}" for spec in specs)
+        parameters = sum(rank * (spec.groups + spec.out_features) for spec in specs)
+        report |= {
+            "quantised": len(specs),
+            "kinds": tuple(f"{count} × {kind}" for kind, count in kinds.items()),
+            "symmetric": source.symmetric,
+            "act_order": source.act_order,
+            "zeros": source.format.reading,
+            "with_offsets": sum(spec.offset_dtype is not None for spec in specs),
+            "dense": tuple(sorted(_dense_matrices(checkpoint))),
+            "rank": rank,
+            "trainable_parameters": parameters,
+            "adapter_size": 4 * parameters,
+            "merged_extra": sum(2 * spec.groups * spec.out_features for spec in specs),
+        }
+    return InspectReport(**report)
+
+
+def _dense_matrices(checkpoint: Checkpoint) -> set[str]:
+    """Names of two-dimensional ``.weight`` tensors: embeddings, heads, excluded linears."""
+    return {
+        name.removesuffix(".weight")
+        for name, info in checkpoint.tensors.items()
+        if name.endswith(".weight") and len(info.shape) == 2
+    }

@@ -1,0 +1,107 @@
+"""The README.md of a merged checkpoint."""
+
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
+from qalora_plugin.checkpoint.hub import is_local
+from qalora_plugin.core.errors import printable
+from qalora_plugin.formats.qalora import NEEDS_QALORA
+
+if TYPE_CHECKING:
+    from qalora_plugin.eval.verifying import VerifyReport
+
+logger = logging.getLogger(__name__)
+
+_EXACTNESS = "| exactness | "
+_UNVERIFIED = "not measured yet: `qalora verify --base BASE --adapter ADAPTER --merged THIS_FOLDER`"
+
+
+def model_card(name: str, quantization: dict, adapter: AdapterFolder, new_bytes: int, base_bytes: int) -> str:
+    """Model card in Hugging Face form: what it was made of, how exact it is, how to use it.
+
+    The metadata names the base only by a Hub id: the Hub refuses a path there.
+    """
+    base = quantization["base_model"]
+    metadata = "" if is_local(base) else f"base_model: {_yaml(base)}\n"
+    return f"""---
+{metadata}library_name: transformers
+tags: [qalora, gptq, {quantization["bits"]}-bit]
+---
+
+# {_plain(name)}
+
+**To load or serve this model, install the `qalora` package** into the environment that does it; nothing else is needed.
+transformers, and whatever is built on it, then loads this folder like any other, and vLLM serves it without a flag.
+Without the package both stop: transformers at the missing file `{NEEDS_QALORA}`, vLLM at the unknown method `qalora`.
+
+A QA-LoRA fine-tune merged into its {quantization["bits"]}-bit GPTQ base without re-quantising anything: the base's
+tensors are unchanged, byte for byte, and the adapter is {len(adapter.modules)} tensors of group-wise offsets.
+
+    w' = scales · (q − zeros) + offsets
+
+| | |
+|---|---|
+| base | {_code(base)} (`{quantization["base_fingerprint"]}`) |
+| adapter | rank {adapter.config["r"]}, alpha {adapter.config["lora_alpha"]} (`{quantization["adapter"]}`) |
+| bits · group size · symmetric · act-order | {quantization["bits"]} · {quantization.get("group_size")} · \
+{quantization["sym"]} · {quantization["desc_act"]} |
+| added | {new_bytes / 1e6:.1f} MB of {quantization["offset_dtype"]} offsets on {base_bytes / 1e6:.1f} MB |
+{_EXACTNESS}{_UNVERIFIED} |
+
+## Use
+
+    vllm serve {_plain(name)}
+
+    model = AutoModelForCausalLM.from_pretrained("{_plain(name)}")     # transformers
+"""
+
+
+def add_exactness(folder: Path, report: "VerifyReport") -> None:
+    """Put the figures of a verification into the card of a merged checkpoint, in place of an earlier one's.
+
+    A card that somebody has rewritten, or a folder that cannot be written, stays as it is; a warning says so.
+    """
+    verdict = "verified" if report.passed else f"**FAILED** ({'; '.join(report.failures)})"
+    figures = (
+        f"{verdict}: {report.tensors_identical} of {report.tensors} base tensors byte-identical; offsets within "
+        f"{report.offset_error:.3g} of their rounding to {report.offset_dtype}, {report.weight_error_relative:.2g} of "
+        f"the adapter in all; over {report.tokens} tokens in {report.dtype}, logits differ by {report.logit_error:.2g} "
+        f"where nothing is rounded, and rounding moves them by ≤ {report.logit_difference:.2g} (KL "
+        f"{report.kl_mean:.2g} nats, top-1 agreement {report.top1_agreement:.2%})"
+    )
+    card = folder / "README.md"
+    lines = card.read_text(encoding="utf-8").split("\n") if card.is_file() else []
+    found = [i for i, line in enumerate(lines) if line.startswith(_EXACTNESS)]
+    if len(found) != 1:
+        logger.warning("%s has no line for the exactness of the merge: it stays as it is", card)
+        return
+    lines[found[0]] = f"{_EXACTNESS}{figures} |"
+    try:
+        handle, new = tempfile.mkstemp(dir=folder)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write("\n".join(lines))
+            os.fchmod(handle, card.stat().st_mode & 0o666)
+        os.replace(new, card)
+    except OSError as error:
+        logger.warning("the figures cannot be written into %s: %s", card, error.strerror)
+
+
+def _yaml(text: str) -> str:
+    """As a value of the front matter, whatever it says: YAML reads JSON's strings."""
+    return json.dumps(text)
+
+
+def _plain(text: Any) -> str:
+    """In a line of Markdown: no line breaks, and nothing that a terminal or a browser would obey."""
+    return printable(text).replace("\n", " ").replace("<", "‹").replace(">", "›")
+
+
+def _code(text: Any) -> str:
+    """As code in a table."""
+    safe = _plain(text).translate({ord("`"): "'", ord("|"): "¦"})
+    return f"`{safe}`"

@@ -1,0 +1,43 @@
+"""What an adapter adds to a weight, and the one place where its factors are multiplied.
+
+offsets[γ,n] += α/R·(B·A)ᵀ          A [R, G], B [N, R]          (QA-LoRA, arXiv 2309.14717, eq. 4)
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class OffsetDelta(NamedTuple):
+    """A pooled low-rank adapter on one linear.
+
+    Attributes:
+        lora_a: ``[R, G]``. lora_b: ``[N, R]``. scaling: α/R.
+    """
+
+    lora_a: "Tensor"
+    lora_b: "Tensor"
+    scaling: float
+
+    def materialize(self, offsets: "Tensor | None" = None) -> "Tensor":
+        """``offsets + scaling·(B·A)ᵀ`` ``[G, N]``, float32 or better, in one product."""
+        import torch
+
+        dtype = torch.promote_types(self.lora_a.dtype, torch.float32)
+        a, b = self.lora_a.to(dtype).t(), self.lora_b.to(dtype).t()
+        if offsets is None:
+            return scaled_product(a, b, self.scaling)
+        return torch.addmm(offsets.to(dtype), a, b, alpha=self.scaling)
+
+    def gradients(self, gradient: "Tensor") -> "tuple[Tensor, Tensor]":
+        """dA ``[R, G]`` and dB ``[N, R]`` of the gradient of the offsets, ``[G, N]``."""
+        a, b = self.lora_a.to(gradient.dtype), self.lora_b.to(gradient.dtype)
+        return scaled_product(b.t(), gradient.t(), self.scaling), scaled_product(gradient.t(), a.t(), self.scaling)
+
+
+def scaled_product(a: "Tensor", b: "Tensor", scaling: float) -> "Tensor":
+    """``scaling·(a·b)`` in one kernel."""
+    import torch
+
+    return torch.addmm(a.new_empty(1, 1), a, b, beta=0, alpha=scaling)  # beta = 0: what is added is not even read

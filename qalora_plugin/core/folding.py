@@ -1,0 +1,58 @@
+"""What a merge adds to a linear, ``α/R·(B·A)ᵀ``, as it is stored. In numpy, on all cores: torch takes longer to import
+than many a merge takes.
+"""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+_BLOCK = 1 << 20  # offsets; what is in float64 at once
+_MOST_THREADS = 8
+
+
+@contextmanager
+def fold_workers() -> Iterator[Executor]:
+    """Threads to call :func:`fold` in, one a core."""
+    threads = min(os.cpu_count() or 1, _MOST_THREADS)
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
+        yield pool
+
+
+def fold(
+    lora_a: np.ndarray, lora_b: np.ndarray, scaling: float, dtype: str, base: np.ndarray | None = None
+) -> np.ndarray:
+    """``base + scaling·(B·A)ᵀ`` in weight units, computed in float64; what exceeds the dtype becomes infinite.
+
+    Args:
+        lora_a: ``[R, G]``. lora_b: ``[N, R]``. dtype: ``"float16"`` or ``"float32"``.
+        base: offsets ``[G, N]`` that are there already.
+
+    Returns:
+        ``[G, N]``.
+    """
+    a, b = scaling * lora_a.T.astype(np.float64), np.ascontiguousarray(lora_b.T, np.float64)
+    offsets = np.empty((len(a), b.shape[1]), dtype)
+    rows = max(1, _BLOCK // b.shape[1])
+    for start in range(0, len(a), rows):
+        block = slice(start, start + rows)
+        _multiply(a[block], b, None if base is None else base[block], offsets[block])
+    return offsets
+
+
+def squared_norm(lora_a: np.ndarray, lora_b: np.ndarray, scaling: float) -> float:
+    """``‖scaling·(B·A)ᵀ‖²`` (Frobenius) of A ``[R, G]`` and B ``[N, R]``, by products of R×R: ``tr(BᵀB·AAᵀ)``."""
+    a, b = lora_a.astype(np.float64), lora_b.astype(np.float64)
+    return scaling**2 * float(((a @ a.T) * (b.T @ b)).sum())
+
+
+def _multiply(a: np.ndarray, b: np.ndarray, base: np.ndarray | None, out: np.ndarray) -> None:
+    """``base + a·b`` in float64, rounded to float32, then to ``out``'s dtype (as torch rounds float64 to float16)."""
+    product = a @ b
+    if base is not None:
+        product += base
+    with np.errstate(over="ignore"):
+        out[...] = product.astype(np.float32)

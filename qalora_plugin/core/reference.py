@@ -1,0 +1,46 @@
+"""The definition, in plain torch. Everything else (kernels, merge, vLLM, exporters) is tested against this file.
+
+Letters: ``T`` tokens, ``K`` in_features, ``N`` out_features, ``g`` group size, ``G = K/g`` groups, ``R`` rank,
+``b`` bits.
+"""
+
+import torch
+from torch import Tensor
+
+from qalora_plugin.core.packing import unpack_rows
+from qalora_plugin.core.weight import GroupwiseWeight
+
+
+def dequantize(weight: GroupwiseWeight, dtype: torch.dtype = torch.float64) -> Tensor:
+    """``w[k,n] = scales[γ,n]·(q[k,n] − zeros[γ,n]) + offsets[γ,n]`` with γ the group of column k → ``[K, N]``."""
+    group = column_groups(weight)
+    codes = unpack_rows(weight.qweight, weight.bits).to(dtype)
+    dense = weight.scales.to(dtype)[group] * (codes - weight.zeros.to(dtype)[group])
+    return dense if weight.offsets is None else dense + weight.offsets.to(dtype)[group]
+
+
+def column_groups(weight: GroupwiseWeight) -> Tensor:
+    """The group of every column, int64 ``[K]``."""
+    if weight.g_idx is not None:
+        return weight.g_idx.long()
+    return torch.arange(weight.in_features, device=weight.qweight.device) // weight.group_size
+
+
+def pool(x: Tensor, g_idx: Tensor, groups: int) -> Tensor:
+    """``P(x)``: x summed over each group, ``[..., K] → [..., G]`` (QA-LoRA, arXiv 2309.14717, eq. 4)."""
+    out = torch.zeros(*x.shape[:-1], groups, dtype=x.dtype, device=x.device)
+    return out.index_add(-1, g_idx.long(), x)
+
+
+def adapter_offsets(lora_a: Tensor, lora_b: Tensor, scaling: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    """What merging adds: ``α/R · (B·A)ᵀ``, A ``[R, G]``, B ``[N, R]`` → ``[G, N]`` in weight units."""
+    lora_b = lora_b.t().contiguous()  # or BLAS takes five times as long
+    return (scaling * lora_a.to(dtype)).t() @ lora_b.to(dtype)
+
+
+def adapter_linear(
+    x: Tensor, weight: Tensor, g_idx: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, bias: Tensor | None = None
+) -> Tensor:
+    """``y = x·w + α/R · P(x)·Aᵀ·Bᵀ (+ bias)``, x ``[..., K]``, weight ``[K, N]`` → ``[..., N]``."""
+    y = x @ weight + scaling * (pool(x, g_idx, lora_a.shape[1]) @ lora_a.t() @ lora_b.t())
+    return y if bias is None else y + bias

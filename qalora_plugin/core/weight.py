@@ -1,0 +1,121 @@
+"""The one currency: a weight quantized in groups, as every format gives it and every kernel, merge, exporter takes it.
+
+    w[k,n] = scales[γ,n]·(q[k,n] − zeros[γ,n]) + offsets[γ,n]          γ = group of column k
+
+Letters: ``K`` in_features, ``N`` out_features, ``g`` group size, ``G = K/g`` groups, ``b`` bits, ``E`` experts.
+Needs no torch until a tensor is touched: reading headers, and merging, do without it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from qalora_plugin.core.words import codes_per_period, words_per_period
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GroupwiseSpec:
+    """What headers say of one quantized linear; dtypes by torch's names for them.
+
+    Attributes:
+        name: on disk.
+        bits: of a code. group_size: columns of K that share a scale (K itself for one group).
+        bias_dtype, offset_dtype: None where nothing of the kind is stored.
+        has_g_idx: whether the group of every column is stored, which it may be without act-order.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    bits: int
+    group_size: int
+    scale_dtype: str = "float16"
+    bias_dtype: str | None = None
+    offset_dtype: str | None = None
+    has_g_idx: bool = False
+
+    @property
+    def groups(self) -> int:
+        return self.in_features // self.group_size
+
+
+class GroupwiseWeight(NamedTuple):
+    """Codes as they are packed on disk, everything else plain. Experts may be stacked in front: ``[*E, …]``.
+
+    Attributes:
+        qweight: int32 words of b-bit codes along K, ``[*E, K·b/32, N]`` (:mod:`.packing`).
+        zeros: true zero-points, uint8 ``[*E, G, N]``.
+        scales: ``[*E, G, N]``, float.
+        offsets: ``[*E, G, N]`` in weight units, or None.
+        g_idx: int32 ``[K]``, the group of each column in act-order; None where groups are consecutive.
+        group_order: int64 ``[K]``, the columns sorted by group; None likewise.
+    """
+
+    qweight: "Tensor"
+    zeros: "Tensor"
+    scales: "Tensor"
+    offsets: "Tensor | None"
+    g_idx: "Tensor | None"
+    group_order: "Tensor | None"
+    bits: int
+    group_size: int
+
+    @property
+    def groups(self) -> int:
+        return self.scales.shape[-2]
+
+    @property
+    def in_features(self) -> int:
+        return self.groups * self.group_size
+
+    @property
+    def out_features(self) -> int:
+        return self.scales.shape[-1]
+
+    @property
+    def tensors(self) -> "list[Tensor | None]":
+        """The six tensors, as ops take them: a custom op knows no classes. :meth:`of` is the way back."""
+        return list(self[:6])
+
+    @classmethod
+    def of(cls, tensors: "Sequence[Tensor | None]", bits: int, group_size: int) -> "GroupwiseWeight":
+        return cls(*tensors, bits, group_size)
+
+    def expert(self, i: int) -> "GroupwiseWeight":
+        """One of stacked experts."""
+        stacked = (self.qweight, self.zeros, self.scales, self.offsets)
+        return self._replace(**{
+            name: None if tensor is None else tensor[i]
+            for name, tensor in zip(("qweight", "zeros", "scales", "offsets"), stacked, strict=True)
+        })  # fmt: skip
+
+    def narrow(self, k: slice | None = None, n: slice | None = None) -> "GroupwiseWeight":
+        """Views of the columns ``k`` of K (whole groups, in order) and ``n`` of N.
+
+        Raises:
+            ValueError: ``k`` splits a group or a word, or groups are not consecutive.
+        """
+        columns = slice(None) if n is None else n
+        rows, groups = slice(None), slice(None)
+        if k is not None:
+            start, stop, _ = k.indices(self.in_features)
+            period, words = codes_per_period(self.bits), words_per_period(self.bits)
+            if self.g_idx is not None:
+                raise ValueError("columns in act-order cannot be narrowed: a group lies all over K")
+            if start % self.group_size or stop % self.group_size or start % period or stop % period:
+                raise ValueError(f"columns {start}…{stop} split a group of {self.group_size} or a packed word")
+            rows = slice(start // period * words, stop // period * words)
+            groups = slice(start // self.group_size, stop // self.group_size)
+
+        def part(tensor: "Tensor | None") -> "Tensor | None":
+            return None if tensor is None else tensor[..., groups, columns]
+
+        return self._replace(
+            qweight=self.qweight[..., rows, columns],
+            zeros=part(self.zeros),
+            scales=part(self.scales),
+            offsets=part(self.offsets),
+        )

@@ -1,0 +1,101 @@
+"""Logits of base + adapter and of the merged checkpoint, on the same tokens."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
+from qalora_plugin.core.reference import adapter_offsets
+
+
+def compare_logits(
+    base: Path, adapter: AdapterFolder, merged: Path, sequences: list[list[int]], dtype: torch.dtype, device: str
+) -> dict[str, float]:
+    """How far the merged checkpoint's logits are from those of base + adapter; keys as in ``VerifyReport``.
+
+    The merged model runs twice: with its offsets as stored, then with those of the other dtype. So one of the two has
+    them exact, and one rounded to float16.
+    """
+    from qalora_plugin.integrations.peft.adapter import load_adapter
+    from qalora_plugin.integrations.transformers.loading import load_base, load_model
+
+    with full_precision():
+        options = {"model_class": adapter.model_class, "dtype": dtype}
+        model = load_adapter(load_base(base, **options), adapter.folder)
+        expected = list(_logits(model, sequences, device))
+        offsets = exact_offsets(model)
+        del model
+        gc.collect()
+        model = load_model(merged, **options)
+        largest = max(logits.abs().max().item() for logits in expected)
+        tokens, agree, kl, stored, again = 0, 0, 0.0, 0.0, 0.0
+        for p, q in zip(expected, _logits(model, sequences, device), strict=True):
+            log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+            tokens += len(p)
+            stored = _larger(stored, p - q)
+            kl += (log_p.exp() * (log_p - log_q)).sum().item()
+            agree += (p.argmax(-1) == q.argmax(-1)).sum().item()
+        stored_exactly = False
+        for name, exact in offsets.items():
+            layer = model.get_submodule(name)
+            stored_exactly = layer.offsets.dtype == torch.float32
+            layer.offsets = exact.to(model.device, torch.float16 if stored_exactly else torch.float32)
+        for p, q in zip(expected, _logits(model, sequences, device), strict=True):
+            again = _larger(again, p - q)
+    error, sensitivity = (stored, again) if stored_exactly else (again, stored)
+    return {
+        "tokens": tokens,
+        "logit_difference": stored / largest,
+        "logit_error": error / largest,
+        "logit_sensitivity": sensitivity / largest,
+        "kl_mean": kl / tokens,
+        "top1_agreement": agree / tokens,
+    }
+
+
+def exact_offsets(model: nn.Module) -> dict[str, Tensor]:
+    """``α/R·(B·A)ᵀ`` [G, N] of every adapted linear of a PEFT model, in float32: what its merge stores rounded."""
+    from qalora_plugin.integrations.peft.adapter import QALoraLayer
+
+    offsets = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, QALoraLayer):
+            (active,) = layer.active_adapters
+            lora_a, lora_b = (part[active].weight.detach().cpu() for part in (layer.lora_A, layer.lora_B))
+            exact = adapter_offsets(lora_a, lora_b, layer.scaling[active])
+            if (before := layer.get_base_layer().offsets) is not None:
+                exact += before.cpu()
+            offsets[name.removeprefix("base_model.model.")] = exact.float()
+    return offsets
+
+
+def _larger(value: float, difference: Tensor) -> float:
+    """The larger of ``value`` and all of ``|difference|``; NaN if anything is."""
+    return torch.maximum(torch.tensor(value), difference.abs().max()).item()
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """float32 products in float32, though a training run set TF32: its 10 bits would hide what is compared."""
+    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
+
+
+@torch.inference_mode()
+def _logits(model: Any, sequences: list[list[int]], device: str) -> Iterator[Tensor]:
+    """Float32 logits ``[T, vocabulary]`` of every sequence, on the CPU."""
+    model = model.to(device).eval()
+    for ids in sequences:
+        yield model(torch.tensor([ids], device=device)).logits[0].float().cpu()

@@ -1,0 +1,97 @@
+"""Real token sequences to compare models on: from the dataset in training, a text file, or Python's own docs."""
+
+import json
+import pydoc
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from qalora_plugin.checkpoint.hub import expanded
+from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
+
+SEQUENCE_LENGTH = 256
+_ID_COLUMNS = ("input_ids", "chosen_ids", "chosen_input_ids", "prompt_ids", "prompt_input_ids")
+_DOCUMENTED = (
+    "argparse",
+    "asyncio",
+    "collections",
+    "datetime",
+    "decimal",
+    "email",
+    "itertools",
+    "json",
+    "logging",
+    "re",
+)
+
+
+def sample_dataset(dataset: Iterable[dict[str, Any]] | None, max_tokens: int) -> list[list[int]]:
+    """First sequences of a tokenised dataset, up to ``max_tokens`` in all; ``[]`` if it has no known column of ids."""
+    sequences, total = [], 0
+    for row in islice(dataset or (), max_tokens):
+        column = next((name for name in _ID_COLUMNS if row.get(name) is not None), None)
+        if column is None or total >= max_tokens:
+            break
+        sequence = [int(token) for token in row[column]][: max_tokens - total]
+        if len(sequence) > 1:
+            sequences.append(sequence)
+            total += len(sequence)
+    return sequences
+
+
+@os_errors_in_one_line()
+def read_texts(path: str | Path) -> list[str]:
+    """Texts of a local file: ``.jsonl`` line by line (all string values of a line joined), else the file as one text.
+
+    Raises:
+        QALoraError: no such file, empty, or not JSON lines.
+    """
+    path = expanded(path)
+    if not path.is_file():
+        raise QALoraError(f"the text file {path} does not exist. Pass a .txt or .jsonl file.")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise QALoraError(f"{path} is not UTF-8 text ({error}). Pass a .txt or .jsonl file.") from error
+    if path.suffix != ".jsonl":
+        texts = [content]
+    else:
+        try:
+            rows = [json.loads(line) for line in content.splitlines() if line.strip()]
+            texts = [row if isinstance(row, str) else "\n".join(_strings(row)) for row in rows]
+        except (ValueError, RecursionError) as error:
+            raise QALoraError(f"{path} is not JSON lines: {error}. Write one JSON value a line.") from error
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise QALoraError(f"{path} holds no text. Pass a file with some.")
+    return texts
+
+
+def _strings(row: Any) -> Iterable[str]:
+    """Every string in a JSON value, depth first (``{"messages": [{"content": …}]}`` included)."""
+    if isinstance(row, str):
+        yield row
+    elif isinstance(row, (dict, list)):
+        for value in row.values() if isinstance(row, dict) else row:
+            yield from _strings(value)
+
+
+def default_texts() -> list[str]:
+    """Documentation of the standard library: real text that is at hand wherever Python is."""
+    return [pydoc.plain(pydoc.render_doc(name)) for name in _DOCUMENTED]
+
+
+def tokenise(tokenizer: Any, texts: list[str], max_tokens: int, length: int = SEQUENCE_LENGTH) -> list[list[int]]:
+    """Cut texts into sequences of at most ``length`` tokens, ``max_tokens`` in all."""
+    sequences, left = [], max_tokens
+    for text in texts:
+        ids = tokenizer(text[: left * 16]).input_ids
+        for start in range(0, len(ids), length):
+            sequence = ids[start : start + min(length, left)]
+            if len(sequence) > 1:
+                sequences.append(sequence)
+                left -= len(sequence)
+            if left < 2:
+                return sequences
+    return sequences

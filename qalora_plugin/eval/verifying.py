@@ -1,0 +1,256 @@
+"""The proof: a merged checkpoint equals base + adapter. Everything is read back from disk, nothing taken on trust.
+
+Storing the offsets rounds them, and that is all that a right merge changes. So what is judged is what rounding cannot
+do:
+
+1. a base tensor that is not the base's, bit for bit;
+2. an offset that is not its definition, rounded once: off by more than half a unit in the last place of what it is
+   stored in. (Each by itself: a wrong factor, a swapped linear, one wrong number cannot hide behind a large adapter);
+3. an adapter so small that the rounding eats it;
+4. logits in float32 that differ where nothing was rounded: base + adapter, as it was trained, against the merged
+   checkpoint, as transformers loads it, with its offsets put to their exact values.
+
+What the rounding does to the logits is reported, not judged: a large adapter, or a model that amplifies every error,
+moves them further, and near ties then turn over. (A top-1 token can change only where its margin is below twice the
+difference, so its agreement says nothing that the difference does not.)
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
+from qalora_plugin.checkpoint.folder import Checkpoint
+from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
+from qalora_plugin.core.reference import adapter_offsets, column_groups, dequantize
+from qalora_plugin.eval.logits import compare_logits
+from qalora_plugin.eval.tables import print_facts
+from qalora_plugin.eval.tokens import default_texts, tokenise
+from qalora_plugin.formats.opened import QuantizedCheckpoint
+from qalora_plugin.formats.qalora import QALora
+
+# In units of half a unit in the last place of an offset. (A merge rounds to float32 on the way to float16.)
+ROUNDING_BAR = 1.01
+# ‖weights' error‖ / ‖what the adapter adds‖. Rounding to float16 costs 2e-4, but more below 6e-5, where float16 loses
+# digits: a very small adapter would vanish without any logit showing it.
+WEIGHT_BARS = {"float32": 1e-6, "float16": 1e-3}
+# Largest difference of a logit that no rounding explains / largest logit, in float32. Or, where a model amplifies every
+# error, a share of what rounding its offsets to float16 does to it: what float32 sums do was at most 0.007 of that.
+LOGIT_BAR, LOGIT_SHARE = 1e-4, 0.05
+_NOISE = 2.0**-48  # of float64 sums, relative
+_COLUMNS = 512  # output columns of a weight that are compared at a time
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was compared and what was found. Differences are merged − (base + adapter)."""
+
+    base: str
+    adapter: str
+    merged: str
+    tensors: int
+    tensors_identical: int
+    base_sha256: str
+    modules: int
+    weight_error_max: float
+    """Largest |w' − definition| over all adapted weights, float64, in weight units."""
+    weight_error_relative: float
+    """‖w' − definition‖ / ‖what the adapter adds‖ over all adapted weights, float64."""
+    offset_error: float
+    """Largest error of an offset, in units of half a unit in the last place of what it is stored in."""
+    tokens: int
+    dtype: str
+    logit_difference: float
+    """max|Δ logits| / max|logits|, both over all tokens: the relative error in the maximum norm."""
+    logit_error: float
+    """The same with the merged checkpoint's offsets put to their exact values: what rounding does not explain."""
+    logit_sensitivity: float
+    """The same with its offsets rounded to float16: how much this model makes of small errors."""
+    kl_mean: float
+    """Mean KL(base + adapter ‖ merged) a token, nats."""
+    top1_agreement: float
+    offset_dtype: str
+    base_bytes: int
+    merged_new_bytes: int
+
+    @property
+    def logit_bar(self) -> float:
+        return max(LOGIT_BAR, LOGIT_SHARE * self.logit_sensitivity)
+
+    @property
+    def failures(self) -> list[str]:
+        """What is wrong, a sentence each. Logits are judged in float32 only: another dtype's noise would hide it."""
+        bar, found = WEIGHT_BARS[self.offset_dtype], []
+        if self.tensors_identical < self.tensors:
+            found.append(f"{self.tensors - self.tensors_identical} base tensors are not the base's: merge again")
+        if not self.offset_error <= ROUNDING_BAR:
+            found.append(
+                f"offsets are off by {self.offset_error:.3g} times their rounding: not this adapter's. Merge again"
+            )
+        elif not self.weight_error_relative <= bar:
+            found.append(
+                f"{self.offset_dtype} loses {self.weight_error_relative:.1%} of so small an adapter: merge again with "
+                "offset_dtype float32"
+            )
+        if self.dtype == "float32" and not self.logit_error <= self.logit_bar:
+            found.append(
+                f"logits differ by {self.logit_error:.3g} where nothing is rounded: the models do not compute the same"
+            )
+        return found
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    def json(self) -> str:
+        return json.dumps(asdict(self) | {"passed": self.passed, "failures": self.failures}, indent=2)
+
+    def print(self) -> None:
+        bar = f"bar: ≤ {self.logit_bar:.3g}" if self.dtype == "float32" else "the bar holds in float32"
+        rows = (
+            ("merged", self.merged),
+            ("base tensors byte-identical", f"{self.tensors_identical} of {self.tensors}"),
+            ("sha256 of the base's tensors", self.base_sha256),
+            ("adapted linears", str(self.modules)),
+            ("offsets, largest error", f"{self.offset_error:.3g} × their rounding to {self.offset_dtype}"
+                                       f"   bar: ≤ {ROUNDING_BAR:g}"),
+            ("weights' error", f"{self.weight_error_relative:.2g} of the adapter (max {self.weight_error_max:.2g})"
+                               f"   bar: ≤ {WEIGHT_BARS[self.offset_dtype]:g}"),
+            (f"logits, {self.dtype}, {self.tokens} tokens", f"error beyond rounding {self.logit_error:.3g}   {bar}"),
+            ("the rounding moves", f"logits by ≤ {self.logit_difference:.3g}, mean KL {self.kl_mean:.3g} nats, "
+                                   f"top-1 agreement {self.top1_agreement:.2%}"),
+            ("size", f"{self.base_bytes / 1e6:.1f} MB base + {self.merged_new_bytes / 1e6:.1f} MB offsets"
+                     f" ({self.offset_dtype}), {self.merged_new_bytes / self.base_bytes:.1%}"),
+            *(("FAILED", failure) for failure in self.failures),
+        )  # fmt: skip
+        print_facts(f"qalora verify: {'PASSED' if self.passed else 'FAILED'}", rows)
+
+
+@os_errors_in_one_line()
+def verify(
+    base: str | Path,
+    adapter: str | Path,
+    merged: str | Path,
+    sequences: list[list[int]] | None = None,
+    texts: list[str] | None = None,
+    max_tokens: int = 2048,
+    dtype: torch.dtype = torch.float32,
+    device: str | None = None,
+    revision: str | None = None,
+    progress: bool = True,
+) -> VerifyReport:
+    """Compare a merged checkpoint with base + adapter: tensors, weights, logits.
+
+    Args:
+        sequences: token ids to compare logits on; else ``texts`` (else the standard library's documentation) is
+            tokenised, up to ``max_tokens``.
+        dtype: compute dtype of the logits; the bars are for float32.
+        device: default CUDA if there is one.
+
+    Raises:
+        QALoraError: one of the three cannot be read, or they do not belong together.
+    """
+    files, opened, source = (
+        Checkpoint.open(merged),
+        AdapterFolder.open(adapter),
+        QuantizedCheckpoint.open(base, revision),
+    )
+    if files.method != QALora.method:
+        raise QALoraError(f"{merged} has quant_method {files.method!r}: it is no merged QA-LoRA checkpoint.")
+    result = QuantizedCheckpoint.of(files)
+    opened.check_fits(source.specs)
+    # What the adapter changes is no longer the base's: the offsets that a base of ours has already.
+    kept = [name for name in sorted(source.files.tensors) if name not in {f"{m}.offsets" for m in opened.modules}]
+    identical, sha256 = _compare_tensors(source.files, files, kept, progress)
+    weights = _compare_weights(source, result, opened, progress)
+    if sequences is None:
+        from transformers import AutoTokenizer
+
+        sequences = tokenise(AutoTokenizer.from_pretrained(result.folder), texts or default_texts(), max_tokens)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    logits = compare_logits(source.folder, opened, result.folder, sequences, dtype, device)
+    offsets = [info.end - info.start for name, info in files.tensors.items() if name.endswith(".offsets")]
+    return VerifyReport(
+        base=str(base),
+        adapter=str(adapter),
+        merged=str(merged),
+        tensors=len(kept),
+        tensors_identical=identical,
+        base_sha256=sha256,
+        modules=len(opened.modules),
+        dtype=str(dtype).removeprefix("torch."),
+        offset_dtype=files.quantization["offset_dtype"],
+        base_bytes=source.files.nbytes,
+        merged_new_bytes=sum(offsets),
+        **weights,
+        **logits,
+    )
+
+
+def _compare_tensors(source: Checkpoint, result: Checkpoint, names: list[str], progress: bool) -> tuple[int, str]:
+    """How many of these tensors are in the merged checkpoint bit for bit, and a hash over all of them."""
+    digest, identical = hashlib.sha256(), 0
+    for name in track(names, "tensors", disable=not progress, transient=True):
+        info, other = source.tensors[name], result.tensors.get(name)
+        data = _bytes_of(source.tensor(name))
+        digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
+        digest.update(data.numpy())
+        if other is not None and (other.dtype, other.shape) == (info.dtype, info.shape):
+            identical += torch.equal(data, _bytes_of(result.tensor(name)))
+    return identical, digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _compare_weights(
+    source: QuantizedCheckpoint, result: QuantizedCheckpoint, adapter: AdapterFolder, progress: bool
+) -> dict[str, float]:
+    """Errors of the merged weights against ``w + α/R·(B·A)ᵀ`` per group, in float64."""
+    changed = {name for name, spec in result.specs.items() if spec.offset_dtype}
+    had = {name for name, spec in source.specs.items() if spec.offset_dtype}
+    if stray := sorted(changed.difference(adapter.modules, had)):
+        raise QALoraError(f"{result.folder}: {stray[0]} has offsets, but the adapter does not change it. Merge again.")
+    largest, in_roundings, error, contribution = 0.0, 0.0, 0.0, 0.0
+    for name in track(adapter.modules, "weights", disable=not progress, transient=True):
+        if (dtype := result.specs[name].offset_dtype) is None:
+            raise QALoraError(f"{result.folder}: {name} has no offsets, but the adapter changes it. Merge again.")
+        before, after = source.weight(name), result.weight(name)
+        group = column_groups(before)
+        delta = adapter_offsets(*map(torch.from_numpy, adapter.factors(name)), adapter.scaling(name))
+        stored = delta if before.offsets is None else delta + before.offsets.double()
+        rounding = half_ulp(stored, dtype) + _NOISE * stored.abs().max()
+        for start in range(0, before.out_features, _COLUMNS):
+            columns = slice(start, start + _COLUMNS)
+            weight, added = dequantize(before.narrow(n=columns)), delta[group, columns]
+            difference = (dequantize(after.narrow(n=columns)) - (weight + added)).abs_()
+            largest = _larger(largest, difference)
+            error += difference.square().sum().item()
+            contribution += added.square().sum().item()
+            allowed = rounding[group, columns] + _NOISE * weight.abs()
+            in_roundings = _larger(in_roundings, difference / allowed)
+    return {
+        "weight_error_max": largest,
+        "weight_error_relative": (error / contribution) ** 0.5 if contribution else 0.0,
+        "offset_error": in_roundings,
+    }
+
+
+def _larger(value: float, tensor: Tensor) -> float:
+    """The larger of ``value`` and all of ``tensor``; NaN if anything is."""
+    return torch.maximum(tensor.new_tensor(value), tensor.max()).item()
+
+
+def half_ulp(values: Tensor, dtype: str) -> Tensor:
+    """The most by which rounding to ``"float16"`` or ``"float32"`` moves float64 ``values``: half a unit in the last
+    place of each."""
+    info = torch.finfo(getattr(torch, dtype))
+    _, exponent = torch.frexp(values)  # values = m·2^exponent, m in [½, 1)
+    normal = torch.ldexp(torch.full_like(values, info.eps / 4), exponent)
+    return normal.clamp(min=info.smallest_normal * info.eps / 2)

@@ -1,0 +1,38 @@
+"""Which linears vLLM runs as one layer, and whether a checkpoint quantises them alike, as it then must."""
+
+from collections.abc import Iterable
+
+from qalora_plugin.core.weight import GroupwiseSpec
+
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def unservable(modules: dict[str, GroupwiseSpec], dense: Iterable[str] = ()) -> str | None:
+    """Why vLLM cannot serve such a checkpoint; None if it can, as far as fused layers go.
+
+    Args:
+        modules: the quantised linears. dense: names of the modules that have a dense weight.
+    """
+    dense = set(dense)
+    for name in modules:
+        parent, _, leaf = name.rpartition(".")
+        parts = next((fused for fused in _FUSED if leaf in fused), ())
+        names = [f"{parent}.{part}".lstrip(".") for part in parts]
+        found = [modules[part] for part in names if part in modules]
+        kinds = {f"{module.bits} bit, group size {module.group_size}" for module in found}
+        left_dense = sorted(dense.intersection(names))
+        if len(kinds) > 1 or (found and left_dense):
+            listed = ", ".join(
+                f"{module.name} ({module.bits} bit, group size {module.group_size})" for module in found
+            ) + "".join(f", {part} (dense)" for part in left_dense)
+            return (
+                f"vLLM runs {', '.join(parts)} as one layer, but this base quantises them differently: {listed}. It "
+                "trains and merges, and transformers loads the result; to serve it in vLLM, quantise the base again "
+                "with equal settings for them."
+            )
+    return None
+
+
+def dense_modules(tensors: Iterable[str]) -> list[str]:
+    """Modules that the tensors' names give a dense weight."""
+    return [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]

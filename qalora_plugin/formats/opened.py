@@ -1,0 +1,107 @@
+"""A quantized checkpoint, opened: its files, its format, its linears. Merge, verify, export and loading work on it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qalora_plugin.checkpoint.fingerprint import fingerprint
+from qalora_plugin.checkpoint.folder import Checkpoint
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.core.weight import GroupwiseSpec, GroupwiseWeight
+from qalora_plugin.formats.base import CheckpointFormat
+from qalora_plugin.formats.gptq import Gptq, column_groups, is_act_order
+from qalora_plugin.formats.qalora import QALora
+
+BASES: Mapping[str, type[Gptq]] = {Gptq.method: Gptq, QALora.method: QALora}  # what an adapter can go onto
+_MAKE_ONE = "Make a GPTQ checkpoint of the original 16-bit model: qalora quantize MODEL OUT."
+_IMPORTS = {"awq": "awq", "compressed-tensors": "compressed-tensors"}
+
+
+@dataclass(frozen=True)
+class QuantizedCheckpoint:
+    """Attributes:
+    files: the folder. format: how its quantized linears are stored. specs: these, by name, in checkpoint order.
+    """
+
+    files: Checkpoint
+    format: CheckpointFormat
+    specs: dict[str, GroupwiseSpec]
+
+    @classmethod
+    def open(cls, path: str | Path, revision: str | None = None) -> "QuantizedCheckpoint":
+        """Open a folder or Hub id that an adapter can go onto, or that is a merge; see :meth:`of`."""
+        return cls.of(Checkpoint.open(path, revision))
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "QuantizedCheckpoint":
+        """
+        Raises:
+            QALoraError: it is of another kind, or breaks a rule of its format.
+        """
+        method = checkpoint.method
+        if not isinstance(method, str) or method not in BASES:
+            raise QALoraError(f"{checkpoint.folder} cannot be a base: {_why_not_base(checkpoint)}")
+        found = BASES[method](checkpoint.quantization, checkpoint.folder)
+        return cls(checkpoint, found, found.specs(checkpoint.tensors, checkpoint.folder))
+
+    @property
+    def folder(self) -> Path:
+        return self.files.folder
+
+    @property
+    def has_offsets(self) -> bool:
+        return any(spec.offset_dtype for spec in self.specs.values())
+
+    def weight(self, name: str) -> GroupwiseWeight:
+        """One linear, read from disk."""
+        return self.format.read(self.specs[name], self.files.tensor)
+
+    def column_groups(self, name: str) -> np.ndarray:
+        """The group of every column of one linear, int ``[K]``."""
+        return column_groups(self.specs[name], self.files.array)
+
+    def offsets(self, name: str) -> np.ndarray | None:
+        """What one linear has already, ``[G, N]``; None for nothing."""
+        return self.files.array(f"{name}.offsets") if self.specs[name].offset_dtype else None
+
+    def check_values(self) -> None:
+        """Refuse NaN, Inf, and an act-order index that is none. Reads 1/g of the whole."""
+        for spec in self.specs.values():
+            self.format.check_values(spec, self.files.array, self.folder)
+
+    @cached_property
+    def symmetric(self) -> bool:
+        """Whether every zero-point of every linear is 2^(b−1)."""
+        return all(self.format.is_symmetric(spec, self.files.array) for spec in self.specs.values())
+
+    @cached_property
+    def act_order(self) -> bool:
+        """Whether any linear's columns were quantized out of order."""
+        return any(is_act_order(spec, self.files.array) for spec in self.specs.values())
+
+    def fingerprint(self, like: str | None = None) -> str:
+        """See :func:`~qalora_plugin.checkpoint.fingerprint.fingerprint`."""
+        return fingerprint(self.files, self.format.reading, like)
+
+
+def can_be_base(quantization: dict[str, Any]) -> bool:
+    """Whether a ``quantization_config`` is of a kind that an adapter can go onto."""
+    return quantization.get("quant_method") in tuple(BASES)
+
+
+def _why_not_base(checkpoint: Checkpoint) -> str:
+    method = checkpoint.method
+    if method is None and checkpoint.quantization:
+        return f"its quantization_config names no quant_method, expected 'gptq'. {_MAKE_ONE}"
+    if method is None:
+        return f"it is dense (config.json has no quantization_config). {_MAKE_ONE}"
+    if isinstance(method, str) and method in _IMPORTS:
+        return (
+            f"its quant_method is {method!r}, expected 'gptq'. Convert it, no code is changed: qalora import "
+            f"{_IMPORTS[method]} SRC OUT."
+        )
+    return f"its quant_method is {method!r}, expected 'gptq'. {_MAKE_ONE}"

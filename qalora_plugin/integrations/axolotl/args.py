@@ -1,0 +1,197 @@
+"""The YAML keys. Axolotl mixes :class:`QALoraArgs` into its own config model, so its validator sees every key."""
+
+import difflib
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from qalora_plugin.checkpoint.json_files import short
+from qalora_plugin.core.errors import QALoraError
+
+ADAPTER = "qalora"
+
+_REFUSED = {
+    "lora_mlp_kernel": "the fused LoRA kernels would bypass the pooling",
+    "lora_qkv_kernel": "the fused LoRA kernels would bypass the pooling",
+    "lora_o_kernel": "the fused LoRA kernels would bypass the pooling",
+    "lora_embedding_kernel": "the fused LoRA kernels would bypass the pooling",
+    "lora_modules_to_save": "a dense copy of a layer cannot be merged into an INT4 base",
+    "lora_target_parameters": "only linear layers have quantisation groups",
+    "lora_fan_in_fan_out": "GPTQ linears have one orientation",
+    "peft_use_dora": "DoRA scales whole columns, which no group-wise offset can express",
+    "peft_layer_replication": "a merged checkpoint has the base's layers",
+    "peft_trainable_token_indices": "embeddings are not quantised, so changes to them cannot be merged",
+    "peft": "LoftQ rewrites the base weight, which stays packed",
+    "unfrozen_parameters": "base weights that train cannot be merged",
+    "load_in_4bit": "the base is GPTQ already; bitsandbytes would quantise it twice",
+    "load_in_8bit": "the base is GPTQ already; bitsandbytes would quantise it twice",
+    "qat": "the base is quantised already",
+    "fix_untrained_tokens": "it rewrites embeddings, which a merged checkpoint takes from the base",
+    "reward_model": "its score head is dense and trains, which cannot be merged",
+    "process_reward_model": "its score head is dense and trains, which cannot be merged",
+    "reinit_weights": "random weights have no quantised base to be merged into",
+    "relora": "it merges into the base while training, which stays packed",
+    "qlora_sharded_model_loading": "it loads bitsandbytes weights, and the base is GPTQ",
+    "fsdp": "sharding packed weights is not supported yet; use DDP (the default with several GPUs)",
+    "fsdp_config": "sharding packed weights is not supported yet; use DDP (the default with several GPUs)",
+    "deepspeed": "sharding packed weights is not supported yet; use DDP (the default with several GPUs)",
+}
+_PARALLEL = {
+    "tensor_parallel_size": "packed weights cannot be split over ranks while training",
+    "expert_parallel_size": "mixture-of-experts layers are not trained yet",
+}
+_STARTS_FROM_THE_BASE = ("dpo", "ipo", "kto")  # Axolotl 0.19, loaders/model.py: hands TRL a config, not an adapter
+_REQUIRED = ("base_model", "lora_r", "lora_alpha")
+_STRINGS = ("base_model", "revision_of_model", "lora_model_dir", "output_dir", "rl")  # read before Axolotl checks them
+_NAMES = ("plugins", "lora_target_modules", "lora_exclude_modules")
+
+
+class QALoraBlock(BaseModel):
+    """The ``qalora:`` block. The group size is not here: it is the base's."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    merge: bool = Field(default=True, description="Merge into an INT4 checkpoint at the end of training.")
+    merge_dir: str | None = Field(
+        default=None, description="Where the merged checkpoint goes; default: `merged` inside output_dir."
+    )
+    offset_dtype: Literal["float16", "float32"] | None = Field(
+        default=None,
+        description="How the merged offsets are stored: float16 (exact to 0.03 % of the adapter) or float32; default: "
+        "float16, and float32 where the base has offsets in float32.",
+    )
+    copy_base: bool = Field(
+        default=False, description="Copy the base's shards into the merged checkpoint even where a hard link would do."
+    )
+    verify: bool = Field(
+        default=True, description="After merging, compare base + adapter with the merged checkpoint and report."
+    )
+    verify_tokens: int = Field(default=2048, gt=0, description="How many tokens of real data that comparison uses.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def name_the_nearest_key(cls, data: Any) -> Any:
+        known = ", ".join(cls.model_fields)
+        if not isinstance(data, dict):
+            raise QALoraError(
+                f"qalora: is {short(data)}, expected a block of keys ({known}), or nothing. Write `adapter: qalora` to "
+                "switch QA-LoRA on."
+            )
+        for key in map(str, data):
+            if key not in cls.model_fields:
+                near = difflib.get_close_matches(key, cls.model_fields, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise QALoraError(f"unknown key {key!r} in qalora:.{hint} Known keys: {known}.")
+        return data
+
+
+def read_block(value: Any) -> QALoraBlock:
+    """The ``qalora:`` block of a raw config.
+
+    Raises:
+        QALoraError: no block, an unknown key, or a value of the wrong kind.
+    """
+    try:
+        return QALoraBlock.model_validate({} if value is None else value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if isinstance(cause := first.get("ctx", {}).get("error"), QALoraError):
+            raise cause from None
+        raise QALoraError(
+            f"qalora.{'.'.join(map(str, first['loc']))} is {first['input']!r}: {first['msg']}. Correct it, or leave it "
+            "out."
+        ) from None
+
+
+class QALoraArgs(BaseModel):
+    """What the plugin adds to Axolotl's config."""
+
+    qalora: QALoraBlock | None = Field(default=None, description="Options of `adapter: qalora`.")
+    lora_exclude_modules: str | list[str] | None = Field(
+        default=None,
+        description="Linears that get no adapter, as names or a pattern. Axolotl 0.19 reads this key but drops it from "
+        "the YAML unless a plugin declares it.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_qalora(cls, data: Any) -> Any:
+        if data.get("adapter") != ADAPTER:
+            if data.get("qalora"):
+                raise QALoraError(
+                    f"there is a qalora: block, but adapter is {data.get('adapter')!r}. Set `adapter: qalora`."
+                )
+            return data
+        refuse_unmergeable(data)
+        if data.get("qalora") is None:
+            data["qalora"] = {}
+        return data
+
+
+def refuse_unmergeable(cfg: dict) -> None:
+    """Refuse keys that would train something a merge cannot hold, values out of range, and missing keys.
+
+    Raises:
+        QALoraError: names the key, why it is refused, and what to do.
+    """
+    _check_types(cfg)
+    for key, why in _REFUSED.items():
+        if cfg.get(key):
+            raise QALoraError(f"{key} cannot be combined with adapter: qalora: {why}. Remove {key}.")
+    for key, why in _PARALLEL.items():
+        if (cfg.get(key) or 1) != 1:
+            raise QALoraError(f"{key}: {cfg[key]} cannot be combined with adapter: qalora: {why}. Remove {key}.")
+    if cfg.get("lora_bias") not in (None, False, "none"):
+        raise QALoraError(
+            f"lora_bias: {cfg['lora_bias']} cannot be combined with adapter: qalora: a merged checkpoint keeps the "
+            "base's biases. Remove lora_bias."
+        )
+    if cfg.get("peft_init_lora_weights") not in (None, True, False, "gaussian"):
+        raise QALoraError(
+            f"peft_init_lora_weights: {cfg['peft_init_lora_weights']} rewrites the base weight, which stays packed. "
+            "Use true, false or gaussian."
+        )
+    trl = cfg.get("trl")
+    if isinstance(trl, dict) and trl.get("use_vllm"):
+        raise QALoraError(
+            "trl.use_vllm cannot be combined with adapter: qalora: TRL sends vLLM merged weights or a plain LoRA, and "
+            "this adapter is neither. Set trl.use_vllm: false."
+        )
+    if cfg.get("lora_model_dir") and cfg.get("rl") in _STARTS_FROM_THE_BASE and not cfg.get("merge_lora"):
+        raise QALoraError(
+            f"rl: {cfg['rl']} with lora_model_dir: Axolotl starts a new adapter there and ignores the given one. "
+            "Remove lora_model_dir, and train on the base alone."
+        )
+    missing = [key for key in _REQUIRED if cfg.get(key) is None]
+    if missing and not cfg.get("lora_model_dir"):
+        raise QALoraError(f"adapter: qalora needs {', '.join(missing)}. Set them as for a LoRA.")
+    _check_ranges(cfg)
+    if not (cfg.get("lora_target_linear") or cfg.get("lora_target_modules") or cfg.get("lora_model_dir")):
+        raise QALoraError("adapter: qalora needs lora_target_linear: true or a list of lora_target_modules.")
+
+
+def _check_types(cfg: dict) -> None:
+    """Of keys that are looked at before Axolotl validates them."""
+    if not cfg.get("base_model"):
+        raise QALoraError("adapter: qalora needs base_model. Set it as for a LoRA.")
+    for key in _STRINGS:
+        if not isinstance(cfg.get(key), str | None):
+            raise QALoraError(f"{key} is {short(cfg[key])}, expected a string. Correct it.")
+    for key in _NAMES:
+        found = cfg.get(key)
+        if found is None or (isinstance(found, str) and key != "plugins"):
+            continue
+        if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
+            raise QALoraError(f"{key} is {short(found)}, expected a list of names. Correct it.")
+
+
+def _check_ranges(cfg: dict) -> None:
+    """Numbers that Axolotl takes and PEFT refuses much later, if at all. (Other types are Axolotl's to refuse.)"""
+    for key, is_good, expected in (
+        ("lora_r", lambda value: value > 0, "a whole number above 0, as 16"),
+        ("lora_alpha", lambda value: value > 0, "a number above 0, as 32"),
+        ("lora_dropout", lambda value: 0 <= value < 1, "at least 0 and below 1, as 0.05 or 0"),
+    ):
+        value = cfg.get(key)
+        if isinstance(value, (int, float)) and not is_good(value):
+            raise QALoraError(f"{key} is {value}, expected {expected}. Correct it.")

@@ -1,0 +1,220 @@
+"""What Axolotl's config can be checked for before any long work: keys, base, and the place where the merge will go."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+
+from qalora_plugin.checkpoint import autogptq
+from qalora_plugin.checkpoint.adapter_folder import AdapterFolder, check_config_patterns, matching_pattern
+from qalora_plugin.checkpoint.atomic import require_absent
+from qalora_plugin.checkpoint.hub import expanded, is_local, resolve
+from qalora_plugin.checkpoint.json_files import read_json
+from qalora_plugin.checkpoint.places import absolute, is_inside, require_outside, require_writable
+from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line, printable
+from qalora_plugin.core.weight import GroupwiseSpec
+from qalora_plugin.formats.fusion import dense_modules, unservable
+from qalora_plugin.formats.opened import QuantizedCheckpoint, can_be_base
+from qalora_plugin.integrations.axolotl.args import QALoraBlock, read_block, refuse_unmergeable
+from qalora_plugin.integrations.transformers.loading import config_overrides, trainable
+from qalora_plugin.kernels.hardware import emulates
+
+LOG = logging.getLogger("axolotl.qalora")
+AXOLOTLS_OUTPUT_DIR = "./model-out"
+_NARROWING = ("lora_exclude_modules", "peft_layers_to_transform", "peft_layers_pattern")
+
+
+@os_errors_in_one_line()
+def check_axolotl(cfg: dict[str, Any], other_adapters: dict[str, list[str]] | None = None) -> None:
+    """Check a raw Axolotl config: the keys, the base, and where things will go.
+
+    Args:
+        other_adapters: the other plugins of this config that bring adapters, with the names of these.
+
+    Raises:
+        QALoraError: with what was found, what was expected and what to do.
+    """
+    for plugin, names in (other_adapters or {}).items():
+        raise QALoraError(
+            f"plugins lists {plugin}, which brings adapter: {', '.join(names)}, but a run has one adapter and this "
+            f"config says adapter: qalora. Remove {plugin}."
+        )
+    options = read_block(cfg.get("qalora"))
+    refuse_unmergeable(cfg)
+    _check_places(cfg, options)
+    modules = check_base(cfg["base_model"], cfg.get("revision_of_model"))
+    if cfg.get("lora_model_dir"):
+        adapter = AdapterFolder.open(cfg["lora_model_dir"])
+        if modules is not None:
+            adapter.check_fits(modules)
+    elif modules is not None:
+        check_targets(cfg, modules)
+    fused_loss = _fused_loss(cfg)
+    if fused_loss and _quantises_head(cfg, modules):
+        raise QALoraError(
+            f"{fused_loss} multiplies by lm_head's dense weight itself, but {cfg['base_model']} quantises lm_head. "
+            f"Set {fused_loss}: false, or use a base whose lm_head is dense (GPTQ's default)."
+        )
+    if (cfg.get("context_parallel_size") or 1) > 1:
+        LOG.warning(
+            "context_parallel_size: %s is not tested with adapter: qalora. (Each linear works token by token, so "
+            "splitting sequences should change nothing.)",
+            cfg["context_parallel_size"],
+        )
+    if cfg.get("bf16") is True and not torch.accelerator.is_available() and emulates(torch.bfloat16):
+        LOG.warning(
+            "bf16: true, but this CPU only emulates bfloat16, up to 75 times slower than float32. Set bf16: false."
+        )
+
+
+def _check_places(cfg: dict[str, Any], options: QALoraBlock) -> None:
+    """The run's own folder and the merge's: writable, and neither in the base nor in each other's way."""
+    output_dir = absolute(cfg.get("output_dir") or AXOLOTLS_OUTPUT_DIR)
+    require_outside(output_dir, cfg["base_model"], "output_dir")
+    require_writable(output_dir, "output_dir")
+    if options.merge and options.merge_dir:
+        merged = absolute(options.merge_dir)
+        require_outside(merged, cfg["base_model"], "qalora.merge_dir")
+        require_writable(merged, "qalora.merge_dir")
+        if is_inside(output_dir, merged):
+            raise QALoraError(
+                f"qalora.merge_dir is {merged}, where output_dir ({output_dir}) puts the run's own files, so it would "
+                "exist when the merge begins. Leave merge_dir out (it is then `merged` inside output_dir), or choose "
+                "a folder elsewhere."
+            )
+
+
+def check_targets(cfg: dict[str, Any], modules: dict[str, GroupwiseSpec]) -> None:
+    """Refuse targets that match no quantised linear of the base, by PEFT's own rules; warn of those of several.
+
+    Raises:
+        QALoraError: with the names that there are.
+    """
+    wanted = cfg.get("lora_target_modules") or []
+    patterns = {"target_modules": wanted, "exclude_modules": cfg.get("lora_exclude_modules")}
+    check_config_patterns(patterns, list(modules), "the config")
+    config = LoraConfig(
+        target_modules=wanted if not cfg.get("lora_target_linear") else sorted(_leaves(modules)),
+        exclude_modules=cfg.get("lora_exclude_modules") or None,
+        layers_to_transform=cfg.get("peft_layers_to_transform"),
+        layers_pattern=cfg.get("peft_layers_pattern"),
+    )
+    if not any(check_target_module_exists(config, name) for name in modules):
+        if isinstance(wanted, str) and any("language_model" in name.split(".") for name in modules):
+            # A model with vision: names on disk may not be those in the model, which is known once it is loaded.
+            LOG.warning("lora_target_modules: %s matches no name of the base's file", printable(wanted))
+            return
+        narrowed = [key for key in _NARROWING if cfg.get(key)]
+        raise QALoraError(
+            f"lora_target_modules {wanted!r}{' with ' + ', '.join(narrowed) if narrowed else ''} matches no quantised "
+            f"linear of {cfg['base_model']}. Quantised there are: {', '.join(sorted(_leaves(modules)))}. Name some of "
+            "these, or set lora_target_linear: true."
+        )
+    for pattern in wanted if isinstance(wanted, list) else ():
+        if not any(name == pattern or name.endswith(f".{pattern}") for name in modules):
+            LOG.warning(
+                "lora_target_modules: %s is no quantised linear of this base and gets no adapter", printable(pattern)
+            )
+    for key in ("lora_rank_pattern", "lora_alpha_pattern"):
+        for pattern in cfg.get(key) or ():
+            if not any(matching_pattern([pattern], name) for name in modules):
+                LOG.warning("%s: %s matches no quantised linear of this base", key, printable(pattern))
+
+
+def _leaves(modules: dict[str, GroupwiseSpec]) -> set[str]:
+    return {name.rsplit(".", 1)[-1] for name in modules} - {"lm_head"} or {"lm_head"}
+
+
+def _fused_loss(cfg: dict[str, Any]) -> str | None:
+    """The key of a loss that includes lm_head: Axolotl's Liger and CCE plugins have one, CCE's is on unless said."""
+    plugins = " ".join(cfg.get("plugins") or ())
+    if ".liger." in plugins and cfg.get("liger_fused_linear_cross_entropy"):
+        return "liger_fused_linear_cross_entropy"
+    return "cut_cross_entropy" if ".cut_cross_entropy." in plugins and cfg.get("cut_cross_entropy", True) else None
+
+
+def _quantises_head(cfg: dict[str, Any], modules: dict[str, GroupwiseSpec] | None) -> bool:
+    if modules is None:  # a Hub id: only its config is here
+        return bool(_hub_quantization(cfg["base_model"], cfg.get("revision_of_model")).get("lm_head"))
+    return any(name.split(".")[-1] == "lm_head" for name in modules)
+
+
+def check_merge_dir(cfg: Any) -> None:
+    """Before training: refuse to train towards a merge whose place is taken."""
+    if cfg.qalora.merge:
+        require_absent(
+            merge_dir(cfg),
+            "It is where this run's merge would go: remove it, set qalora.merge_dir, or set qalora.merge: false.",
+        )
+
+
+def merge_dir(cfg: Any) -> Path:
+    """Where the merge at the end of training goes."""
+    return absolute(cfg.qalora.merge_dir or Path(cfg.output_dir) / "merged")
+
+
+def check_base(base: str, revision: str | None = None) -> dict[str, GroupwiseSpec] | None:
+    """A local base in full (headers, shapes, scales); of a Hub id only its config, without its weights.
+
+    Returns:
+        The quantised linears; None for a Hub id.
+    """
+    if not (expanded(base).exists() or base.startswith(("/", ".", "~"))):
+        found_there = _hub_quantization(base, revision)
+        if not can_be_base(found_there):
+            method = found_there.get("quant_method")
+            found = f"has quant_method {method!r}" if method else "is dense, or names no quant_method"
+            raise QALoraError(
+                f"base_model {base} {found}; expected 'gptq'. "
+                "Choose a GPTQ checkpoint, or make one: qalora quantize MODEL OUT."
+            )
+        return None
+    source = QuantizedCheckpoint.open(base)
+    source.check_values()
+    if reason := unservable(source.specs, dense_modules(source.files.tensors)):
+        LOG.warning("%s: %s", base, reason)
+    return source.specs
+
+
+def overrides_of_config(base: str, revision: str | None = None) -> dict[str, Any]:
+    """What Axolotl must add to the model's config, as for :func:`qalora_plugin.load_base`.
+
+    Of a Hub id that keeps its quantisation beside the config, the weights' names are needed: it is downloaded, if it
+    was not.
+    """
+    if is_local(base):
+        return config_overrides(expanded(base))
+    if found := read_json(_hub_config(base, revision)).get("quantization_config"):
+        return trainable(found)
+    return config_overrides(resolve(base, revision))
+
+
+def _hub_quantization(base: str, revision: str | None) -> dict[str, Any]:
+    """``quantization_config`` of a Hub id, ``{}`` for a dense one."""
+    config = read_json(_hub_config(base, revision))
+    if config.get("quantization_config"):
+        return config["quantization_config"]
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        settings = hf_hub_download(base, autogptq.SETTINGS_NAME, revision=revision)
+    except (EntryNotFoundError, LocalEntryNotFoundError):
+        return {}
+    return autogptq.as_quantization_config(read_json(Path(settings)))
+
+
+def _hub_config(base: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(base, "config.json", revision=revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise QALoraError(
+            f"base_model {base!r} is no local folder, and its config.json cannot be had from the Hub: {error}. "
+            "Check the spelling, your connection, and access rights."
+        ) from error

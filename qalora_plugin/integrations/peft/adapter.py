@@ -1,0 +1,345 @@
+"""The pooled adapter: a LoRA whose input is summed over each quantisation group, held and saved by PEFT.
+
+On disk it is a PEFT adapter folder whose ``peft_type`` is ``QALORA``. Stock PEFT does not know that type and refuses it
+(``KeyError: 'QALORA'``) instead of loading it as a LoRA, or as its own ``use_qalora``, which pools by ``sum·K/g²`` and
+would scale it wrongly. In memory the type is ``LORA``, so everything that PEFT does for LoRA works.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba, check_target_module_exists
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from qalora_plugin.checkpoint.adapter_folder import (
+    ADAPTER_FORMAT,
+    PEFT_TYPE,
+    POOLING,
+    AdapterFolder,
+    check_config_patterns,
+    check_pooling,
+)
+from qalora_plugin.checkpoint.folder import Checkpoint
+from qalora_plugin.checkpoint.hub import is_local
+from qalora_plugin.checkpoint.module_names import shorten
+from qalora_plugin.core.delta import OffsetDelta
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.integrations.peft.conversion import leave_alone
+from qalora_plugin.integrations.transformers.naming import destinations
+from qalora_plugin.kernels.pooling import pool
+from qalora_plugin.layers.linear import QuantLinear, ReadableQuantLinear
+
+logger = logging.getLogger(__name__)
+
+_DENSE_LAYERS = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)  # PEFT's
+_MUST_BE_UNSET = {
+    "use_dora": "DoRA scales whole columns, which no group-wise offset can express",
+    "use_qalora": "it is PEFT's own pooling, scaled differently; this adapter pools already",
+    "modules_to_save": "a dense copy of a layer cannot be merged into an INT4 base",
+    "target_parameters": "only linear layers have quantisation groups",
+    "layer_replication": "a merged checkpoint has the base's layers",
+    "trainable_token_indices": "embeddings are not quantised, so changes to them cannot be merged",
+    "lora_bias": "the merged checkpoint keeps the base's biases",
+    "fan_in_fan_out": "GPTQ linears have one orientation",
+}
+
+
+@dataclass
+class QALoraConfig(LoraConfig):
+    """``LoraConfig`` plus what ties an adapter to its base.
+
+    Attributes:
+        qalora: ``format_version``, ``pooling`` (``"sum"``), ``group_size`` (None if it differs between layers) and
+            ``base_fingerprint``; ``model_class`` that was trained and, where it names its layers other than the
+            checkpoint does, ``names``: prefixes in the model → prefixes on disk. Filled by :func:`bind_config`.
+    """
+
+    qalora: dict[str, Any] | None = field(
+        default=None, metadata={"help": "What the adapter was trained on: pooling, group size, base fingerprint."}
+    )
+
+    def __post_init__(self):
+        if self.qalora is not None:
+            self.use_qalora = False  # set in what is saved, see to_dict
+        super().__post_init__()
+        for name, why in _MUST_BE_UNSET.items():
+            if getattr(self, name, None):
+                raise QALoraError(f"{name} cannot be combined with QA-LoRA: {why}. Remove it.")
+        if self.bias != "none":
+            raise QALoraError(f"bias={self.bias!r}: a merged checkpoint keeps the base's biases. Use bias='none'.")
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise QALoraError(
+                f"init_lora_weights={self.init_lora_weights!r} changes the base weight, which stays packed. "
+                "Use true, false or 'gaussian'."
+            )
+        if self.qalora is not None:
+            check_pooling(self.qalora, "this adapter")
+        self._register_custom_module({QuantLinear: QALoraLayer})
+
+    def to_dict(self) -> dict:
+        """As saved: ``peft_type`` is ``QALORA``.
+
+        ``use_qalora`` is for vLLM, which reads no ``peft_type`` and would serve the adapter as a LoRA whose A is
+        ``[R, K]``, without an error; that key it refuses.
+        """
+        return {**super().to_dict(), "peft_type": PEFT_TYPE, "use_qalora": True}
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = QALoraConfig
+leave_alone(QALoraConfig)
+
+
+def _check_base_first(load: Callable) -> Callable:
+    """PEFT's ``load_adapter``, for a training run that is resumed, too.
+
+    There the model has the adapter already, bound to the base that was loaded; PEFT then reads the checkpoint's weights
+    alone, and not the config that names the base they were trained on.
+    """
+
+    @wraps(load)
+    def load_adapter(self: PeftModel, model_id: str | Path, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        layer = next((module for module in self.modules() if isinstance(module, QuantLinear)), None)
+        ours = isinstance(self.peft_config.get(adapter_name), QALoraConfig)
+        if ours and layer is not None and layer.base_fingerprint and is_local(model_id):
+            saved = AdapterFolder.open(model_id)
+            saved.require_base(layer.base_fingerprint(saved.base_fingerprint), "the base that was loaded")
+        return load(self, model_id, adapter_name, *args, **kwargs)
+
+    return load_adapter
+
+
+PeftModel.load_adapter = _check_base_first(PeftModel.load_adapter)
+
+
+class QALoraLayer(nn.Module, LoraLayer):
+    """``y = base(x) + α/R · P(x)·Aᵀ·Bᵀ`` over a :class:`QuantLinear`; A is ``[R, G]``, B ``[N, R]``.
+
+    One active adapter without dropout runs folded into the base's GEMM; otherwise each adapter adds a second path.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: QALoraConfig, r: int, lora_alpha: int, **kwargs
+    ):
+        super().__init__()
+        LoraLayer.__init__(self, base_layer, **kwargs)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        """What A reads is the pooled input: G numbers, not K."""
+        return module.groups, module.out_features
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: QALoraConfig, **kwargs) -> None:
+        base = self.get_base_layer()
+        if not isinstance(config, QALoraConfig) or (base.base_fingerprint and not config.qalora):
+            raise QALoraError(
+                f"adapter {adapter_name!r} has a {type(config).__name__} that says nothing of its base. Give it the "
+                'first one\'s: QALoraConfig(..., qalora=model.peft_config["default"].qalora).'
+            )
+        trained_on, fingerprint = ((config.qalora or {}).get(key) for key in ("group_size", "base_fingerprint"))
+        if trained_on not in (None, base.group_size):
+            raise QALoraError(
+                f"the adapter was trained with group size {trained_on}, {kwargs.get('target_name')} of this base has "
+                f"{base.group_size}. Load it on the base it was trained on."
+            )
+        if base.base_fingerprint and base.base_fingerprint(fingerprint) != fingerprint:
+            raise QALoraError(
+                f"adapter {adapter_name!r} belongs to another base: its config records {fingerprint}, this base is "
+                f"{base.base_fingerprint(fingerprint)}. Load it on the base it was trained on; make new ones with "
+                "add_adapter."
+            )
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``[..., K] → [..., N]``."""
+        if kwargs.get("adapter_names") is not None:
+            raise QALoraError(
+                "adapter_names: one batch runs through one adapter. Choose it with model.set_adapter(name)."
+            )
+        base = self.get_base_layer()
+        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
+        if not active:
+            return base(x)
+        if len(active) == 1 and not self._drops(active[0]):
+            name = active[0]
+            return base(x, OffsetDelta(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]))
+        y = base(x)
+        for name in active:
+            lora_a, lora_b = self.lora_A[name], self.lora_B[name]
+            pooled = pool(self.lora_dropout[name](x), base.quantized).to(lora_a.weight.dtype)
+            y = y + (lora_b(lora_a(pooled)) * self.scaling[name]).to(y.dtype)
+        return y
+
+    def _drops(self, name: str) -> bool:
+        dropout = self.lora_dropout[name]
+        return self.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """In-memory merging would lose the link to the base's files; merging is done checkpoint to checkpoint."""
+        raise QALoraError(
+            "a QA-LoRA adapter is merged on disk, without loading the model: save it, then call "
+            "qalora_plugin.merge(base, adapter, out) or run `qalora merge`."
+        )
+
+    def unmerge(self) -> None:
+        raise QALoraError("nothing was merged in memory: a QA-LoRA adapter is merged on disk (`qalora merge`).")
+
+    def __repr__(self) -> str:
+        return "qalora." + super().__repr__()
+
+
+def add_adapter(model: PreTrainedModel, config: LoraConfig | None = None, **lora_kwargs: Any) -> PeftModel:
+    """Wrap a model loaded by :func:`load_base` with a trainable pooled adapter.
+
+    Args:
+        model: from :func:`load_base`.
+        config: a ``LoraConfig`` (or :class:`QALoraConfig`); or pass its fields as ``lora_kwargs``
+            (``r``, ``lora_alpha``, ``target_modules="all-linear"`` …).
+
+    Raises:
+        QALoraError: an option that cannot be merged, or targets that are not quantised.
+    """
+    config = config or QALoraConfig(**{"task_type": "CAUSAL_LM", **lora_kwargs})
+    return get_peft_model(model, bind_config(model, config))
+
+
+def require_adapters(model: nn.Module, wanted: set[str]) -> None:
+    """Refuse a base model whose adapter is not on exactly the linears ``wanted``, by their names in it."""
+    found = {name for name, module in model.named_modules() if isinstance(module, QALoraLayer)}
+    if different := sorted(found ^ wanted):
+        raise QALoraError(
+            f"PEFT put the adapter on {len(found)} linears, expected {len(wanted)}; {different[0]} differs. This "
+            "version of PEFT changes which layers an adapter is for: use one that is listed in the README."
+        )
+
+
+def bind_config(model: PreTrainedModel, config: LoraConfig) -> QALoraConfig:
+    """``config`` as a :class:`QALoraConfig` that names the base of ``model`` and targets only its quantised linears."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    if not layers or not hasattr(quantizer, "base_fingerprint"):
+        raise QALoraError(
+            f"this {type(model).__name__} was not loaded by qalora_plugin.load_base: it has no packed GPTQ linear. "
+            "Load the base with load_base(path), then add the adapter."
+        )
+    fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    for name in ("peft_type", "runtime_config", "qalora"):
+        fields.pop(name, None)
+    _require_own_embeddings(model, quantizer.checkpoint)
+    bound = QALoraConfig(**fields)
+    check_config_patterns(vars(bound), list(layers), "the adapter's config")  # what no merge would read later
+    targets = _restrict_to_quantised(model, bound, layers)
+    group_sizes = {layers[name].group_size for name in targets}
+    bound.qalora = {
+        "format_version": ADAPTER_FORMAT,
+        "pooling": POOLING,
+        "group_size": group_sizes.pop() if len(group_sizes) == 1 else None,
+        "base_fingerprint": quantizer.base_fingerprint(),
+        "model_class": type(model).__name__,
+    }
+    if names := shorten({name: quantizer.names[name] for name in targets}):
+        bound.qalora["names"] = names
+    return bound
+
+
+def _require_own_embeddings(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Refuse embeddings that were resized for new tokens: PEFT would save them, and a merge could not hold them."""
+    embeddings = model.get_input_embeddings()
+    names = {f"{name}.weight" for name, module in model.named_modules() if module is embeddings}
+    keys = (key for key, place in destinations(model, checkpoint.tensors).items() if place.name in names)
+    stored = checkpoint.tensors.get(next(keys, None))
+    if stored and stored.shape[0] != len(embeddings.weight):
+        raise QALoraError(
+            f"the embeddings were resized from {stored.shape[0]} to {len(embeddings.weight)} tokens, but a merged "
+            "checkpoint has the base's. Use tokens that the base's tokenizer has already, for padding, too."
+        )
+
+
+def _restrict_to_quantised(model: PreTrainedModel, config: QALoraConfig, layers: dict[str, QuantLinear]) -> list[str]:
+    """Exclude what the target patterns match besides, saying so; returns the quantised linears that get an adapter."""
+    every = config.target_modules == "all-linear"
+    if every:
+        head = model.get_output_embeddings()
+        config.target_modules = {_pattern(name) for name, layer in layers.items() if layer is not head}
+    matched = {
+        name
+        for name, module in model.named_modules()
+        if name and (every or isinstance(module, (*_DENSE_LAYERS, QuantLinear)))
+        and check_target_module_exists(config, name)
+    }  # fmt: skip
+    barred = {name for name in layers if name in matched and _is_barred(config, model, name, layers[name])}
+    quantised = [name for name in layers if name in matched - barred]
+    dense = matched - set(layers)
+    if not quantised:
+        found = sorted(dense) or sorted(barred)
+        raise QALoraError(
+            f"target_modules {config.target_modules!r} match no quantised linear of this base that can have an adapter "
+            f"(they match {', '.join(found[:3]) or 'nothing'}). Quantised here are: "
+            f"{', '.join(sorted({name.rsplit('.', 1)[-1] for name in layers}))}."
+        )
+    excluded = sorted(dense | barred)
+    if excluded and isinstance(config.exclude_modules, str):
+        raise QALoraError(
+            f"the targets also match layers that cannot have an adapter ({', '.join(excluded[:3])}). "
+            "Give the excluded modules as a list instead of a pattern, or name the targets more narrowly."
+        )
+    if excluded:
+        config.exclude_modules = sorted({*(config.exclude_modules or ()), *excluded})
+    if dense:
+        logger.warning("%d targeted layers are left dense by this base and get no adapter: %s", *_counted(dense))
+    if barred:
+        logger.warning(
+            "%d targeted linears get no adapter, because fused Mamba kernels would leave it out: %s", *_counted(barred)
+        )
+    return quantised
+
+
+def _pattern(name: str) -> str:
+    """What targets a linear: its last name, unless that is a number, as every layer's is."""
+    leaf = name.rsplit(".", 1)[-1]
+    return name if leaf.isdigit() else leaf
+
+
+def _is_barred(config: QALoraConfig, model: PreTrainedModel, name: str, layer: QuantLinear) -> bool:
+    """True for a linear that a fused Mamba kernel computes instead, without its adapter; PEFT refuses some of them."""
+    if isinstance(layer, ReadableQuantLinear):
+        return True
+    try:
+        _check_lora_target_modules_mamba(config, model, name.rsplit(".", 1)[-1])
+    except ValueError:
+        return True
+    return False
+
+
+def _counted(names: set[str]) -> tuple[int, str]:
+    listed = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
+    return len(names), f"{listed} ({min(names)} …)"
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool = False, **kwargs: Any) -> PeftModel:
+    """Put a saved adapter on a model loaded by :func:`load_base`.
+
+    Raises:
+        QALoraError: no adapter of ours, or one of another base.
+    """
+    adapter = AdapterFolder.open(folder)
+    found = model.hf_quantizer.base_fingerprint(adapter.base_fingerprint)
+    adapter.require_base(found, str(model.hf_quantizer.checkpoint.folder))
+    wanted = set(adapter.keys.values())
+    if missing := sorted(wanted - set(model.hf_quantizer.names)):
+        raise QALoraError(
+            f"the adapter {folder} was trained on a {adapter.model_class or 'model of another class'}, whose "
+            f"{missing[0]} this {type(model).__name__} does not have. Load the base as that class."
+        )
+    peft_model = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable, **kwargs)
+    require_adapters(peft_model.get_base_model(), wanted)
+    return peft_model

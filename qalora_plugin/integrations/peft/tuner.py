@@ -1,0 +1,46 @@
+"""PEFT's LoRA on packed linears is our adapter: ``get_peft_model(load_base(…), LoraConfig(…))``, and so TRL's
+``SFTTrainer(load_base(…), peft_config=LoraConfig(…))``, train what :func:`.adapter.add_adapter` would.
+
+Importing this puts :class:`QALoraModel` where PEFT looks up what a LoRA is; the loader of packed models imports it.
+Every other model gets PEFT's own.
+"""
+
+from copy import copy
+from typing import Any
+
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
+from qalora_plugin.integrations.peft.adapter import QALoraConfig, QALoraLayer, bind_config, require_adapters
+from qalora_plugin.layers.linear import QuantLinear
+
+
+class QALoraModel(LoraModel):
+    """A ``LoraModel`` that ties a new adapter on packed linears to their base."""
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+        is_first = not any(isinstance(module, QALoraLayer) for module in model.modules())
+        if layers:
+            config = self.peft_config[adapter_name]
+            if is_first and not (isinstance(config, QALoraConfig) and config.qalora):
+                config = self._prepare_adapter_config(copy(config), self.get_model_config(model))  # default targets
+                self.peft_config[adapter_name] = bind_config(model, config)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if layers and is_first:
+            config = self.peft_config[adapter_name]
+            require_adapters(model, {name for name in layers if check_target_module_exists(config, name)})
+        # DDP broadcasts every buffer at every forward, but the packed weights never change. It looks for this on what
+        # it wraps, the PeftModel, which asks here.
+        self._ddp_params_and_buffers_to_ignore = [
+            f"base_model.{name}.{buffer}"
+            for name, module in self.named_modules()
+            if isinstance(module, QuantLinear)
+            for buffer, _ in module.named_buffers()
+        ]
+
+
+PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = QALoraModel

@@ -1,0 +1,107 @@
+"""For the HF Trainer and TRL, without Axolotl: a callback that merges when training ends."""
+
+import logging
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qalora_plugin.checkpoint.places import absolute, is_inside, require_outside, require_place
+from qalora_plugin.commands.doctor import training_dtype, training_summary
+from qalora_plugin.conversion.merging import merge
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.eval.proof import prove
+from qalora_plugin.eval.tokens import sample_dataset
+from qalora_plugin.formats.fusion import dense_modules, unservable
+from qalora_plugin.formats.opened import QuantizedCheckpoint
+from qalora_plugin.formats.qalora import require_offset_dtype
+
+logger = logging.getLogger(__name__)
+
+
+class QALoraMergeCallback(TrainerCallback):
+    """Save adapter and tokenizer to ``args.output_dir`` and merge them into ``out`` at the end of training.
+
+    Args:
+        base: the base, as given to ``load_base``.
+        out: folder of the merged checkpoint; default ``<output_dir>/merged``. Must not exist.
+        verify: then compare base + adapter with the merged checkpoint, on ``verify_tokens`` tokens of the evaluation
+            or else training data, report, and write the figures into its card. Loads both models, one after the other,
+            beside the trainer's: ``qalora verify`` does the same later.
+        merge_kwargs: passed to :func:`qalora_plugin.merge` (``offset_dtype``, ``copy``, ``revision``).
+    """
+
+    def __init__(
+        self,
+        base: str | Path,
+        out: str | Path | None = None,
+        verify: bool = False,
+        verify_tokens: int = 2048,
+        **merge_kwargs: Any,
+    ):
+        signature(merge).bind(base, "adapter", "out", **merge_kwargs)  # a wrong name: now, not after training
+        require_offset_dtype(merge_kwargs.get("offset_dtype"))
+        self.base, self.out, self.merge_kwargs = base, out, merge_kwargs
+        self.verify, self.verify_tokens = verify, verify_tokens
+
+    def _target(self, args: TrainingArguments) -> Path:
+        return absolute(self.out or Path(args.output_dir) / "merged")
+
+    def _require_places(self, args: TrainingArguments) -> None:
+        output_dir = absolute(args.output_dir)
+        require_outside(output_dir, self.base, "output_dir")
+        target = self._target(args)
+        if is_inside(output_dir, target):
+            raise QALoraError(
+                f"the merge's folder is {target}, where output_dir ({output_dir}) puts the run's own files. Leave "
+                "`out` out (it is then `merged` inside output_dir), or choose a folder elsewhere."
+            )
+        require_place(target, self.base, "the merge's folder")
+
+    def _require_base(self, trained_on: str) -> None:
+        source = QuantizedCheckpoint.open(self.base, self.merge_kwargs.get("revision"))
+        if reason := unservable(source.specs, dense_modules(source.files.tensors)):
+            logger.warning("%s: %s", self.base, reason)
+        if (found := source.fingerprint(trained_on)) != trained_on:
+            raise QALoraError(
+                f"the trainer's model was loaded from another base: its adapter records {trained_on}, {self.base} is "
+                f"{found}. Give QALoraMergeCallback the base (and the revision) that load_base was given."
+            )
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Refuse before training what could not be merged after it."""
+        model = kwargs["model"]
+        config = getattr(model, "peft_config", {}).get("default")
+        if getattr(config, "qalora", None) is None:
+            raise QALoraError(
+                f"the trainer's model ({type(model).__name__}) has no QA-LoRA adapter. "
+                "Pass the model that add_adapter(load_base(…)) returns; or, to a trainer of TRL, load_base(…) and "
+                "peft_config=LoraConfig(…)."
+            )
+        self._require_places(args)
+        self._require_base(config.qalora["base_fingerprint"])
+        if state.is_world_process_zero:
+            for line in training_summary(model, training_dtype(model, args.bf16, args.fp16)):
+                print(f"qalora: {line}")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if state.is_world_process_zero:
+            kwargs["model"].save_pretrained(args.output_dir)
+            if (processing := kwargs.get("processing_class")) is not None:
+                processing.save_pretrained(args.output_dir)
+            merged = merge(self.base, args.output_dir, self._target(args), **self.merge_kwargs).folder
+            if self.verify:
+                prove(
+                    self.base,
+                    args.output_dir,
+                    merged,
+                    sequences=self._samples(kwargs),
+                    max_tokens=self.verify_tokens,
+                    revision=self.merge_kwargs.get("revision"),
+                )
+
+    def _samples(self, loaders: dict[str, Any]) -> list[list[int]] | None:
+        """Token sequences of the run's data; None if it holds no ids, as before TRL's GRPO generates."""
+        loader = loaders.get("eval_dataloader") or loaders.get("train_dataloader")
+        return sample_dataset(getattr(loader, "dataset", None), self.verify_tokens) or None

@@ -1,0 +1,113 @@
+"""The INT linear layer: a groupwise quantized weight, codes packed as on disk, that never trains."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from qalora_plugin.core.delta import OffsetDelta
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.core.weight import GroupwiseSpec, GroupwiseWeight
+from qalora_plugin.core.words import codes_per_period
+from qalora_plugin.kernels.autograd import linear
+from qalora_plugin.kernels.unpacking import dequantized
+
+
+class QuantLinear(nn.Module):
+    """``y = x·[scales·(q − zeros) + offsets] + bias``.
+
+    Its tensors are those of a :class:`~qalora_plugin.core.weight.GroupwiseWeight`, as buffers: none is a parameter, for
+    they never train. A new layer is empty; :meth:`set_weight` fills it.
+
+    Args:
+        spec: sizes, bits and group size.
+
+    Raises:
+        QALoraError: the sizes cannot be packed.
+    """
+
+    qweight: Tensor | None
+    zeros: Tensor | None
+    scales: Tensor | None
+    offsets: Tensor | None
+    g_idx: Tensor | None
+    group_order: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, spec: GroupwiseSpec):
+        super().__init__()
+        require_packable(spec)
+        self.in_features, self.out_features = spec.in_features, spec.out_features
+        self.bits, self.group_size, self.groups = spec.bits, spec.group_size, spec.groups
+        self.base_fingerprint: Callable[..., str] | None = None  # of the checkpoint this comes from; set by its loader
+        for name in ("qweight", "zeros", "scales", "offsets", "g_idx", "bias"):
+            self.register_buffer(name, None)
+        self.register_buffer("group_order", None, persistent=False)
+
+    def set_weight(self, weight: GroupwiseWeight, bias: Tensor | None = None) -> "QuantLinear":
+        """Hold these tensors. bias: ``[N]`` or None."""
+        self.qweight, self.zeros, self.scales = weight.qweight, weight.zeros, weight.scales
+        self.offsets, self.g_idx, self.group_order = weight.offsets, weight.g_idx, weight.group_order
+        self.bias = bias
+        return self
+
+    @property
+    def quantized(self) -> GroupwiseWeight:
+        """The weight as kernels and formats take it."""
+        return GroupwiseWeight(
+            self.qweight, self.zeros, self.scales, self.offsets, self.g_idx, self.group_order,
+            self.bits, self.group_size,
+        )  # fmt: skip
+
+    def forward(self, x: Tensor, delta: OffsetDelta | None = None) -> Tensor:
+        """``[..., K] → [..., N]``, with an adapter folded in if one is given."""
+        y = linear(x, self.quantized, delta)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A new dense ``[K, N]`` weight, offsets included. For tests, reports and exports."""
+        with dequantized(self.quantized, dtype) as weight:
+            return weight.clone()
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"group_size={self.group_size}, act_order={self.g_idx is not None}, offsets={self.offsets is not None}"
+        )
+
+
+def require_packable(spec: GroupwiseSpec) -> None:
+    """Refuse sizes that whole groups and whole words do not make up."""
+    if spec.group_size < 1 or spec.in_features % spec.group_size:
+        raise QALoraError(
+            f"group size {spec.group_size} does not divide in_features {spec.in_features}. Pooling needs whole groups: "
+            f"quantise the base again with a group size that divides {spec.in_features}."
+        )
+    period = codes_per_period(spec.bits)
+    if spec.in_features % period or spec.out_features % period:
+        raise QALoraError(
+            f"a {spec.in_features}×{spec.out_features} linear cannot be packed at {spec.bits} bits: "
+            f"both sizes must be multiples of {period}."
+        )
+
+
+class ReadableQuantLinear(QuantLinear):
+    """A :class:`QuantLinear` whose parent reads ``weight`` as well, to hand it to a fused kernel (Mamba's mixers).
+
+    ``weight`` is a new dense ``[N, K]`` each time. It knows nothing of adapters, so none may be put on this layer.
+    """
+
+    weight_dtype = torch.float32
+    _stand_in: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        return self.dense_weight(self.weight_dtype).t() if self._stand_in is None else self._stand_in
+
+    @weight.setter
+    def weight(self, stand_in: Tensor) -> None:
+        self._stand_in = stand_in
+
+    @weight.deleter
+    def weight(self) -> None:
+        self._stand_in = None

@@ -1,0 +1,127 @@
+"""`qalora quantize`: a 16-bit model → a GPTQ base. GPTQModel does the work; this picks data and checks the request."""
+
+import os
+import random
+from contextlib import chdir
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from qalora_plugin.checkpoint.atomic import new_folder, require_absent
+from qalora_plugin.checkpoint.hub import expanded, resolve
+from qalora_plugin.checkpoint.json_files import read_json
+from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
+from qalora_plugin.core.words import SUPPORTED_BITS
+from qalora_plugin.eval.tokens import read_texts, tokenise
+
+
+@os_errors_in_one_line()
+def quantize(
+    model: str,
+    out: str | Path,
+    dataset: str,
+    bits: int = 4,
+    group_size: int = 32,
+    sym: bool = False,
+    act_order: bool = False,
+    samples: int = 256,
+    length: int = 512,
+    seed: int = 0,
+    checkpoint_format: str | None = None,
+    revision: str | None = None,
+) -> Path:
+    """Quantise a dense model with GPTQ.
+
+    Args:
+        model: folder or Hub id of the 16-bit model.
+        out: the new folder; complete or absent.
+        dataset: calibration text: a local ``.txt``/``.jsonl`` file, or a dataset id of the Hub.
+        samples, length: how many sequences of how many tokens to calibrate on.
+        checkpoint_format: default ``gptq`` for symmetric, ``gptq_v2`` for asymmetric bases, whose zeros v1 stores
+            in a way that some readers get wrong.
+
+    Raises:
+        QALoraError: GPTQModel is not installed, or the request cannot work.
+    """
+    out = expanded(out).absolute()
+    require_absent(out)
+    if bits not in SUPPORTED_BITS:
+        raise QALoraError(f"bits is {bits}, expected one of {SUPPORTED_BITS}.")
+    if find_spec("gptqmodel") is None:
+        raise QALoraError(
+            "GPTQModel is not installed here. It cannot share an environment with axolotl 0.19; make one for "
+            "quantising and serving: python -m venv .venv-serve && .venv-serve/bin/pip install torch && "
+            ".venv-serve/bin/pip install --no-build-isolation gptqmodel==7.6.0 && .venv-serve/bin/pip install ."
+        )
+    folder = resolve(model, revision)
+    config = read_json(folder / "config.json")
+    if found := config.get("quantization_config"):
+        method = found.get("quant_method") if isinstance(found, dict) else found
+        raise QALoraError(f"{model} is quantised already ({method}). Pass the original 16-bit model.")
+    _check_sizes(config, group_size)
+
+    if (os.cpu_count() or 1) < 4:  # GPTQModel 7.6 gives such a machine one worker, and then asks itself for two
+        os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    from gptqmodel import GPTQModel, QuantizeConfig
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    calibration = _calibration(tokenizer, dataset, samples, length, seed)
+    torch.manual_seed(seed)
+    quantize_config = QuantizeConfig(
+        bits=bits,
+        group_size=group_size,
+        sym=sym,
+        desc_act=act_order,
+        format=checkpoint_format or ("gptq" if sym else "gptq_v2"),
+    )
+    with TemporaryDirectory() as scratch, chdir(scratch):  # GPTQModel leaves a folder of logs where it runs
+        quantised = GPTQModel.load(str(folder), quantize_config)
+        quantised.quantize(calibration, tokenizer=tokenizer)
+        with new_folder(out) as work:
+            quantised.save(str(work))
+            tokenizer.save_pretrained(work)
+    return out
+
+
+def _check_sizes(config: dict[str, Any], group_size: int) -> None:
+    sizes = {key: config[key] for key in ("hidden_size", "intermediate_size") if isinstance(config.get(key), int)}
+    for key, size in sizes.items():
+        if group_size != -1 and (group_size <= 0 or size % group_size):
+            fitting = [g for g in (128, 64, 32, 16, 8) if all(s % g == 0 for s in sizes.values())]
+            raise QALoraError(
+                f"group size {group_size} does not divide {key} {size}: pooling needs whole groups. "
+                f"Use one of {fitting or [-1]}, or -1 for one group a column."
+            )
+
+
+def _calibration(tokenizer: Any, dataset: str, samples: int, length: int, seed: int) -> list[dict[str, list[int]]]:
+    """``samples`` random sequences of ``length`` tokens."""
+    looks_local = expanded(dataset).exists() or dataset.endswith((".txt", ".jsonl", ".md"))
+    texts = read_texts(dataset) if looks_local else _hub_texts(dataset, 8 * samples)
+    random.Random(seed).shuffle(texts)
+    sequences = tokenise(tokenizer, texts, 4 * samples * length, length)
+    random.Random(seed).shuffle(sequences)
+    sequences.sort(key=len, reverse=True)  # full-length ones first; stable, so still random among equals
+    chosen = sequences[:samples]
+    if sum(map(len, chosen)) < 512:
+        raise QALoraError(
+            f"{dataset} gives {sum(map(len, chosen))} tokens to calibrate on; GPTQ needs some thousands. "
+            "Pass more text with --dataset."
+        )
+    return [{"input_ids": sequence, "attention_mask": [1] * len(sequence)} for sequence in chosen]
+
+
+def _hub_texts(name: str, rows: int) -> list[str]:
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(name, split="train", streaming=True)
+    except (OSError, ValueError) as error:
+        raise QALoraError(
+            f"{name!r} is neither a local .txt/.jsonl file nor a dataset that can be had from the Hub: {error}"
+        ) from error
+    return ["\n".join(value for value in row.values() if isinstance(value, str)) for row in dataset.take(rows)]

@@ -1,0 +1,34 @@
+import pytest
+from support.fabricate import make_tokenizer
+
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.eval.tokens import default_texts, read_texts, sample_dataset, tokenise
+
+
+def test_sample_dataset_takes_ids_up_to_the_limit():
+    rows = [{"input_ids": [1, 2, 3], "labels": [0]}] * 5
+    assert sample_dataset(rows, 7) == [[1, 2, 3], [1, 2, 3]]
+    assert sample_dataset([{"chosen_ids": [4, 5], "text": "x"}], 7) == [[4, 5]]
+    assert sample_dataset([{"text": "x"}], 7) == []
+    assert sample_dataset(None, 7) == []
+
+
+def test_read_texts(tmp_path):
+    (tmp_path / "a.txt").write_text("hello")
+    (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}], "n": 1}\n"plain"\n')
+    assert read_texts(tmp_path / "a.txt") == ["hello"]
+    assert read_texts(tmp_path / "a.jsonl") == ["user\nhi", "plain"]
+
+
+@pytest.mark.parametrize(("content", "match"), [("{oops", "is not JSON lines"), ("\n", "holds no text")])
+def test_bad_texts(tmp_path, content, match):
+    (tmp_path / "bad.jsonl").write_text(content)
+    with pytest.raises(QALoraError, match=match):
+        read_texts(tmp_path / "bad.jsonl")
+    with pytest.raises(QALoraError, match="does not exist"):
+        read_texts(tmp_path / "none.txt")
+
+
+def test_tokenise_cuts_and_stops():
+    sequences = tokenise(make_tokenizer(), default_texts(), max_tokens=1000, length=256)
+    assert [len(sequence) for sequence in sequences] == [256, 256, 256, 232]

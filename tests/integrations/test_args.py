@@ -1,0 +1,89 @@
+"""The YAML keys: what is accepted, what is refused, and what the refusal says."""
+
+import pytest
+from pydantic import ValidationError
+
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.integrations.axolotl.args import QALoraArgs, refuse_unmergeable
+
+GOOD = {"adapter": "qalora", "base_model": "x", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
+
+
+def test_defaults():
+    block = QALoraArgs.model_validate(dict(GOOD)).qalora
+    assert block.merge
+    assert block.verify
+    assert block.offset_dtype == "float16"
+    assert block.merge_dir is None
+
+
+def test_every_key_is_described():
+    from qalora_plugin.integrations.axolotl.args import QALoraBlock
+
+    assert all(field.description for field in QALoraBlock.model_fields.values())
+
+
+def test_unknown_key_names_the_nearest():
+    with pytest.raises(ValidationError, match=r"unknown key 'ofset_dtype' in qalora:. Did you mean 'offset_dtype'"):
+        QALoraArgs.model_validate(GOOD | {"qalora": {"ofset_dtype": "float32"}})
+
+
+def test_wrong_value():
+    with pytest.raises(ValidationError, match="'float16' or 'float32'"):
+        QALoraArgs.model_validate(GOOD | {"qalora": {"offset_dtype": "int8"}})
+
+
+def test_block_without_the_adapter():
+    with pytest.raises(ValidationError, match="there is a qalora: block, but adapter is 'lora'"):
+        QALoraArgs.model_validate(GOOD | {"adapter": "lora", "qalora": {"merge": True}})
+
+
+def test_other_adapters_are_left_alone():
+    assert QALoraArgs.model_validate({"adapter": "lora", "lora_mlp_kernel": True}).qalora is None
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel", "peft_use_dora", "load_in_4bit",
+        "load_in_8bit", "lora_modules_to_save", "lora_target_parameters", "peft_layer_replication", "deepspeed",
+        "peft_trainable_token_indices", "unfrozen_parameters", "qat", "fsdp_config", "fsdp", "lora_fan_in_fan_out",
+        "fix_untrained_tokens", "reward_model", "process_reward_model",
+    ],
+)  # fmt: skip
+def test_refused_keys(key):
+    with pytest.raises(QALoraError, match=f"{key} cannot be combined with adapter: qalora: .* Remove {key}"):
+        refuse_unmergeable(GOOD | {key: True})
+    refuse_unmergeable(GOOD | {key: False})
+
+
+def test_loftq_and_pissa():
+    with pytest.raises(QALoraError, match="LoftQ rewrites the base weight"):
+        refuse_unmergeable(GOOD | {"peft": {"loftq_config": {"loftq_bits": 4}}})
+    with pytest.raises(QALoraError, match="peft_init_lora_weights: pissa"):
+        refuse_unmergeable(GOOD | {"peft_init_lora_weights": "pissa"})
+
+
+@pytest.mark.parametrize("key", ["lora_r", "lora_alpha"])
+def test_missing_keys(key):
+    with pytest.raises(QALoraError, match=f"needs {key}"):
+        refuse_unmergeable({name: value for name, value in GOOD.items() if name != key})
+
+
+def test_no_targets():
+    with pytest.raises(QALoraError, match="lora_target_linear: true or a list"):
+        refuse_unmergeable(GOOD | {"lora_target_linear": False})
+
+
+def test_vllm_inside_training():
+    with pytest.raises(QALoraError, match=r"Set trl\.use_vllm: false"):
+        refuse_unmergeable(GOOD | {"rl": "grpo", "trl": {"use_vllm": True}})
+    refuse_unmergeable(GOOD | {"rl": "grpo", "trl": {"use_vllm": False}})
+
+
+def test_preference_training_from_an_adapter():
+    config = GOOD | {"lora_model_dir": "./sft"}
+    with pytest.raises(QALoraError, match=r"rl: dpo with lora_model_dir: .* ignores the given one"):
+        refuse_unmergeable(config | {"rl": "dpo"})
+    refuse_unmergeable(config | {"rl": "orpo"})
+    refuse_unmergeable(config | {"rl": "dpo", "merge_lora": True})

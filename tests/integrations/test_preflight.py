@@ -1,0 +1,46 @@
+"""What is checked of a raw Axolotl config before any long work."""
+
+import pytest
+import torch
+from support.fabricate import make_base
+from support.merged_checkpoints import quantise_head
+
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.integrations.axolotl import preflight
+from qalora_plugin.integrations.axolotl.preflight import check_axolotl
+
+CONFIG = {"lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
+LIGER = "axolotl.integrations.liger.LigerPlugin"
+CCE = "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"
+
+
+@pytest.mark.parametrize(
+    ("keys", "refused"),
+    [
+        ({"plugins": [LIGER], "liger_fused_linear_cross_entropy": True}, "liger_fused_linear_cross_entropy"),
+        ({"plugins": [LIGER], "liger_rope": True}, None),
+        ({"plugins": [CCE]}, "cut_cross_entropy"),  # on by default
+        ({"plugins": [CCE], "cut_cross_entropy": False}, None),
+        ({"cut_cross_entropy": True}, None),  # without its plugin it does nothing
+    ],
+    ids=str,
+)
+def test_fused_losses_need_a_dense_head(tmp_path, base, keys, refused):
+    config = CONFIG | keys
+    check_axolotl(config | {"base_model": str(base)})
+    with_head = make_base(tmp_path / "base")
+    quantise_head(with_head)
+    config["base_model"] = str(with_head)
+    if refused is None:
+        check_axolotl(config)
+        return
+    with pytest.raises(QALoraError, match=rf"{refused} multiplies by lm_head's dense weight itself.*{refused}"):
+        check_axolotl(config)
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_bfloat16_that_a_cpu_only_emulates(base, monkeypatch, caplog, emulated):
+    monkeypatch.setattr(preflight, "emulates", lambda dtype: emulated)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    check_axolotl(CONFIG | {"base_model": str(base), "bf16": True})
+    assert ("Set bf16: false" in caplog.text) == emulated

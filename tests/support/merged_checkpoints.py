@@ -1,0 +1,102 @@
+"""Merged checkpoints without an adapter: a fabricated base plus random offsets, laid out as ``merging.py`` does it."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from support.fabricate import make_base, quantise
+
+from qalora_plugin.checkpoint.fingerprint import fingerprint
+from qalora_plugin.checkpoint.folder import INDEX_NAME, Checkpoint
+from qalora_plugin.formats.gptq import is_act_order, is_symmetric, quantized_modules
+from qalora_plugin.formats.qalora import NEEDS_QALORA, WEIGHTS_KEY
+
+HIDDEN = 256  # four heads of 64: vLLM's CPU attention wants 32 or more
+ALL = ("proj", "lm_head")
+
+
+def make_merged(
+    folder: Path,
+    targets: tuple[str, ...] = ALL,
+    offset_dtype: torch.dtype = torch.float16,
+    quantised_head: bool = False,
+    **base_kwargs,
+) -> Path:
+    """Write ``folder/base`` and ``folder/merged``; returns the latter.
+
+    Args:
+        targets: substrings of the names of the linears that get offsets.
+        quantised_head: the base's ``lm_head`` is quantised too.
+        base_kwargs: for :func:`support.fabricate.make_base`.
+    """
+    base = make_base(folder / "base", hidden=HIDDEN, **base_kwargs)
+    calm(base)
+    if quantised_head:
+        quantise_head(base, **base_kwargs)
+    return add_offsets(base, folder / "merged", targets, offset_dtype)
+
+
+def add_offsets(
+    base: Path, merged: Path, targets: tuple[str, ...] = ALL, offset_dtype: torch.dtype = torch.float16
+) -> Path:
+    """Write ``merged``, ``base`` with random offsets for the linears whose names hold one of ``targets``."""
+    checkpoint = Checkpoint.open(base)
+    modules = quantized_modules(checkpoint)
+    merged.mkdir()
+    weights, offsets = "model-00001-of-00001.safetensors", "offsets.safetensors"
+    (merged / weights).hardlink_to(base / "model.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for name, module in modules.items():
+        if any(target in name for target in targets):
+            step = checkpoint.tensor(f"{name}.scales").float()
+            shift = 2 ** (module.bits - 5) * torch.randn(module.groups, module.out_features, generator=generator)
+            tensors[f"{name}.offsets"] = (step * shift).to(offset_dtype)
+    save_file(tensors, merged / offsets, metadata={"format": "pt"})
+    weight_map = dict.fromkeys(checkpoint.tensors, weights) | dict.fromkeys(tensors, offsets)
+    write_json(merged / INDEX_NAME, {"metadata": {}, "weight_map": weight_map})
+    quantization = checkpoint.quantization | {
+        "quant_method": "qalora",
+        "desc_act": any(is_act_order(checkpoint, module) for module in modules.values()),
+        "sym": all(is_symmetric(checkpoint, module) for module in modules.values()),
+        "offset_dtype": str(offset_dtype).removeprefix("torch."),
+        "base_model": str(base),
+        "base_fingerprint": fingerprint(checkpoint),
+        "adapter": "sha256:" + hashlib.sha256((merged / offsets).read_bytes()).hexdigest(),
+        "format_version": 1,
+    }
+    stated = {"quantization_config": quantization, WEIGHTS_KEY: NEEDS_QALORA}
+    write_json(merged / "config.json", checkpoint.config | stated)
+    for path in base.glob("tokenizer*"):
+        (merged / path.name).hardlink_to(path)
+    return merged
+
+
+def calm(base: Path) -> None:
+    """Shrink the weights to a trained model's size: bfloat16 itself would be off by more than the tests tolerate."""
+    tensors = load_file(base / "model.safetensors")
+    for name in tensors:
+        if name.endswith(".scales") or name == "lm_head.weight":
+            tensors[name] = tensors[name] * (0.1 if name == "lm_head.weight" else 0.25)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+
+
+def quantise_head(base: Path, bits: int = 4, group_size: int = 32, sym: bool = False, checkpoint_format: str = "gptq"):
+    tensors = load_file(base / "model.safetensors")
+    parts = quantise(tensors.pop("lm_head.weight"), bits, group_size, sym, checkpoint_format)
+    tensors |= {f"lm_head.{part}": value.contiguous() for part, value in parts.items()}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    edit_quantization(base, lm_head=True)
+
+
+def edit_quantization(folder: Path, **changes) -> None:
+    """Change keys of ``quantization_config`` in ``config.json``."""
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= changes
+    write_json(folder / "config.json", config)
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content))

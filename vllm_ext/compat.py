@@ -1,0 +1,74 @@
+"""What differs between the versions of vLLM that are served, 0.26 to 0.33; nothing else in this package asks for one.
+
+Run with 0.26.0 and 0.32.0; with 0.33.0 all but whole models. Kernel choice moved ``has_g_idx`` out of
+``MPLinearLayerConfig`` after 0.26, and weight loading drops ``*.g_idx`` by default since 0.32.
+"""
+
+import dataclasses
+import logging
+import re
+from typing import Any
+
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.formats.gptq import MERGED_METHOD
+
+OLDEST = (0, 26)
+
+
+def problem(version: str) -> str | None:
+    """Why this version of vLLM cannot serve qalora; None if it can. Development builds ("0.1.dev…") are let through."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    if match is None or "dev" in version or tuple(map(int, match.groups())) >= OLDEST:
+        return None
+    oldest = ".".join(map(str, OLDEST))
+    return (
+        f"qalora needs vLLM {oldest} or newer, this is {version}. Update it (pip install 'vllm>={oldest}'), or serve "
+        "the adapter unmerged: qalora export lora."
+    )
+
+
+def register_refusal(problem: str) -> None:
+    """Register ``qalora`` as a method that refuses every checkpoint with ``problem``."""
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise QALoraError(problem)
+
+    names = ("get_name", "get_supported_act_dtypes", "get_min_capability", "get_config_filenames", "from_config")
+    if MERGED_METHOD not in QUANTIZATION_METHODS:
+        refusal = type("QALoraRefusal", (QuantizationConfig,), {name: classmethod(refuse) for name in names})
+        register_quantization_config(MERGED_METHOD)(refusal)
+
+
+def kernel_config(**values: Any):
+    """vLLM's ``MPLinearLayerConfig`` of these values, for columns in order."""
+    from vllm.model_executor.kernels.linear import MPLinearLayerConfig
+
+    known = {field.name for field in dataclasses.fields(MPLinearLayerConfig)}
+    if "has_g_idx" in known:
+        values["has_g_idx"] = False
+    return MPLinearLayerConfig(**values)
+
+
+def silence_unpacked_zeros() -> None:
+    """Keep vLLM from warning, for each linear, that ``qzeros`` is stored as int32 and loaded as uint8: it is unpacked.
+
+    (``AutoWeightsLoader``, 0.32. Its warnings of other tensors stay.)
+    """
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not (
+            "Attempted to load weight" in str(record.msg) and record.args and str(record.args[0]).endswith(".qzeros")
+        )
+
+    logger = logging.getLogger("vllm.model_executor.models.utils")
+    if not any(getattr(known, "__name__", "") == is_news.__name__ for known in logger.filters):
+        logger.addFilter(is_news)
+
+
+def load_every_tensor():
+    """A weight mapper that drops nothing: ``g_idx``, which vLLM would drop, is needed to serve act-order."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    return WeightsMapper()
