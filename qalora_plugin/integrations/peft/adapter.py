@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qalora_plugin.checkpoint.adapter_folder import (
     ADAPTER_FORMAT,
+    CANNOT_MERGE,
     PEFT_TYPE,
     POOLING,
     AdapterFolder,
@@ -42,14 +43,8 @@ logger = logging.getLogger(__name__)
 
 _DENSE_LAYERS = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)  # PEFT's
 _MUST_BE_UNSET = {
-    "use_dora": "DoRA scales whole columns, which no group-wise offset can express",
+    **CANNOT_MERGE,
     "use_qalora": "it is PEFT's own pooling, scaled differently; this adapter pools already",
-    "modules_to_save": "a dense copy of a layer cannot be merged into an INT4 base",
-    "target_parameters": "only linear layers have quantisation groups",
-    "layer_replication": "a merged checkpoint has the base's layers",
-    "trainable_token_indices": "embeddings are not quantised, so changes to them cannot be merged",
-    "lora_bias": "the merged checkpoint keeps the base's biases",
-    "fan_in_fan_out": "GPTQ linears have one orientation",
 }
 
 
