@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 from rich.progress import track
 from safetensors.numpy import save_file
 
@@ -103,7 +104,9 @@ def import_adapter(
     bound["qalora"]["group_size"] = group_sizes.pop() if len(group_sizes) == 1 else None
 
     def factors() -> Iterator[tuple[str, np.ndarray]]:
-        for name in track(opened.modules, "importing", disable=not progress, transient=True):
+        for name in track(
+            opened.modules, "importing", disable=not progress, transient=True, console=Console(stderr=True)
+        ):
             yield from zip(_keys(name), _converted(kind, opened, source.specs[name], repeats[name]), strict=True)
 
     size = sum(4 * opened.rank(spec.name) * (spec.groups + spec.out_features) for spec in specs)

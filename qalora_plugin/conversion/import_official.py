@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.progress import track
 
 from qalora_plugin.checkpoint.adapter_folder import CONFIG_NAME
@@ -135,7 +136,9 @@ def _tensors(
     """Everything that is to be written, in checkpoint order, one linear at a time."""
     ours = QALora({"checkpoint_format": V2})
     replaced = {f"{name}.{part}" for name in merged.specs for part in ("qweight", "qzeros", "scales", "g_idx")}
-    for name in track(list(files.tensors), "importing", disable=not progress, transient=True):
+    for name in track(
+        list(files.tensors), "importing", disable=not progress, transient=True, console=Console(stderr=True)
+    ):
         module = name.removesuffix(".qweight")
         if name.endswith(".qweight") and module in merged.specs:
             spec = merged.specs[module]
