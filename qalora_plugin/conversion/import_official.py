@@ -4,7 +4,6 @@ Of a merged checkpoint every code and scale stays, bit for bit; its float zero-p
 base's own, where it is given) and float32 offsets. One linear is in memory at a time.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,11 +76,11 @@ def import_official(
     if source is not None:
         _require_base(files, merged, source)
     reading = _tell_reading(files, merged, source)
-    specs = merged.specs.values()
+    specs = list(merged.specs.values())
     quantization = {
         "quant_method": QALora.method,
-        "bits": Counter(spec.bits for spec in specs).most_common(1)[0][0],
-        "group_size": Counter(spec.group_size for spec in specs).most_common(1)[0][0],
+        "bits": specs[0].bits,
+        "group_size": files.quantization.get("group_size", specs[0].group_size),  # −1 stands for K, of any linear
         "desc_act": False,
         "sym": source is not None and source.symmetric,
         "checkpoint_format": V2,
