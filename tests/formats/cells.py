@@ -167,7 +167,7 @@ def _norm(tensors) -> float:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.1g} %"
+    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.1g} %"
 
 
 def _general(message: str, sample: Sample) -> str:

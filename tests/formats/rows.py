@@ -161,7 +161,7 @@ def compressed_tensors_import(sample: Sample) -> Converted:
     from qalora_plugin.conversion.import_packed import import_packed
 
     case, opened = sample.case, sample.opened
-    tensors = {name: opened.files.tensor(name) for name in opened.files.tensors if name.endswith("weight")}
+    tensors = {name: opened.files.tensor(name) for name in opened.files.tensors if name.endswith(".weight")}
     for name, spec in opened.specs.items():
         weight = opened.weight(name)
         codes = _signed(_codes(weight), case.bits).t().contiguous()
@@ -193,7 +193,7 @@ def awq_import(sample: Sample) -> Converted:
     from qalora_plugin.conversion.import_packed import import_packed
 
     opened = sample.opened
-    tensors = {name: opened.files.tensor(name) for name in opened.files.tensors if name.endswith("weight")}
+    tensors = {name: opened.files.tensor(name) for name in opened.files.tensors if name.endswith(".weight")}
 
     def pack(codes: torch.Tensor) -> torch.Tensor:
         words = torch.zeros(len(codes), codes.shape[1] // 8, dtype=torch.int64)
