@@ -16,7 +16,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from qalora_plugin.checkpoint.adapter_folder import PEFT_TYPE, AdapterFolder, check_pooling
+from qalora_plugin.checkpoint.adapter_folder import CANNOT_MERGE, PEFT_TYPE, AdapterFolder, check_pooling
 from qalora_plugin.checkpoint.hub import is_local
 from qalora_plugin.core.delta import OffsetDelta
 from qalora_plugin.core.errors import QALoraError
@@ -25,14 +25,8 @@ from qalora_plugin.kernels.pooling import pool
 from qalora_plugin.layers.linear import QuantLinear
 
 _MUST_BE_UNSET = {
-    "use_dora": "DoRA scales whole columns, which no group-wise offset can express",
+    **CANNOT_MERGE,
     "use_qalora": "it is PEFT's own pooling, scaled differently; this adapter pools already",
-    "modules_to_save": "a dense copy of a layer cannot be merged into an INT4 base",
-    "target_parameters": "only linear layers have quantisation groups",
-    "layer_replication": "a merged checkpoint has the base's layers",
-    "trainable_token_indices": "embeddings are not quantised, so changes to them cannot be merged",
-    "lora_bias": "the merged checkpoint keeps the base's biases",
-    "fan_in_fan_out": "GPTQ linears have one orientation",
 }
 
 
