@@ -74,8 +74,8 @@ class AdapterFolder:
         config = read_json(folder / CONFIG_NAME)
         if config.get("peft_type") != PEFT_TYPE:
             pooled = " with use_qalora, which pools sum·K/g² instead of the sum" if config.get("use_qalora") else ""
-            found = config.get("peft_type")
-            kind = f"a PEFT {_plain(found)} adapter" if found else "an adapter without peft_type"
+            peft_type = config.get("peft_type")
+            kind = f"a PEFT {_plain(peft_type)} adapter" if peft_type else "an adapter without peft_type"
             raise QALoraError(
                 f"{folder} is {kind}{pooled}; expected a QA-LoRA adapter of this project (peft_type {PEFT_TYPE}). "
                 "Merging it would scale it wrongly. Train with `adapter: qalora`."
@@ -133,7 +133,7 @@ class AdapterFolder:
     def digest(self) -> str:
         """``"blake3:…"`` of what a merge takes from this folder: the weights file, and the scaling of each linear."""
         with open(self.folder / WEIGHTS_NAME, "rb") as file:
-            weights = hashlib.file_digest(file, blake3).hexdigest()
+            weights = hashlib.file_digest(file, blake3).hexdigest()  # type: ignore[arg-type]  # typeshed: hashlib's own only
         scalings = [(module, self.scaling(module)) for module in self.modules]
         return f"blake3:{blake3(json.dumps([weights, scalings]).encode()).hexdigest()}"
 
@@ -224,8 +224,8 @@ def check_config_patterns(config: dict, modules: list[str], what: object) -> Non
     """Refuse patterns that PEFT, loading this config, could match for ever; see :mod:`.patterns`."""
     for name in ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern"):
         found = config.get(name) or ()
-        patterns = [found] if isinstance(found, str) else [None] if isinstance(found, int | float) else list(found)
-        if not all(isinstance(pattern, str) for pattern in patterns):
+        patterns = [found] if isinstance(found, str) else found
+        if isinstance(patterns, int | float) or not all(isinstance(pattern, str) for pattern in patterns):
             raise QALoraError(f"{what}: {name} is {short(found)}, expected names. Save the adapter again.")
         check_patterns(patterns, modules, f"{what}: {name}")
 

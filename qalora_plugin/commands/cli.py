@@ -3,7 +3,7 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -148,7 +148,7 @@ def lora(
 class _Command(typer.core.TyperGroup):
     """Shows a :class:`QALoraError` as one line instead of a traceback."""
 
-    def invoke(self, ctx):
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except QALoraError as error:

@@ -28,7 +28,6 @@ PACKAGES = (
     "triton", "safetensors", "numpy",
 )  # fmt: skip
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-_TYPICAL = {"in_features": 4096, "out_features": 4096, "act_order": False}
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,8 @@ def diagnose(base: str | Path | None = None) -> Diagnosis:
     Raises:
         QALoraError: ``base`` is no quantised checkpoint.
     """
-    device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = accelerator.type if accelerator else "cpu"
     kinds, notes = _kinds_of(base) if base else (_typical_kinds(), [])
     diagnosis = Diagnosis(
         versions=dict(_versions()),
@@ -147,7 +147,8 @@ def _serving(kinds: list[LayerKind]) -> Iterator[dict]:
 
 
 def _kinds_of(path: str | Path) -> tuple[list[LayerKind], list[str]]:
-    source, largest = QuantizedCheckpoint.open(path), {}
+    source = QuantizedCheckpoint.open(path)
+    largest: dict[tuple[int, int, bool, bool], tuple[int, LayerKind]] = {}
     load = source.files.array
     for spec in source.specs.values():
         symmetric, act_order = source.format.is_symmetric(spec, load), is_act_order(spec, load)
@@ -161,7 +162,7 @@ def _kinds_of(path: str | Path) -> tuple[list[LayerKind], list[str]]:
 
 
 def _typical_kinds() -> list[LayerKind]:
-    return [LayerKind(4, g, symmetric, **_TYPICAL) for g in (32, 64, 128) for symmetric in (False, True)]
+    return [LayerKind(4, g, symmetric, False, 4096, 4096) for g in (32, 64, 128) for symmetric in (False, True)]
 
 
 def _versions() -> Iterator[tuple[str, str]]:
