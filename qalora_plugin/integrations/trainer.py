@@ -8,7 +8,6 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qalora_plugin.checkpoint.places import absolute, is_inside, require_outside, require_place
-from qalora_plugin.commands.doctor import training_dtype, training_summary
 from qalora_plugin.conversion.merging import merge
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.eval.proof import prove
@@ -16,6 +15,7 @@ from qalora_plugin.eval.tokens import sample_dataset
 from qalora_plugin.formats.fusion import dense_modules, unservable
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.formats.qalora import require_offset_dtype
+from qalora_plugin.layers.summary import training_dtype, training_summary
 
 logger = logging.getLogger(__name__)
 

@@ -108,7 +108,7 @@ class QALoraPlugin(BasePlugin):
         """Say once what training runs on, and keep a few token sequences for the verification after the merge."""
         if cfg.adapter != ADAPTER:
             return
-        from qalora_plugin.commands.doctor import training_dtype, training_summary
+        from qalora_plugin.layers.summary import training_dtype, training_summary
 
         for line in training_summary(
             trainer.model, training_dtype(trainer.model, trainer.args.bf16, trainer.args.fp16)

@@ -35,22 +35,13 @@ from qalora_plugin.core.delta import OffsetDelta
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.integrations.peft.conversion import leave_alone
 from qalora_plugin.integrations.transformers.naming import destinations
+from qalora_plugin.integrations.unsupported import refuse_peft_fields
 from qalora_plugin.kernels.pooling import pool
 from qalora_plugin.layers.linear import QuantLinear, ReadableQuantLinear
 
 logger = logging.getLogger(__name__)
 
 _DENSE_LAYERS = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)  # PEFT's
-_MUST_BE_UNSET = {
-    "use_dora": "DoRA scales whole columns, which no group-wise offset can express",
-    "use_qalora": "it is PEFT's own pooling, scaled differently; this adapter pools already",
-    "modules_to_save": "a dense copy of a layer cannot be merged into an INT4 base",
-    "target_parameters": "only linear layers have quantisation groups",
-    "layer_replication": "a merged checkpoint has the base's layers",
-    "trainable_token_indices": "embeddings are not quantised, so changes to them cannot be merged",
-    "lora_bias": "the merged checkpoint keeps the base's biases",
-    "fan_in_fan_out": "GPTQ linears have one orientation",
-}
 
 
 @dataclass
@@ -67,20 +58,11 @@ class QALoraConfig(LoraConfig):
         default=None, metadata={"help": "What the adapter was trained on: pooling, group size, base fingerprint."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.qalora is not None:
             self.use_qalora = False  # set in what is saved, see to_dict
         super().__post_init__()
-        for name, why in _MUST_BE_UNSET.items():
-            if getattr(self, name, None):
-                raise QALoraError(f"{name} cannot be combined with QA-LoRA: {why}. Remove it.")
-        if self.bias != "none":
-            raise QALoraError(f"bias={self.bias!r}: a merged checkpoint keeps the base's biases. Use bias='none'.")
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise QALoraError(
-                f"init_lora_weights={self.init_lora_weights!r} changes the base weight, which stays packed. "
-                "Use true, false or 'gaussian'."
-            )
+        refuse_peft_fields(self)
         if self.qalora is not None:
             check_pooling(self.qalora, "this adapter")
         self._register_custom_module({QuantLinear: QALoraLayer})
