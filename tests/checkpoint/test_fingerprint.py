@@ -33,7 +33,8 @@ def copy(base, tmp_path):
 
 
 def of(folder, like=None) -> str:
-    return fingerprint(Checkpoint.open(folder), like)
+    checkpoint = Checkpoint.open(folder)
+    return fingerprint(checkpoint, checkpoint.quantization.get("checkpoint_format", "gptq"), like)
 
 
 def edit_tensors(folder, change):
