@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP while something is written that must not be torn."""
+"""What SIGTERM and SIGHUP may interrupt, and what not."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Terminated(BaseException):
+class _Terminated(BaseException):
     """SIGTERM or SIGHUP arrived."""
 
 
@@ -33,14 +33,14 @@ class Termination:
     def _arrive(self, code: int, frame: object) -> None:
         first, self._arrived = self._arrived is None, self._arrived or code
         if first and self._interrupts:
-            raise Terminated
+            raise _Terminated
 
     @contextmanager
     def interrupts(self) -> Iterator[None]:
         self._interrupts = True
         try:
             if self._arrived:
-                raise Terminated
+                raise _Terminated
             yield
         finally:
             self._interrupts = False
