@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import LoraConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -58,7 +58,7 @@ class QALoraConfig(LoraConfig):
         return {**super().to_dict(), "peft_type": PEFT_TYPE, "use_qalora": True}
 
 
-PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = QALoraConfig
+PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = QALoraConfig  # type: ignore[index]  # PEFT looks types up as strings
 leave_alone(QALoraConfig)
 
 
@@ -81,7 +81,7 @@ def _check_base_first(load: Callable) -> Callable:
     return load_adapter
 
 
-PeftModel.load_adapter = _check_base_first(PeftModel.load_adapter)
+PeftModel.load_adapter = _check_base_first(PeftModel.load_adapter)  # type: ignore[method-assign]  # on purpose
 
 
 class QALoraLayer(nn.Module, LoraLayer):
@@ -91,19 +91,23 @@ class QALoraLayer(nn.Module, LoraLayer):
     """
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: QALoraConfig, r: int, lora_alpha: int, **kwargs
+        self, base_layer: nn.Module, adapter_name: str, config: QALoraConfig, r: int, lora_alpha: int, **kwargs: Any
     ):
         super().__init__()
         LoraLayer.__init__(self, base_layer, **kwargs)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
+    lora_A: Any  # ModuleDicts of linears, which torch types as of any module
+    lora_B: Any
+
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         """What A reads is the pooled input: G numbers, not K."""
-        return module.groups, module.out_features
+        linear = cast(QuantLinear, module)
+        return linear.groups, linear.out_features
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: QALoraConfig, **kwargs) -> None:
-        base = self.get_base_layer()
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        base = cast(QuantLinear, self.get_base_layer())
         if not isinstance(config, QALoraConfig) or (base.base_fingerprint and not config.qalora):
             raise QALoraError(
                 f"adapter {adapter_name!r} has a {type(config).__name__} that says nothing of its base. Give it the "
@@ -129,7 +133,7 @@ class QALoraLayer(nn.Module, LoraLayer):
             raise QALoraError(
                 "adapter_names: one batch runs through one adapter. Choose it with model.set_adapter(name)."
             )
-        base = self.get_base_layer()
+        base = cast(QuantLinear, self.get_base_layer())
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
         if not active:
             return base(x)
