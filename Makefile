@@ -35,7 +35,7 @@ SERVE := serve
 SERVE_PIN := vllm==$(VLLM)
 endif
 
-.PHONY: help demo test lint test-train test-serve test-gpu-check gpu-check fuzz stress format clean
+.PHONY: help demo test lint types package test-train test-serve test-gpu-check gpu-check fuzz stress format clean
 help:
 	@sed -n '1,10p' Makefile
 
@@ -47,9 +47,16 @@ test: lint test-gpu-check test-train test-serve
 gpu-check:
 	$(GPU_PYTHON) benchmarks/gpu_check.py $(if $(BUNDLE),--bundle $(BUNDLE))
 
-lint: .venv/.installed
+lint: types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+types: .venv/.installed
+	.venv/bin/mypy
+
+# sdist and wheel, in dist/.
+package: .venv/.installed
+	.venv/bin/python -m build
 
 format: .venv/.installed
 	.venv/bin/ruff check --fix .

@@ -12,6 +12,7 @@ from typing import Any
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.registration import register_with_transformers
 
+__version__ = "0.1.0"  # the one place: pyproject.toml reads it without importing anything
 _LAZY = {
     "QALoraArgs": ".integrations.axolotl.args",
     "QALoraConfig": ".integrations.peft.adapter",

@@ -42,7 +42,7 @@ class _WhenImported(MetaPathFinder):
             if fullname == _REGISTRY or _is_ready():
                 _register()
 
-        spec.loader.exec_module = execute_and_register
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]  # of this one loader
         return spec
 
 

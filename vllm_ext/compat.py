@@ -7,12 +7,13 @@ Run with 0.26.0 and 0.32.0; with 0.33.0 all but whole models. Kernel choice move
 import dataclasses
 import logging
 import re
-from typing import Any
+from typing import Any, TypeAlias
 
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.formats.qalora import QALora
 
 OLDEST = (0, 26)
+Layer: TypeAlias = Any  # a module of vLLM's; what it holds are attributes, which torch types as tensors or modules
 
 
 def problem(version: str) -> str | None:
@@ -41,7 +42,7 @@ def register_refusal(problem: str) -> None:
         register_quantization_config(QALora.method)(refusal)
 
 
-def kernel_config(**values: Any):
+def kernel_config(**values: Any) -> Any:
     """vLLM's ``MPLinearLayerConfig`` of these values, for columns in order."""
     from vllm.model_executor.kernels.linear import MPLinearLayerConfig
 
@@ -58,16 +59,15 @@ def silence_unpacked_zeros() -> None:
     """
 
     def is_news(record: logging.LogRecord) -> bool:
-        return not (
-            "Attempted to load weight" in str(record.msg) and record.args and str(record.args[0]).endswith(".qzeros")
-        )
+        first = record.args[0] if isinstance(record.args, tuple) and record.args else ""
+        return not ("Attempted to load weight" in str(record.msg) and str(first).endswith(".qzeros"))
 
     logger = logging.getLogger("vllm.model_executor.models.utils")
     if not any(getattr(known, "__name__", "") == is_news.__name__ for known in logger.filters):
         logger.addFilter(is_news)
 
 
-def load_every_tensor():
+def load_every_tensor() -> Any:
     """A weight mapper that drops nothing: ``g_idx``, which vLLM would drop, is needed to serve act-order."""
     from vllm.model_executor.models.utils import WeightsMapper
 

@@ -91,12 +91,14 @@ class QALoraConfig(QuantizationConfig):
         return cls(config)
 
     @classmethod
-    def override_quantization_method(cls, hf_quant_cfg, user_quant, hf_config=None) -> str | None:
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
         """Take a plain GPTQ checkpoint only where the user asked for it by ``--quantization qalora``."""
         asked = user_quant == QALora.method and hf_quant_cfg.get("quant_method") == Gptq.method
         return QALora.method if asked else None
 
-    def maybe_update_config(self, model_name: str, hf_config=None, revision: str | None = None) -> None:
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Read the headers of the checkpoint (a folder or a Hub id) and hold them against the config.
 
         Raises:
@@ -147,7 +149,7 @@ class QALoraConfig(QuantizationConfig):
                 "without it the base would be served. Download the folder again (offsets*.safetensors), or merge again."
             )
 
-    def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         # As tensors' names: rules may end in a dot ("lm_head." → "language_model.lm_head.").
         modules = hf_to_vllm_mapper.apply_dict({f"{name}.qweight": module for name, module in self.modules.items()})
         weights = hf_to_vllm_mapper.apply_list([f"{name}.weight" for name in self.weights])
@@ -203,7 +205,7 @@ def _format(quantization: dict[str, Any]) -> Gptq:
 def _headers(model: str, revision: str | None) -> dict[str, TensorInfo]:
     """What every safetensors file of a folder, or of a Hub id, says of its tensors."""
     if (folder := Path(model)).is_dir():
-        tensors = {}
+        tensors: dict[str, TensorInfo] = {}
         for path in sorted(folder.glob("*.safetensors")):
             tensors |= read_header(path)
         return tensors

@@ -8,6 +8,7 @@ layer is symmetric or in act-order is read off its tensors once they are loaded,
 from collections.abc import Callable
 from fractions import Fraction
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.core.words import codes_per_period
 from qalora_plugin.formats.gptq import Gptq
 from qalora_plugin.kernels.hardware import gemm_dtype
+from vllm_ext.compat import Layer
 from vllm_ext.kernels.dense import dense_weight, matmul
 from vllm_ext.kernels.select import FUSED, LayerKind, choose_path
 from vllm_ext.kernels.vllm import hand_over, moved_zeros
@@ -45,6 +47,8 @@ class QALoraLinearMethod(LinearMethodBase):
         timed_path: the faster one where both are possible (``paths.timed_path``).
         symmetric: what the config says. Only weights that are not loaded (``--load-format dummy``) go by it.
     """
+
+    kernel: Any  # one of vLLM's, or what stands in for one; None for dense
 
     def __init__(
         self,
@@ -73,13 +77,13 @@ class QALoraLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Layer,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
         output_size: int,
         params_dtype: torch.dtype,
-        **extra_weight_attrs,
+        **extra_weight_attrs: Any,
     ) -> None:
         """Register what the checkpoint stores, in the checkpoint's dtypes, for this tensor-parallel rank.
 
@@ -139,7 +143,7 @@ class QALoraLinearMethod(LinearMethodBase):
                 f"codes are packed in runs of {period}. Use a smaller tensor-parallel size."
             )
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Layer) -> None:
         """Sort act-order away, choose the path, hand the kernel its weights. Once, and again after ``reload_weights``.
 
         Raises:
@@ -190,7 +194,7 @@ class QALoraLinearMethod(LinearMethodBase):
         if offsets is not None:
             layer.offsets = nn.Parameter(offsets, requires_grad=False)
 
-    def _fill_what_is_not_stored(self, layer: nn.Module) -> None:
+    def _fill_what_is_not_stored(self, layer: Layer) -> None:
         """Some parts of a fused layer may have no adapter (q and v only), or no ``g_idx``: zeros, and groups in order.
 
         Not where parameters are created: for ``reload_weights`` vLLM creates them anew, uninitialised.
@@ -203,7 +207,7 @@ class QALoraLinearMethod(LinearMethodBase):
             if self.has_g_idx and not part.has_g_idx:
                 layer.g_idx.data[row] = self._in_order().to(layer.g_idx.device)
 
-    def _require_finite(self, layer: nn.Module) -> None:
+    def _require_finite(self, layer: Layer) -> None:
         """Refuse NaN and Inf, which would make every answer of the server worthless; the tensor is named."""
         for name in ("scales", "offsets"):
             if (stored := getattr(layer, name, None)) is None or stored.data.isfinite().all():
@@ -250,7 +254,7 @@ class QALoraLinearMethod(LinearMethodBase):
             return None
         return order[:1] if (order == order[0]).all() else order
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Layer, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``[..., K] → [..., N]``."""
         if self.kernel is None:
             dtype = self.gemm_dtype

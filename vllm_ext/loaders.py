@@ -3,13 +3,15 @@
 Arguments are named as vLLM's loaders name them: its reloading looks them up by name.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.model_executor.parameter import BasevLLMParameter
 
 from qalora_plugin.formats.gptq import Gptq
+from vllm_ext.compat import Layer
 
 
 def load_g_idx(param: BasevLLMParameter, loaded_weight: Tensor, shard_id: str | int | tuple | None = None) -> None:
@@ -17,7 +19,7 @@ def load_g_idx(param: BasevLLMParameter, loaded_weight: Tensor, shard_id: str | 
     k = param.data.shape[1]
     start = param.tp_rank * k if loaded_weight.shape[0] > k else 0
     if shard_id is None:
-        rows = range(len(param.data))
+        rows: Iterable[int] = range(len(param.data))
     elif isinstance(shard_id, str):
         rows = ["qkv".index(shard_id)]
     else:
@@ -32,13 +34,13 @@ def zeros_loader(load: Callable, bits: int, fmt: Gptq) -> Callable:
     Packed, eight 4-bit columns to a word, a tensor-parallel rank could not take part of a word.
     """
 
-    def load_zeros(param: BasevLLMParameter, loaded_weight: Tensor, *args, **kwargs) -> None:
+    def load_zeros(param: BasevLLMParameter, loaded_weight: Tensor, *args: Any, **kwargs: Any) -> None:
         load(param, fmt.true_zeros(loaded_weight, bits), *args, **kwargs)
 
     return load_zeros
 
 
-def vocabulary_loader(layer: nn.Module) -> Callable[[BasevLLMParameter, Tensor], None]:
+def vocabulary_loader(layer: Layer) -> Callable[[BasevLLMParameter, Tensor], None]:
     """Weight loader for ``lm_head``, whose N is padded: this rank's tokens, then the last of them again and again.
 
     vLLM's own pads along dimension 0, which is K here. Logits of the padding are cut off; zero-points of its own would

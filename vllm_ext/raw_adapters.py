@@ -32,5 +32,5 @@ def _checked(read: Callable) -> Callable:
             )
         return read(cls, config)
 
-    from_dict.refuses_raw_adapters = True
+    from_dict.refuses_raw_adapters = True  # type: ignore[attr-defined]  # a mark on a function
     return from_dict

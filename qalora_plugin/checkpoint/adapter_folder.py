@@ -23,15 +23,6 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_TYPE = "QALORA"
 ADAPTER_FORMAT = 1
 POOLING = "sum"
-CANNOT_MERGE = {  # fields of a LoraConfig → why they must be unset
-    "use_dora": "DoRA scales whole columns, which no group-wise offset can express",
-    "modules_to_save": "a dense copy of a layer cannot be merged into an INT4 base",
-    "target_parameters": "only linear layers have quantisation groups",
-    "layer_replication": "a merged checkpoint has the base's layers",
-    "trainable_token_indices": "embeddings are not quantised, so changes to them cannot be merged",
-    "lora_bias": "the merged checkpoint keeps the base's biases",
-    "fan_in_fan_out": "GPTQ linears have one orientation",
-}
 _LARGEST_ALPHA = 1e9
 _FLOATS = ("F16", "BF16", "F32", "F64")
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
@@ -83,8 +74,8 @@ class AdapterFolder:
         config = read_json(folder / CONFIG_NAME)
         if config.get("peft_type") != PEFT_TYPE:
             pooled = " with use_qalora, which pools sum·K/g² instead of the sum" if config.get("use_qalora") else ""
-            found = config.get("peft_type")
-            kind = f"a PEFT {_plain(found)} adapter" if found else "an adapter without peft_type"
+            peft_type = config.get("peft_type")
+            kind = f"a PEFT {_plain(peft_type)} adapter" if peft_type else "an adapter without peft_type"
             raise QALoraError(
                 f"{folder} is {kind}{pooled}; expected a QA-LoRA adapter of this project (peft_type {PEFT_TYPE}). "
                 "Merging it would scale it wrongly. Train with `adapter: qalora`."
@@ -152,7 +143,7 @@ class AdapterFolder:
     def digest(self) -> str:
         """``"blake3:…"`` of what a merge takes from this folder: the weights file, and the scaling of each linear."""
         with open(self.folder / WEIGHTS_NAME, "rb") as file:
-            weights = hashlib.file_digest(file, blake3).hexdigest()
+            weights = hashlib.file_digest(file, blake3).hexdigest()  # type: ignore[arg-type]  # typeshed: hashlib's own only
         scalings = [(module, self.scaling(module)) for module in self.modules]
         return f"blake3:{blake3(json.dumps([weights, scalings]).encode()).hexdigest()}"
 
@@ -243,8 +234,8 @@ def check_config_patterns(config: dict, modules: list[str], what: object) -> Non
     """Refuse patterns that PEFT, loading this config, could match for ever; see :mod:`.patterns`."""
     for name in ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern"):
         found = config.get(name) or ()
-        patterns = [found] if isinstance(found, str) else [None] if isinstance(found, int | float) else list(found)
-        if not all(isinstance(pattern, str) for pattern in patterns):
+        patterns = [found] if isinstance(found, str) else found
+        if isinstance(patterns, int | float) or not all(isinstance(pattern, str) for pattern in patterns):
             raise QALoraError(f"{what}: {name} is {short(found)}, expected names. Save the adapter again.")
         check_patterns(patterns, modules, f"{what}: {name}")
 

@@ -35,10 +35,10 @@ def copy_companions(base: Path, adapter: Path, work: Path) -> None:
 
     Never a mixture of two tokenizers: transformers 4 wrote files that 5 does not, and they overrule the others.
     """
-    trained = _TOKENIZER_FILES if _has_tokenizer(adapter) else ()
+    trained: tuple[str, ...] = _TOKENIZER_FILES if _has_tokenizer(adapter) else ()
     if any(_is_any_of(path, _PROCESSOR_FILES) for path in adapter.iterdir()):
         trained += _PROCESSOR_FILES
-    known = _TOKENIZER_FILES + _PROCESSOR_FILES + _OTHER_FILES
+    known: tuple[str, ...] = _TOKENIZER_FILES + _PROCESSOR_FILES + _OTHER_FILES
     if read_json(work / "config.json").get("auto_map"):
         known += _CODE_FILES
     for path in base.iterdir():

@@ -126,8 +126,8 @@ def weights_name(folder: Path, config: dict) -> str:
         if (folder / name).is_file():
             return name
     quantization = config.get("quantization_config") or {}
-    if name := autogptq.find_weights(folder, quantization.get("model_file_base_name")):
-        return name
+    if found := autogptq.find_weights(folder, quantization.get("model_file_base_name")):
+        return found
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         raise QALoraError(

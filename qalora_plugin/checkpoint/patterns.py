@@ -7,8 +7,8 @@ ones take longer than anybody waits. So a pattern is accepted by an upper bound 
 import re
 from collections.abc import Iterable
 from math import comb
-from re import _constants as op
-from re import _parser as parser
+from re import _constants as op  # type: ignore[attr-defined]  # private, so typeshed has neither
+from re import _parser as parser  # type: ignore[attr-defined]
 
 from qalora_plugin.checkpoint.json_files import short
 from qalora_plugin.core.errors import QALoraError
@@ -47,6 +47,7 @@ def check_patterns(patterns: Iterable[str], modules: list[str], what: str) -> No
 def _cost(tree: Iterable) -> tuple[int | None, int]:
     """Repetitions in a pattern and ways through its alternatives; None: what is repeated can be divided differently."""
     repeats, ways = 0, 1
+    inner: int | None
     for code, argument in tree:
         if code in _ONE_CHARACTER or code is op.AT:
             continue
@@ -59,7 +60,8 @@ def _cost(tree: Iterable) -> tuple[int | None, int]:
             inner, factor = _cost(argument[-1])
         elif code is op.BRANCH:
             parts = [_cost(part) for part in argument[1]]
-            inner = None if any(found is None for found, _ in parts) else max(found for found, _ in parts)
+            known = [found for found, _ in parts if found is not None]
+            inner = max(known) if len(known) == len(parts) else None
             factor = sum(found for _, found in parts)
         else:  # back references and the like
             return None, 0

@@ -18,7 +18,7 @@ class Termination:
     a program's own handlers stay. And only in the main thread, where Python handles signals.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._arrived: int | None = None
         self._interrupts = False
         main = threading.current_thread() is threading.main_thread()

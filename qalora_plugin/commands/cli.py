@@ -3,7 +3,7 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -134,7 +134,7 @@ app.add_typer(exporting.app, name="export", help="Write a merged checkpoint, or 
 class _Command(typer.core.TyperGroup):
     """Shows a :class:`QALoraError` as one line instead of a traceback."""
 
-    def invoke(self, ctx):
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except QALoraError as error:

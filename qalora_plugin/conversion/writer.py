@@ -56,16 +56,17 @@ class ShardWriter:
 
     def _flush(self) -> None:
         path = self._temporary(len(self._written))
-        if all(isinstance(tensor, np.ndarray) for tensor in self._held.values()):
+        arrays = {name: tensor for name, tensor in self._held.items() if isinstance(tensor, np.ndarray)}
+        if len(arrays) == len(self._held):
             from safetensors.numpy import save_file
 
-            save_file(self._held, path, metadata={"format": "pt"})
+            save_file(arrays, path, metadata={"format": "pt"})
         else:
-            import torch
             from safetensors.torch import save_file as save_tensors
+            from torch import as_tensor
 
-            held = {name: torch.as_tensor(tensor).contiguous() for name, tensor in self._held.items()}
-            save_tensors(held, path, {"format": "pt"})
+            tensors = {name: as_tensor(tensor).contiguous() for name, tensor in self._held.items()}
+            save_tensors(tensors, path, {"format": "pt"})
         self._written.append(list(self._held))
         self._held, self._size = {}, 0
 

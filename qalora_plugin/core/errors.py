@@ -49,6 +49,6 @@ def os_errors_in_one_line() -> Iterator[None]:
     except OSError as error:
         path = "" if error.filename is None else f"{error.filename}: "
         what = error.strerror or str(error) or type(error).__name__
-        raise QALoraError(f"{path}{what}. {_ADVICE.get(error.errno, 'Check the disk and try again.')}") from error
+        raise QALoraError(f"{path}{what}. {_ADVICE.get(error.errno or 0, 'Check the disk and try again.')}") from error
     except UnicodeEncodeError as error:
         raise QALoraError(f"{error.object!r} is no name that a file can have. Choose another.") from error

@@ -82,15 +82,20 @@ class GroupwiseWeight(NamedTuple):
 
     @classmethod
     def of(cls, tensors: "Sequence[Tensor | None]", bits: int, group_size: int) -> "GroupwiseWeight":
-        return cls(*tensors, bits, group_size)
+        qweight, zeros, scales, offsets, g_idx, group_order = tensors
+        assert qweight is not None
+        assert zeros is not None
+        assert scales is not None
+        return cls(qweight, zeros, scales, offsets, g_idx, group_order, bits, group_size)
 
     def expert(self, i: int) -> "GroupwiseWeight":
         """One of stacked experts."""
-        stacked = (self.qweight, self.zeros, self.scales, self.offsets)
-        return self._replace(**{
-            name: None if tensor is None else tensor[i]
-            for name, tensor in zip(("qweight", "zeros", "scales", "offsets"), stacked, strict=True)
-        })  # fmt: skip
+        return self._replace(
+            qweight=self.qweight[i],
+            zeros=self.zeros[i],
+            scales=self.scales[i],
+            offsets=None if self.offsets is None else self.offsets[i],
+        )
 
     def narrow(self, k: slice | None = None, n: slice | None = None) -> "GroupwiseWeight":
         """Views of the columns ``k`` of K (whole groups, in order) and ``n`` of N.
@@ -110,12 +115,9 @@ class GroupwiseWeight(NamedTuple):
             rows = slice(start // period * words, stop // period * words)
             groups = slice(start // self.group_size, stop // self.group_size)
 
-        def part(tensor: "Tensor | None") -> "Tensor | None":
-            return None if tensor is None else tensor[..., groups, columns]
-
         return self._replace(
             qweight=self.qweight[..., rows, columns],
-            zeros=part(self.zeros),
-            scales=part(self.scales),
-            offsets=part(self.offsets),
+            zeros=self.zeros[..., groups, columns],
+            scales=self.scales[..., groups, columns],
+            offsets=None if self.offsets is None else self.offsets[..., groups, columns],
         )

@@ -15,7 +15,7 @@ from qalora_plugin.core.reference import adapter_offsets
 
 def compare_logits(
     base: Path, adapter: AdapterFolder, merged: Path, sequences: list[list[int]], dtype: torch.dtype, device: str
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """How far the merged checkpoint's logits are from those of base + adapter; keys as in ``VerifyReport``.
 
     The merged model runs twice: with its offsets as stored, then with those of the other dtype. So one of the two has
@@ -25,15 +25,15 @@ def compare_logits(
     from qalora_plugin.integrations.transformers.loading import load_base, load_model
 
     with full_precision():
-        options = {"model_class": adapter.model_class, "dtype": dtype}
-        model = load_adapter(load_base(base, **options), adapter.folder)
+        options: dict[str, Any] = {"model_class": adapter.model_class, "dtype": dtype}
+        model: Any = load_adapter(load_base(base, **options), adapter.folder)
         expected = list(_logits(model, sequences, device))
         offsets = exact_offsets(model)
         del model
         gc.collect()
         model = load_model(merged, **options)
         largest = max(logits.abs().max().item() for logits in expected)
-        tokens, agree, kl, stored, again = 0, 0, 0.0, 0.0, 0.0
+        tokens, agree, kl, stored, again = 0, 0.0, 0.0, 0.0, 0.0
         for p, q in zip(expected, _logits(model, sequences, device), strict=True):
             log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
             tokens += len(p)
@@ -68,8 +68,9 @@ def exact_offsets(model: nn.Module) -> dict[str, Tensor]:
             (active,) = layer.active_adapters
             lora_a, lora_b = (part[active].weight.detach().cpu() for part in (layer.lora_A, layer.lora_B))
             exact = adapter_offsets(lora_a, lora_b, layer.scaling[active])
-            if (before := layer.get_base_layer().offsets) is not None:
-                exact += before.cpu()
+            base: Any = layer.get_base_layer()
+            if base.offsets is not None:
+                exact += base.offsets.cpu()
             offsets[name.removeprefix("base_model.model.")] = exact.float()
     return offsets
 
@@ -82,7 +83,7 @@ def _larger(value: float, difference: Tensor) -> float:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """float32 products in float32, though a training run set TF32: its 10 bits would hide what is compared."""
-    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    settings: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]  # untyped
     before = [setting.fp32_precision for setting in settings]
     try:
         for setting in settings:

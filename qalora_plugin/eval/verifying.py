@@ -19,6 +19,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -199,7 +200,7 @@ def _compare_tensors(source: Checkpoint, result: Checkpoint, names: list[str], p
         info, other = source.tensors[name], result.tensors.get(name)
         data = _bytes_of(source.tensor(name))
         digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
-        digest.update(data.numpy())
+        digest.update(data.numpy().data)
         if other is not None and (other.dtype, other.shape) == (info.dtype, info.shape):
             identical += torch.equal(data, _bytes_of(result.tensor(name)))
     return identical, digest.hexdigest()
@@ -211,7 +212,7 @@ def _bytes_of(tensor: Tensor) -> Tensor:
 
 def _compare_weights(
     source: QuantizedCheckpoint, result: QuantizedCheckpoint, adapter: AdapterFolder, progress: bool
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Errors of the merged weights against ``w + α/R·(B·A)ᵀ`` per group, in float64."""
     changed = {name for name, spec in result.specs.items() if spec.offset_dtype}
     had = {name for name, spec in source.specs.items() if spec.offset_dtype}
@@ -223,7 +224,8 @@ def _compare_weights(
             raise QALoraError(f"{result.folder}: {name} has no offsets, but the adapter changes it. Merge again.")
         before, after = source.weight(name), result.weight(name)
         group = column_groups(before)
-        delta = adapter_offsets(*map(torch.from_numpy, adapter.factors(name)), adapter.scaling(name))
+        lora_a, lora_b = map(torch.from_numpy, adapter.factors(name))
+        delta = adapter_offsets(lora_a, lora_b, adapter.scaling(name))
         stored = delta if before.offsets is None else delta + before.offsets.double()
         rounding = half_ulp(stored, dtype) + _NOISE * stored.abs().max()
         for start in range(0, before.out_features, _COLUMNS):

@@ -192,14 +192,14 @@ class Gptq:
     def _check_against_config(self, where: object, name: str, bits: int, in_features: int, groups: int) -> None:
         quantization = self.quantization
         group_size = quantization.get("group_size")
-        stated = not quantization.get("dynamic") and group_size not in (None, -1)
-        if in_features % groups or (stated and (group_size < 1 or in_features % group_size)):
+        stated = None if quantization.get("dynamic") or group_size in (None, -1) else group_size
+        if in_features % groups or (stated is not None and (stated < 1 or in_features % stated)):
             raise QALoraError(
                 f"{where}: {name}: group size {group_size} does not divide in_features {in_features} "
                 f"({groups} groups are stored). Pooling needs whole groups: quantise the base again with a group size "
                 f"that divides {in_features}."
             )
-        if stated and in_features != groups * group_size:
+        if stated is not None and in_features != groups * stated:
             raise QALoraError(
                 f"{where}: {name} is stored with group size {in_features // groups} ({groups} groups), its "
                 f"quantisation config says {group_size}. One of the two is from another checkpoint."

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qalora_plugin.checkpoint.adapter_folder import CANNOT_MERGE, CONFIG_NAME, WEIGHTS_NAME
+from qalora_plugin.checkpoint.adapter_folder import CONFIG_NAME, WEIGHTS_NAME
 from qalora_plugin.checkpoint.json_files import read_json, short
 from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.core.unsupported import peft_refusals
 
 _PICKLE = "adapter_model.bin"
 _OTHER_METHODS = ("alora_invocation_tokens", "arrow_config", "monteclora_config", "use_bdlora", "velora_config")
-_HARMLESS_INITS = (None, True, False, "gaussian")  # all others change the base's weights too
 _TO_SAFETENSORS = (
     "import sys, torch; from safetensors.torch import save_file; state = torch.load(sys.argv[1], map_location='cpu', "
     "weights_only=True); save_file({name: tensor.clone().contiguous() for name, tensor in state.items()}, sys.argv[2])"
@@ -55,21 +55,12 @@ class PooledLora:
                 "this project need no import."
             )
         self.check(config, path)
-        for name, why in CANNOT_MERGE.items():
-            if config.get(name):
-                raise QALoraError(f"{path}: {name} is set: {why}. Train without it.")
+        for name, why in peft_refusals(config):
+            if name != "use_qalora":  # self.check has looked at it
+                raise QALoraError(f"{path}: {name} is {short(config[name])}: {why}. Train without it.")
         for name in _OTHER_METHODS:
             if config.get(name):
                 raise QALoraError(f"{path}: {name} is set: that is no plain pooled product. Train without it.")
-        if config.get("bias") not in (None, "none"):
-            raise QALoraError(
-                f"{path}: bias is {short(config['bias'])}: {CANNOT_MERGE['lora_bias']}. Train with bias 'none'."
-            )
-        if config.get("init_lora_weights") not in _HARMLESS_INITS:
-            raise QALoraError(
-                f"{path}: init_lora_weights is {short(config['init_lora_weights'])}, which changes the base's weights, "
-                "but a merge keeps them. Train with true, false or 'gaussian'."
-            )
         if not (folder / WEIGHTS_NAME).is_file() and (folder / _PICKLE).exists():
             raise QALoraError(
                 f"{folder} holds its weights as a pickle ({_PICKLE}), which can run code when opened and is never "

@@ -98,7 +98,7 @@ def can_be_base(quantization: dict[str, Any]) -> bool:
 
 
 def _why_not_base(checkpoint: Checkpoint) -> str:
-    method = checkpoint.method
+    method: object = checkpoint.method  # whatever a file says
     if method is None and checkpoint.quantization:
         return f"its quantization_config names no quant_method, expected 'gptq'. {_MAKE_ONE}"
     if method is None:

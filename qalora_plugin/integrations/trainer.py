@@ -8,7 +8,6 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qalora_plugin.checkpoint.places import absolute, is_inside, require_outside, require_place
-from qalora_plugin.commands.doctor import training_dtype, training_summary
 from qalora_plugin.conversion.merging import merge
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.eval.proof import prove
@@ -16,6 +15,7 @@ from qalora_plugin.eval.tokens import sample_dataset
 from qalora_plugin.formats.fusion import dense_modules, unservable
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.formats.qalora import require_offset_dtype
+from qalora_plugin.layers.summary import training_dtype, training_summary
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +46,10 @@ class QALoraMergeCallback(TrainerCallback):
         self.verify, self.verify_tokens = verify, verify_tokens
 
     def _target(self, args: TrainingArguments) -> Path:
-        return absolute(self.out or Path(args.output_dir) / "merged")
+        return absolute(self.out or Path(str(args.output_dir)) / "merged")
 
     def _require_places(self, args: TrainingArguments) -> None:
-        output_dir = absolute(args.output_dir)
+        output_dir = absolute(str(args.output_dir))
         require_outside(output_dir, self.base, "output_dir")
         target = self._target(args)
         if is_inside(output_dir, target):
@@ -69,10 +69,12 @@ class QALoraMergeCallback(TrainerCallback):
                 f"{found}. Give QALoraMergeCallback the base (and the revision) that load_base was given."
             )
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Refuse before training what could not be merged after it."""
         model = kwargs["model"]
-        config = getattr(model, "peft_config", {}).get("default")
+        config: Any = getattr(model, "peft_config", {}).get("default")
         if getattr(config, "qalora", None) is None:
             raise QALoraError(
                 f"the trainer's model ({type(model).__name__}) has no QA-LoRA adapter. "
@@ -85,16 +87,18 @@ class QALoraMergeCallback(TrainerCallback):
             for line in training_summary(model, training_dtype(model, args.bf16, args.fp16)):
                 print(f"qalora: {line}")
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero:
             kwargs["model"].save_pretrained(args.output_dir)
             if (processing := kwargs.get("processing_class")) is not None:
                 processing.save_pretrained(args.output_dir)
-            merged = merge(self.base, args.output_dir, self._target(args), **self.merge_kwargs).folder
+            merged = merge(self.base, str(args.output_dir), self._target(args), **self.merge_kwargs).folder
             if self.verify:
                 prove(
                     self.base,
-                    args.output_dir,
+                    str(args.output_dir),
                     merged,
                     sequences=self._samples(kwargs),
                     max_tokens=self.verify_tokens,

@@ -8,6 +8,8 @@ Between the two only ``P(x)`` is saved, 1/g of ``x``. The weight multiplied here
 offsets, the one that the merged checkpoint serves.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -36,7 +38,9 @@ def linear(x: Tensor, weight: GroupwiseWeight, delta: OffsetDelta | None = None)
 
 class _GroupwiseLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, weight: GroupwiseWeight):
+    def forward(
+        ctx: Any, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, weight: GroupwiseWeight
+    ) -> Tensor:
         run = _forward_op if torch.compiler.is_compiling() else _forward
         wants_adapter = any(ctx.needs_input_grad[1:3])
         y, pooled = run(x, lora_a, lora_b, scaling, wants_adapter, weight.tensors, weight.bits, weight.group_size)
@@ -46,12 +50,13 @@ class _GroupwiseLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         run = _backward_op if torch.compiler.is_compiling() else _backward
         wants_dx, wants_a, wants_b = ctx.needs_input_grad[:3]
         weight = ctx.weight
+        pooled, lora_a, lora_b = ctx.saved_tensors
         dx, da, db = run(
-            dy, *ctx.saved_tensors, ctx.scaling, wants_dx, wants_a or wants_b,
+            dy, pooled, lora_a, lora_b, ctx.scaling, wants_dx, wants_a or wants_b,
             weight.tensors, weight.bits, weight.group_size,
         )  # fmt: skip
         return dx if wants_dx else None, da if wants_a else None, db if wants_b else None, None, None
@@ -69,7 +74,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns ``y`` and ``P(x)`` (empty unless ``keep_pooled``). The last three arguments are a GroupwiseWeight."""
     weight = GroupwiseWeight.of(tensors, bits, group_size)
-    delta = None if lora_a is None else OffsetDelta(lora_a, lora_b, scaling)
+    delta = None if lora_a is None or lora_b is None else OffsetDelta(lora_a, lora_b, scaling)
     with torch.autocast(x.device.type, enabled=False):
         y = choose(weight, x.dtype, x.numel() // x.shape[-1]).forward(x, weight, delta)
         # After y: allocated before it, what is kept would break up the free memory that y fits into.
@@ -90,13 +95,13 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, A and B; empty where not wanted."""
     weight = GroupwiseWeight.of(tensors, bits, group_size)
-    delta = None if lora_a is None else OffsetDelta(lora_a, lora_b, scaling)
+    delta = None if lora_a is None or lora_b is None else OffsetDelta(lora_a, lora_b, scaling)
     dx, da, db = (dy.new_empty(0) for _ in range(3))
     kernel = choose(weight, dy.dtype)
     with torch.autocast(dy.device.type, enabled=False):
         if wants_dx:
             dx = kernel.grad_input(dy, weight, delta)
-        if wants_adapter:
+        if wants_adapter and delta is not None:
             da, db = _adapter_gradients(dy.flatten(0, -2), pooled.flatten(0, -2), delta, kernel)
     return dx, da, db
 
@@ -109,14 +114,19 @@ _backward_op = torch.library.custom_op("qalora::linear_backward", _backward, mut
 
 
 @_forward_op.register_fake
-def _(x, lora_a, lora_b, scaling, keep_pooled, tensors, bits, group_size):
+def _(
+    x: Tensor, lora_a: Any, lora_b: Any, scaling: float, keep_pooled: bool, tensors: Any, bits: int, group_size: int
+) -> tuple[Tensor, Tensor]:
     groups, out_features = tensors[2].shape
     pooled = x.new_empty(*x.shape[:-1], groups) if keep_pooled else x.new_empty(0)
     return x.new_empty(*x.shape[:-1], out_features), pooled
 
 
 @_backward_op.register_fake
-def _(dy, pooled, lora_a, lora_b, scaling, wants_dx, wants_adapter, tensors, bits, group_size):
+def _(
+    dy: Tensor, pooled: Tensor, lora_a: Any, lora_b: Any, scaling: float, wants_dx: bool, wants_adapter: bool,
+    tensors: Any, bits: int, group_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     groups = tensors[2].shape[0]
     dx = dy.new_empty(*dy.shape[:-1], groups * group_size) if wants_dx else dy.new_empty(0)
     da, db = (torch.empty_like(t) if wants_adapter else dy.new_empty(0) for t in (lora_a, lora_b))

@@ -25,11 +25,13 @@ def fill(weight: GroupwiseWeight, offsets: Tensor | None, out: Tensor) -> None:
         codes, rows = code_plane(weight.qweight, bits, j), out[j::period]
         if aligned:  # a plane holds group_size/period consecutive rows of every group: broadcast
             codes, rows = (t.view(groups, group_size // period, -1) for t in (codes, rows))
-            s, z, o = (None if t is None else t.unsqueeze(1) for t in (scales, zeros, offsets))
+            s, z = scales.unsqueeze(1), zeros.unsqueeze(1)
+            o = None if offsets is None else offsets.unsqueeze(1)
         else:
             columns = torch.arange(j, weight.in_features, period, device=out.device)
             group = columns // group_size if weight.g_idx is None else weight.g_idx[columns].long()
-            s, z, o = (None if t is None else t[group] for t in (scales, zeros, offsets))
+            s, z = scales[group], zeros[group]
+            o = None if offsets is None else offsets[group]
         centred = codes - z
         if o is None:
             torch.mul(centred, s, out=rows)

@@ -1,5 +1,7 @@
 """``P(x)``: x summed over each quantization group. Differentiable."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -21,7 +23,7 @@ class _Pool(torch.autograd.Function):
     """The sum over groups in order, by a kernel of its own (Triton)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, groups: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, groups: int) -> Tensor:
         from qalora_plugin.kernels.triton import pooling  # Triton is not everywhere
 
         ctx.group_size = x.shape[-1] // groups
@@ -29,5 +31,5 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient.repeat_interleave(ctx.group_size, dim=-1), None

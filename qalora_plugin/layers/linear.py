@@ -26,9 +26,9 @@ class QuantLinear(nn.Module):
         QALoraError: the sizes cannot be packed.
     """
 
-    qweight: Tensor | None
-    zeros: Tensor | None
-    scales: Tensor | None
+    qweight: Tensor  # None, like all of these, until there is a weight
+    zeros: Tensor
+    scales: Tensor
     offsets: Tensor | None
     g_idx: Tensor | None
     group_order: Tensor | None

@@ -10,11 +10,12 @@ import torch
 from support.fabricate import make_base
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qalora_plugin.commands.doctor import diagnose, training_summary
+from qalora_plugin.commands.doctor import diagnose
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.kernels import cpu
 from qalora_plugin.kernels.select import example_weight, training_kernel
+from qalora_plugin.layers.summary import training_summary
 
 SMALL, LARGE = (64, 64), (1024, 512)
 

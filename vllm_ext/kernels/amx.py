@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from qalora_plugin.core.private_cache import private_folder
+from vllm_ext.compat import Layer
 
 logger = logging.getLogger("vllm.qalora")
 
@@ -101,9 +102,9 @@ def _linears(group_size: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Ten
     return lambda x: fused.apply_weights(layers[0], x), separate
 
 
-def _layer(words: Tensor, groups: int) -> nn.Module:
+def _layer(words: Tensor, groups: int) -> Layer:
     """Weights as they are loaded, with what vLLM's kernels ask of its parameters."""
-    layer = nn.Module()
+    layer: Layer = nn.Module()
     layer.qweight = nn.Parameter(words.clone(), requires_grad=False)
     layer.scales = nn.Parameter(torch.full((groups, _SIZE), 0.01, dtype=torch.bfloat16), requires_grad=False)
     for parameter in (layer.qweight, layer.scales):

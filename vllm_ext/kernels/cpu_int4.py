@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qalora_plugin.core.packing import unpack_rows
 from qalora_plugin.kernels.hardware import gemm_dtype
 from qalora_plugin.kernels.workspace import scratch
+from vllm_ext.compat import Layer
 from vllm_ext.kernels import amx
 
 GROUP_SIZES = (32, 64, 128, 256)
@@ -45,18 +46,17 @@ class Int4PackKernel:
             )
         return None
 
-    def hand_over(self, layer: nn.Module, zeros: Tensor, bits: int, offsets: Tensor) -> None:
+    def hand_over(self, layer: Layer, zeros: Tensor, bits: int, offsets: Tensor) -> None:
         """Repack ``layer``'s loaded weights. zeros: true zero-points, uint8 ``[G, N]``. offsets: ``[G, N]``."""
         amx.request()
         scales = layer.scales.data.float()
         folded = offsets.float() - scales * (zeros.float() - 8)
         pairs = torch.stack([scales, folded], dim=-1).bfloat16()
-        layer.qweight = nn.Parameter(
-            pack(unpack_rows(layer.qweight.data, bits), columns_of_a_block()), requires_grad=False
-        )
+        packed = pack(unpack_rows(layer.qweight.data, bits), _block())
+        layer.qweight = nn.Parameter(packed, requires_grad=False)
         layer.scales = nn.Parameter(pairs, requires_grad=False)
 
-    def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply_weights(self, layer: Layer, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``[..., K] → [..., N]``."""
         y = torch.ops.qalora.int4_linear(x.reshape(-1, x.shape[-1]), layer.qweight, layer.scales, self.group_size)
         y = y.view(*x.shape[:-1], -1)
@@ -98,10 +98,17 @@ def columns_of_a_block() -> int | None:
     return next((block for block in (64, 32) if torch.equal(theirs, pack(codes.to(torch.uint8), block))), None)
 
 
+def _block() -> int:
+    """:func:`columns_of_a_block`, where ``why_not`` has found it to be known."""
+    found = columns_of_a_block()
+    assert found is not None
+    return found
+
+
 def unpack(weight: Tensor, scales_and_zeros: Tensor, group_size: int, out: Tensor) -> Tensor:
     """The dense weight ``[K, N]``, rounded once, in ``out``: a buffer of that size."""
     groups, n, _ = scales_and_zeros.shape
-    block = columns_of_a_block()
+    block = _block()
     blocks, half = n // block, block // 2
     packed = weight.view(blocks, groups, group_size, half).transpose(0, 1)
     scales, zeros = scales_and_zeros.float().view(groups, blocks, 1, 2, half, 2).unbind(-1)

@@ -15,6 +15,7 @@ The environment's ``QALORA_PATH``, or ``serving_path`` in ``quantization_config`
 import os
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from vllm.logger import init_logger
@@ -26,7 +27,7 @@ from vllm_ext.kernels import amx
 from vllm_ext.kernels.cpu_int4 import GROUP_SIZES, Int4PackKernel
 from vllm_ext.kernels.vllm import FloatZeroKernel, NoKernel, find_float_zero_kernel, find_kernel
 
-Kernel = MPLinearKernel | Int4PackKernel
+Kernel: TypeAlias = MPLinearKernel | Int4PackKernel
 logger = init_logger("vllm.qalora")  # below "vllm", whose handlers show it
 
 FUSED, SEPARATE, DENSE = PATHS = ("fused-zeros", "kernel+offsets", "dense")

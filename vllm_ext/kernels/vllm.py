@@ -1,7 +1,7 @@
 """vLLM's own mixed-precision kernels, for the first term ``x·[scales·(q − zeros)]``: find one, hand it the weights."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.model_executor.kernels.linear import MPLinearKernel, choose_mp_linear_kernel
 from vllm.model_executor.kernels.linear.mixed_precision.machete import MacheteLinearKernel
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
@@ -10,7 +10,7 @@ from vllm.platforms import current_platform
 from vllm.scalar_type import scalar_types
 
 from qalora_plugin.core.packing import pack_rows
-from vllm_ext.compat import kernel_config
+from vllm_ext.compat import Layer, kernel_config
 from vllm_ext.kernels.cpu_int4 import Int4PackKernel
 
 # (bits, with zero-points) → type of the codes; 2 and 3 bits have no kernel
@@ -35,7 +35,7 @@ class FloatZeroKernel(MacheteLinearKernel):
     ``−scales·z``. By source of vLLM 0.26, 0.32 and 0.33; 0.33's op was run so on an H100 (benchmarks/results/gpu).
     """
 
-    def hand_over(self, layer: nn.Module, zeros: Tensor, bits: int, offsets: Tensor) -> None:
+    def hand_over(self, layer: Layer, zeros: Tensor, bits: int, offsets: Tensor) -> None:
         """Give ``layer``'s loaded weights to Machete. zeros: uint8 ``[G, N]``. offsets: ``[G, N]``."""
         hand_over(self, layer, zeros, bits)
         layer.zero_points.data.copy_(float_zeros(layer.scales.data, zeros, offsets))
@@ -102,7 +102,7 @@ def find_float_zero_kernel(
     return FloatZeroKernel(kernel.config, **_PARAMETERS)
 
 
-def hand_over(kernel: MPLinearKernel, layer: nn.Module, zeros: Tensor, bits: int) -> None:
+def hand_over(kernel: MPLinearKernel, layer: Layer, zeros: Tensor, bits: int) -> None:
     """Give ``layer``'s loaded weights to ``kernel``, which repacks them. zeros: true zero-points, uint8 ``[G, N]``."""
     layer.scales.data = layer.scales.data.to(kernel.config.act_type)
     if kernel.config.zero_points:

@@ -7,39 +7,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from qalora_plugin.checkpoint.json_files import short
 from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.core.unsupported import refuse_axolotl_keys
 
 ADAPTER = "qalora"
 
-_REFUSED = {
-    "lora_mlp_kernel": "the fused LoRA kernels would bypass the pooling",
-    "lora_qkv_kernel": "the fused LoRA kernels would bypass the pooling",
-    "lora_o_kernel": "the fused LoRA kernels would bypass the pooling",
-    "lora_embedding_kernel": "the fused LoRA kernels would bypass the pooling",
-    "lora_modules_to_save": "a dense copy of a layer cannot be merged into an INT4 base",
-    "lora_target_parameters": "only linear layers have quantisation groups",
-    "lora_fan_in_fan_out": "GPTQ linears have one orientation",
-    "peft_use_dora": "DoRA scales whole columns, which no group-wise offset can express",
-    "peft_layer_replication": "a merged checkpoint has the base's layers",
-    "peft_trainable_token_indices": "embeddings are not quantised, so changes to them cannot be merged",
-    "peft": "LoftQ rewrites the base weight, which stays packed",
-    "unfrozen_parameters": "base weights that train cannot be merged",
-    "load_in_4bit": "the base is GPTQ already; bitsandbytes would quantise it twice",
-    "load_in_8bit": "the base is GPTQ already; bitsandbytes would quantise it twice",
-    "qat": "the base is quantised already",
-    "fix_untrained_tokens": "it rewrites embeddings, which a merged checkpoint takes from the base",
-    "reward_model": "its score head is dense and trains, which cannot be merged",
-    "process_reward_model": "its score head is dense and trains, which cannot be merged",
-    "reinit_weights": "random weights have no quantised base to be merged into",
-    "relora": "it merges into the base while training, which stays packed",
-    "qlora_sharded_model_loading": "it loads bitsandbytes weights, and the base is GPTQ",
-    "fsdp": "sharding packed weights is not supported yet; use DDP (the default with several GPUs)",
-    "fsdp_config": "sharding packed weights is not supported yet; use DDP (the default with several GPUs)",
-    "deepspeed": "sharding packed weights is not supported yet; use DDP (the default with several GPUs)",
-}
-_PARALLEL = {
-    "tensor_parallel_size": "packed weights cannot be split over ranks while training",
-    "expert_parallel_size": "mixture-of-experts layers are not trained yet",
-}
 _STARTS_FROM_THE_BASE = ("dpo", "ipo", "kto")  # Axolotl 0.19, loaders/model.py: hands TRL a config, not an adapter
 _REQUIRED = ("base_model", "lora_r", "lora_alpha")
 _STRINGS = ("base_model", "revision_of_model", "lora_model_dir", "output_dir", "rl")  # read before Axolotl checks them
@@ -135,28 +106,7 @@ def refuse_unmergeable(cfg: dict) -> None:
         QALoraError: names the key, why it is refused, and what to do.
     """
     _check_types(cfg)
-    for key, why in _REFUSED.items():
-        if cfg.get(key):
-            raise QALoraError(f"{key} cannot be combined with adapter: qalora: {why}. Remove {key}.")
-    for key, why in _PARALLEL.items():
-        if (cfg.get(key) or 1) != 1:
-            raise QALoraError(f"{key}: {cfg[key]} cannot be combined with adapter: qalora: {why}. Remove {key}.")
-    if cfg.get("lora_bias") not in (None, False, "none"):
-        raise QALoraError(
-            f"lora_bias: {cfg['lora_bias']} cannot be combined with adapter: qalora: a merged checkpoint keeps the "
-            "base's biases. Remove lora_bias."
-        )
-    if cfg.get("peft_init_lora_weights") not in (None, True, False, "gaussian"):
-        raise QALoraError(
-            f"peft_init_lora_weights: {cfg['peft_init_lora_weights']} rewrites the base weight, which stays packed. "
-            "Use true, false or gaussian."
-        )
-    trl = cfg.get("trl")
-    if isinstance(trl, dict) and trl.get("use_vllm"):
-        raise QALoraError(
-            "trl.use_vllm cannot be combined with adapter: qalora: TRL sends vLLM merged weights or a plain LoRA, and "
-            "this adapter is neither. Set trl.use_vllm: false."
-        )
+    refuse_axolotl_keys(cfg)
     if cfg.get("lora_model_dir") and cfg.get("rl") in _STARTS_FROM_THE_BASE and not cfg.get("merge_lora"):
         raise QALoraError(
             f"rl: {cfg['rl']} with lora_model_dir: Axolotl starts a new adapter there and ignores the given one. "

@@ -25,7 +25,7 @@ _FOLDERS = ("base_model", "output_dir", "lora_model_dir")
 class QALoraPlugin(BasePlugin):
     """``plugins: [qalora_plugin.QALoraPlugin]`` with ``adapter: qalora``."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self._samples: list[list[int]] = []
 
@@ -86,7 +86,7 @@ class QALoraPlugin(BasePlugin):
         from qalora_plugin.integrations.peft.loading import load_adapter
 
         if cfg.lora_model_dir and not config_only:
-            peft_model = load_adapter(model, cfg.lora_model_dir, is_trainable=not inference)
+            peft_model: Any = load_adapter(model, cfg.lora_model_dir, is_trainable=not inference)
             config = peft_model.peft_config["default"]
         else:
             config = bind_config(model, _build_peft_lora_config(model, cfg))
@@ -109,7 +109,7 @@ class QALoraPlugin(BasePlugin):
         """Say once what training runs on, and keep a few token sequences for the verification after the merge."""
         if cfg.adapter != ADAPTER:
             return
-        from qalora_plugin.commands.doctor import training_dtype, training_summary
+        from qalora_plugin.layers.summary import training_dtype, training_summary
 
         for line in training_summary(
             trainer.model, training_dtype(trainer.model, trainer.args.bf16, trainer.args.fp16)

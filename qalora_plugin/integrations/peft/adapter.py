@@ -9,25 +9,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import LoraConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from qalora_plugin.checkpoint.adapter_folder import CANNOT_MERGE, PEFT_TYPE, AdapterFolder, check_pooling
+from qalora_plugin.checkpoint.adapter_folder import PEFT_TYPE, AdapterFolder, check_pooling
 from qalora_plugin.checkpoint.hub import is_local
 from qalora_plugin.core.delta import OffsetDelta
 from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.core.unsupported import refuse_peft_fields
 from qalora_plugin.integrations.peft.conversion import leave_alone
 from qalora_plugin.kernels.pooling import pool
 from qalora_plugin.layers.linear import QuantLinear
-
-_MUST_BE_UNSET = {
-    **CANNOT_MERGE,
-    "use_qalora": "it is PEFT's own pooling, scaled differently; this adapter pools already",
-}
 
 
 @dataclass
@@ -44,20 +40,11 @@ class QALoraConfig(LoraConfig):
         default=None, metadata={"help": "What the adapter was trained on: pooling, group size, base fingerprint."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.qalora is not None:
             self.use_qalora = False  # set in what is saved, see to_dict
         super().__post_init__()
-        for name, why in _MUST_BE_UNSET.items():
-            if getattr(self, name, None):
-                raise QALoraError(f"{name} cannot be combined with QA-LoRA: {why}. Remove it.")
-        if self.bias != "none":
-            raise QALoraError(f"bias={self.bias!r}: a merged checkpoint keeps the base's biases. Use bias='none'.")
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise QALoraError(
-                f"init_lora_weights={self.init_lora_weights!r} changes the base weight, which stays packed. "
-                "Use true, false or 'gaussian'."
-            )
+        refuse_peft_fields(self)
         if self.qalora is not None:
             check_pooling(self.qalora, "this adapter")
         self._register_custom_module({QuantLinear: QALoraLayer})
@@ -71,7 +58,7 @@ class QALoraConfig(LoraConfig):
         return {**super().to_dict(), "peft_type": PEFT_TYPE, "use_qalora": True}
 
 
-PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = QALoraConfig
+PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = QALoraConfig  # type: ignore[index]  # PEFT looks types up as strings
 leave_alone(QALoraConfig)
 
 
@@ -94,7 +81,7 @@ def _check_base_first(load: Callable) -> Callable:
     return load_adapter
 
 
-PeftModel.load_adapter = _check_base_first(PeftModel.load_adapter)
+PeftModel.load_adapter = _check_base_first(PeftModel.load_adapter)  # type: ignore[method-assign]  # on purpose
 
 
 class QALoraLayer(nn.Module, LoraLayer):
@@ -104,19 +91,23 @@ class QALoraLayer(nn.Module, LoraLayer):
     """
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: QALoraConfig, r: int, lora_alpha: int, **kwargs
+        self, base_layer: nn.Module, adapter_name: str, config: QALoraConfig, r: int, lora_alpha: int, **kwargs: Any
     ):
         super().__init__()
         LoraLayer.__init__(self, base_layer, **kwargs)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
+    lora_A: Any  # ModuleDicts of linears, which torch types as of any module
+    lora_B: Any
+
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         """What A reads is the pooled input: G numbers, not K."""
-        return module.groups, module.out_features
+        linear = cast(QuantLinear, module)
+        return linear.groups, linear.out_features
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: QALoraConfig, **kwargs) -> None:
-        base = self.get_base_layer()
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        base = cast(QuantLinear, self.get_base_layer())
         if not isinstance(config, QALoraConfig) or (base.base_fingerprint and not config.qalora):
             raise QALoraError(
                 f"adapter {adapter_name!r} has a {type(config).__name__} that says nothing of its base. Give it the "
@@ -142,7 +133,7 @@ class QALoraLayer(nn.Module, LoraLayer):
             raise QALoraError(
                 "adapter_names: one batch runs through one adapter. Choose it with model.set_adapter(name)."
             )
-        base = self.get_base_layer()
+        base = cast(QuantLinear, self.get_base_layer())
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
         if not active:
             return base(x)

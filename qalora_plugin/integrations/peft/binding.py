@@ -1,6 +1,7 @@
 """A ``LoraConfig`` made ours: bound to the base of a loaded model, and aimed at its quantized linears alone."""
 
 import logging
+from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba, check_target_module_exists
@@ -35,7 +36,7 @@ _DENSE_LAYERS = (
 
 def bind_config(model: PreTrainedModel, config: LoraConfig) -> QALoraConfig:
     """``config`` as a :class:`QALoraConfig` that names the base of ``model`` and targets only its quantised linears."""
-    quantizer = getattr(model, "hf_quantizer", None)
+    quantizer: Any = getattr(model, "hf_quantizer", None)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
     if not layers or not hasattr(quantizer, "base_fingerprint"):
         raise QALoraError(
@@ -64,10 +65,10 @@ def bind_config(model: PreTrainedModel, config: LoraConfig) -> QALoraConfig:
 
 def _require_own_embeddings(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Refuse embeddings that were resized for new tokens: PEFT would save them, and a merge could not hold them."""
-    embeddings = model.get_input_embeddings()
+    embeddings: Any = model.get_input_embeddings()
     names = {f"{name}.weight" for name, module in model.named_modules() if module is embeddings}
     keys = (key for key, place in destinations(model, checkpoint.tensors).items() if place.name in names)
-    stored = checkpoint.tensors.get(next(keys, None))
+    stored = checkpoint.tensors.get(next(keys, ""))
     if stored and stored.shape[0] != len(embeddings.weight):
         raise QALoraError(
             f"the embeddings were resized from {stored.shape[0]} to {len(embeddings.weight)} tokens, but a merged "
@@ -80,7 +81,8 @@ def _restrict_to_quantized(model: PreTrainedModel, config: QALoraConfig, layers:
     every = config.target_modules == "all-linear"
     if every:
         head = model.get_output_embeddings()
-        config.target_modules = {_pattern(name) for name, layer in layers.items() if layer is not head}
+        targets = {_pattern(name) for name, layer in layers.items() if layer is not head}
+        config.target_modules = targets  # type: ignore[assignment]  # PEFT itself makes a set of a list
     matched = {
         name
         for name, module in model.named_modules()

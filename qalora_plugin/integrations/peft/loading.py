@@ -1,7 +1,7 @@
 """New adapters on a loaded base, and saved ones."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
@@ -26,7 +26,7 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig | None = None, **lora
         QALoraError: an option that cannot be merged, or targets that are not quantised.
     """
     config = config or QALoraConfig(**{"task_type": "CAUSAL_LM", **lora_kwargs})
-    return get_peft_model(model, bind_config(model, config))
+    return cast(PeftModel, get_peft_model(model, bind_config(model, config)))  # not a mixed one
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool = False, **kwargs: Any) -> PeftModel:
@@ -36,10 +36,11 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool 
         QALoraError: no adapter of ours, or one of another base.
     """
     adapter = AdapterFolder.open(folder)
-    found = model.hf_quantizer.base_fingerprint(adapter.base_fingerprint)
-    adapter.require_base(found, str(model.hf_quantizer.checkpoint.folder))
+    quantizer: Any = model.hf_quantizer
+    found = quantizer.base_fingerprint(adapter.base_fingerprint)
+    adapter.require_base(found, str(quantizer.checkpoint.folder))
     wanted = set(adapter.keys.values())
-    if missing := sorted(wanted - set(model.hf_quantizer.names)):
+    if missing := sorted(wanted - set(quantizer.names)):
         raise QALoraError(
             f"the adapter {folder} was trained on a {adapter.model_class or 'model of another class'}, whose "
             f"{missing[0]} this {type(model).__name__} does not have. Load the base as that class."

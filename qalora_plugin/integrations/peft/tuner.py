@@ -6,13 +6,14 @@ Every other model gets PEFT's own.
 """
 
 from copy import copy
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
+from transformers import PreTrainedModel
 
 from qalora_plugin.integrations.peft.adapter import QALoraConfig, QALoraLayer, require_adapters
 from qalora_plugin.integrations.peft.binding import bind_config
@@ -29,7 +30,7 @@ class QALoraModel(LoraModel):
             config = self.peft_config[adapter_name]
             if is_first and not (isinstance(config, QALoraConfig) and config.qalora):
                 config = self._prepare_adapter_config(copy(config), self.get_model_config(model))  # default targets
-                self.peft_config[adapter_name] = bind_config(model, config)
+                self.peft_config[adapter_name] = bind_config(cast(PreTrainedModel, model), config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if layers and is_first:
             config = self.peft_config[adapter_name]

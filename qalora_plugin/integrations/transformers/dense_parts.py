@@ -1,6 +1,6 @@
 """What transformers does to a model around its packed linears while loading, and what it must not do."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,7 +23,7 @@ def dense_dtypes(model: "PreTrainedModel") -> dict[str, torch.dtype]:
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
             match = kept.search(name) if kept else None
-            dtypes[name] = plan[by_group[match.lastgroup]] if match else tensor.dtype
+            dtypes[name] = plan[by_group[match.lastgroup or ""]] if match else tensor.dtype
     return dtypes
 
 
@@ -44,8 +44,9 @@ def add_stand_in(linear: QuantLinear) -> None:
 
     Flagged as loaded, it is left alone; the parent's own missing tensors, masks above all, are still made.
     """
-    linear.weight = torch.empty(linear.out_features, linear.in_features, device="meta")
-    linear.weight._is_hf_initialized = True
+    stand_in: Any = torch.empty(linear.out_features, linear.in_features, device="meta")
+    stand_in._is_hf_initialized = True
+    linear.weight = stand_in
 
 
 def remove_stand_in(linear: QuantLinear) -> None:

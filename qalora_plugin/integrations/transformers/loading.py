@@ -8,7 +8,7 @@ the Axolotl plugin ask for ours by another name of the method, :data:`TRAINABLE_
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from transformers.configuration_utils import PretrainedConfig
 from transformers.quantizers.auto import (
@@ -34,6 +34,7 @@ from qalora_plugin.integrations.transformers.dense_parts import (
 )
 from qalora_plugin.integrations.transformers.placing import place_linears, require_every_tensor
 from qalora_plugin.integrations.transformers.stored_tensors import adopt_stored, as_stored
+from qalora_plugin.layers.linear import QuantLinear
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +62,9 @@ class QALoraHfQuantizer(HfQuantizer):
 
     requires_calibration = True  # quantising is GPTQModel's job (`qalora quantize`), never done while loading
 
-    def _process_model_before_weight_loading(self, model: "PreTrainedModel", checkpoint_files=None, **kwargs):
+    def _process_model_before_weight_loading(
+        self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
         if not checkpoint_files:
             raise QALoraError(
                 "a quantised model loads from safetensors files; from_config or a state_dict cannot work."
@@ -72,17 +75,17 @@ class QALoraHfQuantizer(HfQuantizer):
         self.names = place_linears(model, self.opened)
         self._model, self._dtypes = model, dense_dtypes(model)
         for name in self.names:
-            add_stand_in(model.get_submodule(name))
+            add_stand_in(cast(QuantLinear, model.get_submodule(name)))
 
     def update_weight_conversions(self, weight_conversions: list) -> list:
         """Called with the rules by which tensors are about to be renamed: hold the packed linears against them."""
         require_every_tensor(self._model, self.checkpoint, self.names, weight_conversions)
         return super().update_weight_conversions(weight_conversions)
 
-    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs):
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         restore_dtypes(model, self._dtypes)
         for name, stored in self.names.items():
-            layer = model.get_submodule(name)
+            layer = cast(QuantLinear, model.get_submodule(name))
             remove_stand_in(layer)
             adopt_stored(layer, self.opened.specs[stored], self.opened.format)
             layer.base_fingerprint = self.base_fingerprint
@@ -95,13 +98,13 @@ class QALoraHfQuantizer(HfQuantizer):
         """What ``save_pretrained`` writes: the packed linears as they were loaded."""
         state = model.state_dict()
         for name, stored in self.names.items():
-            layer = model.get_submodule(name)
+            layer = cast("QuantLinear", model.get_submodule(name))
             for part in layer.state_dict():
                 del state[f"{name}.{part}"]
             state |= as_stored(layer, name, self.opened.specs[stored], self.opened.format)
         return state, {}
 
-    def _lift_guard(self, config):
+    def _lift_guard(self, config: Any) -> Any:
         """Take out of the model's config what keeps a merged checkpoint from loading where this package is not."""
         if self.quantization_config.quant_method == QALora.method and hasattr(config, WEIGHTS_KEY):
             delattr(config, WEIGHTS_KEY)
@@ -203,7 +206,7 @@ def load_model(folder: str | Path, model_class: str | None = None, **kwargs: Any
     return _auto_class(config, model_class).from_pretrained(folder, **kwargs)
 
 
-def _auto_class(config: "PretrainedConfig", model_class: str | None) -> type:
+def _auto_class(config: "PretrainedConfig", model_class: str | None) -> Any:
     """The Auto class that makes ``model_class``, else the config's own architecture, else any model of its type."""
     from transformers.models.auto import modeling_auto as auto
 
@@ -214,7 +217,7 @@ def _auto_class(config: "PretrainedConfig", model_class: str | None) -> type:
         if cls.__name__ in remote:
             return cls
         if type(config) in cls._model_mapping:
-            models = cls._model_mapping[type(config)]
+            models: Any = cls._model_mapping[type(config)]
             made[cls] = {model.__name__ for model in (models if isinstance(models, tuple) else (models,))}
     for wanted in (model_class, *(config.architectures or ())):
         for cls, names in made.items():

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -121,7 +121,8 @@ def _require_same_linear(stored: str, spec: GroupwiseSpec, linear: nn.Module, mo
     if isinstance(linear, nn.Linear):
         in_features, out_features = linear.in_features, linear.out_features
     else:
-        in_features, out_features = linear.weight.shape
+        shape: Any = linear.weight.shape
+        in_features, out_features = shape
     if (in_features, out_features) != (spec.in_features, spec.out_features):
         raise QALoraError(
             f"{stored} is {spec.in_features}×{spec.out_features} in the checkpoint, but "

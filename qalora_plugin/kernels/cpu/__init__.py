@@ -7,6 +7,7 @@ multiplies. Without a C++ compiler :mod:`..planes` does the work.
 """
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -67,24 +68,24 @@ def why_not_multiply(weight: GroupwiseWeight, dtype: torch.dtype) -> str | None:
         return f"{dtype} is not bfloat16"
     if reason := why_not_fill(weight, dtype):
         return reason
-    found = library().qalora_bfloat16()
+    found = _compiled().qalora_bfloat16()
     return {0: "this CPU lacks AVX512-BF16", 2: "with AMX, torch's GEMM is faster"}.get(found)
 
 
 def fill(weight: GroupwiseWeight, delta: OffsetDelta | None, out: Tensor) -> None:
     """Write the effective weight, offsets and adapter included, to ``out`` ``[K, N]``."""
     problem = _Problem(weight, delta)
-    library().qalora_fill(ctypes.byref(problem), out.data_ptr(), out.dtype == torch.bfloat16)
+    _compiled().qalora_fill(ctypes.byref(problem), out.data_ptr(), out.dtype == torch.bfloat16)
 
 
 def matmul(x: Tensor, weight: GroupwiseWeight, delta: OffsetDelta | None) -> Tensor:
     """``x·w'``, bfloat16 ``[..., K] → [..., N]``."""
-    return _matmul(library().qalora_matmul, x, weight.out_features, _Problem(weight, delta))
+    return _matmul(_compiled().qalora_matmul, x, weight.out_features, _Problem(weight, delta))
 
 
 def matmul_transposed(dy: Tensor, weight: GroupwiseWeight, delta: OffsetDelta | None) -> Tensor:
     """``dy·w'ᵀ``, bfloat16 ``[..., N] → [..., K]``."""
-    return _matmul(library().qalora_matmul_transposed, dy, weight.in_features, _Problem(weight, delta))
+    return _matmul(_compiled().qalora_matmul_transposed, dy, weight.in_features, _Problem(weight, delta))
 
 
 def pool(x: Tensor, groups: int) -> Tensor:
@@ -92,7 +93,7 @@ def pool(x: Tensor, groups: int) -> Tensor:
     x = x.contiguous()
     group_size = x.shape[-1] // groups
     pooled = x.new_empty(*x.shape[:-1], groups)
-    library().qalora_pool(x.data_ptr(), _rows(pooled), groups, group_size, pooled.data_ptr(), torch.get_num_threads())
+    _compiled().qalora_pool(x.data_ptr(), _rows(pooled), groups, group_size, pooled.data_ptr(), torch.get_num_threads())
     return pooled
 
 
@@ -103,7 +104,7 @@ def offset_gradient(pooled: Tensor, dy: Tensor) -> Tensor:
     pooled_t = pooled.new_zeros(groups, tokens + tokens % 2)  # the kernel takes tokens in pairs
     pooled_t[:, :tokens] = pooled.t()
     gradient = dy.new_empty(groups, n, dtype=torch.float32)
-    library().qalora_offset_gradient(
+    _compiled().qalora_offset_gradient(
         pooled_t.data_ptr(), dy.data_ptr(), tokens, groups, n, gradient.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
@@ -112,7 +113,7 @@ def offset_gradient(pooled: Tensor, dy: Tensor) -> Tensor:
 
 def adds_offsets() -> bool:
     """Whether this CPU runs :func:`add_offsets`."""
-    return library() is not None and library().qalora_bfloat16() > 0
+    return library() is not None and _compiled().qalora_bfloat16() > 0
 
 
 def offset_panels(offsets: Tensor) -> Tensor:
@@ -125,13 +126,13 @@ def offset_panels(offsets: Tensor) -> Tensor:
 def add_offsets(y: Tensor, x: Tensor, panels: Tensor, group_size: int) -> None:
     """``y += P(x)·offsets`` in place; bfloat16 ``[T, N]`` (contiguous), ``[T, K]``, and :func:`offset_panels`."""
     x = x.contiguous()
-    library().qalora_add_offsets(
+    _compiled().qalora_add_offsets(
         x.data_ptr(), x.shape[0], x.shape[1] // group_size, group_size,
         panels.data_ptr(), y.shape[1], y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
 
 
-def _matmul(function, x: Tensor, columns: int, problem: _Problem) -> Tensor:
+def _matmul(function: Callable[..., None], x: Tensor, columns: int, problem: _Problem) -> Tensor:
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], columns)
     function(ctypes.byref(problem), x.data_ptr(), _rows(x), out.data_ptr())
@@ -140,3 +141,10 @@ def _matmul(function, x: Tensor, columns: int, problem: _Problem) -> Tensor:
 
 def _rows(tensor: Tensor) -> int:
     return tensor.numel() // tensor.shape[-1]
+
+
+def _compiled() -> ctypes.CDLL:
+    """:func:`library`, where :func:`why_not_fill` has found it."""
+    found = library()
+    assert found is not None
+    return found

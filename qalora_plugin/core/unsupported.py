@@ -1,0 +1,127 @@
+"""What cannot be combined with QA-LoRA: each option once, under the names it has in Axolotl and in PEFT, and why."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from qalora_plugin.core.errors import QALoraError
+
+
+class _Refusal(NamedTuple):
+    """An option whose effect a merge could not hold, or that would break the adapter.
+
+    Attributes:
+        why: follows "… cannot be combined with QA-LoRA: ".
+        axolotl: its keys in Axolotl's config, ``block.key`` inside a block.
+        peft: its fields in PEFT's ``LoraConfig``.
+        allowed: values that ask for nothing of the kind, besides those that are false.
+        instead: what to do other than to remove it.
+    """
+
+    why: str
+    axolotl: tuple[str, ...] = ()
+    peft: tuple[str, ...] = ()
+    allowed: tuple[object, ...] = ()
+    instead: str = ""
+
+
+_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+_TABLE = (
+    # what a LoRA would do otherwise
+    _Refusal("the fused LoRA kernels would bypass the pooling", _KERNELS),
+    _Refusal("it is PEFT's own pooling, scaled differently; this adapter pools already", peft=("use_qalora",)),
+    _Refusal("GPTQ linears have one orientation", ("lora_fan_in_fan_out",), ("fan_in_fan_out",)),
+    # what a merged checkpoint could not hold
+    _Refusal(
+        "DoRA scales whole columns, which no group-wise offset can express", ("peft_use_dora",), ("use_dora",)
+    ),
+    _Refusal(
+        "a dense copy of a layer cannot be merged into an INT4 base", ("lora_modules_to_save",), ("modules_to_save",)
+    ),
+    _Refusal("only linear layers have quantisation groups", ("lora_target_parameters",), ("target_parameters",)),
+    _Refusal("a merged checkpoint has the base's layers", ("peft_layer_replication",), ("layer_replication",)),
+    _Refusal(
+        "embeddings are not quantised, so changes to them cannot be merged",
+        ("peft_trainable_token_indices",),
+        ("trainable_token_indices",),
+    ),
+    _Refusal("a merged checkpoint keeps the base's biases", ("lora_bias",), ("bias", "lora_bias"), allowed=("none",)),
+    _Refusal("base weights that train cannot be merged", ("unfrozen_parameters",)),
+    _Refusal(
+        "it rewrites embeddings, which a merged checkpoint takes from the base", ("fix_untrained_tokens",)
+    ),
+    _Refusal("its score head is dense and trains, which cannot be merged", ("reward_model", "process_reward_model")),
+    # what would change the base
+    _Refusal(
+        "it rewrites the base weight, which stays packed",
+        ("peft_init_lora_weights",),
+        ("init_lora_weights",),
+        allowed=(True, "gaussian"),
+        instead="Use true, false or 'gaussian'.",
+    ),
+    _Refusal("LoftQ rewrites the base weight, which stays packed", ("peft",)),
+    _Refusal("it merges into the base while training, which stays packed", ("relora",)),
+    _Refusal("random weights have no quantised base to be merged into", ("reinit_weights",)),
+    _Refusal("the base is quantised already", ("qat",)),
+    _Refusal(
+        "the base is GPTQ already; bitsandbytes would quantise it twice", ("load_in_4bit", "load_in_8bit")
+    ),
+    _Refusal("it loads bitsandbytes weights, and the base is GPTQ", ("qlora_sharded_model_loading",)),
+    # other ways to run
+    _Refusal(
+        "sharding packed weights is not supported yet; use DDP (the default with several GPUs)",
+        ("fsdp", "fsdp_config", "deepspeed"),
+    ),
+    _Refusal("packed weights cannot be split over ranks while training", ("tensor_parallel_size",), allowed=(1,)),
+    _Refusal("mixture-of-experts layers are not trained yet", ("expert_parallel_size",), allowed=(1,)),
+    _Refusal(
+        "TRL sends vLLM merged weights or a plain LoRA, and this adapter is neither",
+        ("trl.use_vllm",),
+        instead="Set trl.use_vllm: false.",
+    ),
+)  # fmt: skip
+
+
+def refuse_axolotl_keys(cfg: Mapping[str, Any]) -> None:
+    """Refuse what of the table a raw Axolotl config asks for.
+
+    Raises:
+        QALoraError: names the key, why it is refused, and what to do.
+    """
+    for row in _TABLE:
+        for key, value in _asked_for(row, row.axolotl, cfg):
+            given = f"{key}: {value}" if row.allowed else key
+            raise QALoraError(
+                f"{given} cannot be combined with adapter: qalora: {row.why}. {row.instead or f'Remove {key}.'}"
+            )
+
+
+def refuse_peft_fields(config: object) -> None:
+    """Refuse what of the table a ``LoraConfig`` asks for.
+
+    Raises:
+        QALoraError: names the field, why it is refused, and what to do.
+    """
+    for row, name, value in _peft_refusals(vars(config)):
+        given = f"{name}={value!r}" if row.allowed else name
+        raise QALoraError(f"{given} cannot be combined with QA-LoRA: {row.why}. {row.instead or f'Remove {name}.'}")
+
+
+def peft_refusals(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What of the table a stored ``adapter_config.json`` asks for: the field, and why it is refused."""
+    for row, name, _ in _peft_refusals(config):
+        yield name, row.why
+
+
+def _peft_refusals(config: Mapping[str, Any]) -> Iterator[tuple[_Refusal, str, Any]]:
+    for row in _TABLE:
+        for name, value in _asked_for(row, row.peft, config):
+            yield row, name, value
+
+
+def _asked_for(row: _Refusal, names: Iterable[str], options: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    for name in names:
+        block, _, key = name.rpartition(".")
+        inside = options.get(block) if block else options
+        value = inside.get(key) if isinstance(inside, Mapping) else None
+        if value and value not in row.allowed:
+            yield name, value
