@@ -18,7 +18,7 @@ FLOORS = (
     {"core"},
     {"kernels", "checkpoint"},
     {"layers", "formats"},
-    {"conversion", "core.unsupported"},
+    {"conversion"},
     {"integrations.transformers"},
     {"integrations.peft"},
     {"eval"},
