@@ -186,5 +186,5 @@ def test_factors(kind, factor):
 
 
 def test_merging_it_says_how_to_import_it(base, peft_adapter, tmp_path):
-    with pytest.raises(QALoraError, match="pools sum·K/g² instead of the sum.*qalora import peft ADAPTER OUT"):
+    with pytest.raises(QALoraError, match=r"pools sum·K/g² instead of the sum.*qalora import peft ADAPTER OUT"):
         merge(base, peft_adapter, tmp_path / "out", progress=False)
