@@ -73,12 +73,14 @@ class AdapterFolder:
             raise QALoraError(f"the adapter folder {folder} does not exist. Pass the training run's output folder.")
         config = read_json(folder / CONFIG_NAME)
         if config.get("peft_type") != PEFT_TYPE:
-            pooled = " with use_qalora, which pools sum·K/g² instead of the sum" if config.get("use_qalora") else ""
-            peft_type = config.get("peft_type")
+            pooled, advice, peft_type = "", "Train with `adapter: qalora`.", config.get("peft_type")
+            if config.get("use_qalora"):
+                pooled = " with use_qalora, which pools sum·K/g² instead of the sum"
+                advice = "Import it, nothing is lost: qalora import peft ADAPTER OUT."
             kind = f"a PEFT {_plain(peft_type)} adapter" if peft_type else "an adapter without peft_type"
             raise QALoraError(
                 f"{folder} is {kind}{pooled}; expected a QA-LoRA adapter of this project (peft_type {PEFT_TYPE}). "
-                "Merging it would scale it wrongly. Train with `adapter: qalora`."
+                f"Merging it would scale it wrongly. {advice}"
             )
         return cls.of(folder, config)
 

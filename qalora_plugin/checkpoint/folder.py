@@ -111,6 +111,10 @@ def read_config(folder: Path) -> dict:
     """``config.json``, with the quantisation that AutoGPTQ's older folders keep beside it."""
     config = read_json(folder / "config.json")
     if not config.get("quantization_config") and (folder / autogptq.SETTINGS_NAME).is_file():
+        if not isinstance(config.get("model_type"), str):  # what it holds will be written into other folders
+            raise QALoraError(
+                f"{folder / 'config.json'} names no model_type: it is no model's config. Download or copy it again."
+            )
         settings = autogptq.as_quantization_config(read_json(folder / autogptq.SETTINGS_NAME))
         return config | {"quantization_config": settings}
     return config

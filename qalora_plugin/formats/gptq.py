@@ -219,7 +219,9 @@ def _check_dtypes(parts: dict[str, TensorInfo | None], fail: Callable[[str], QAL
         if len(found.shape) != 2 or 0 in found.shape:
             raise fail(f"{part} has shape {found.shape}, expected two dimensions.")
         if part != "scales" and found.dtype != "I32":
-            raise fail(f"{part} is {found.dtype}, expected int32 words.")
+            floats = part == "qzeros" and found.dtype in _FLOATS
+            hint = ", not the floats of QA-LoRA's official merge.py: qalora import official SRC OUT" if floats else ""
+            raise fail(f"{part} is {found.dtype}, expected int32 words{hint}.")
     for part, verb in {"scales": "are", "bias": "is", "offsets": "are"}.items():
         found = parts[part]
         if found is not None and found.dtype not in _FLOATS:

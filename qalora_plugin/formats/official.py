@@ -123,7 +123,8 @@ class OfficialMerge:
         scales, floats = load(f"{spec.name}.scales").double(), load(f"{spec.name}.qzeros").double()
         if zeros is None:
             codes = unpack_rows(load(f"{spec.name}.qweight"), spec.bits)
-            middle = codes.view(spec.groups, spec.group_size, -1).double().mean(1)
+            sums = codes.view(spec.groups, spec.group_size, -1).sum(1, dtype=torch.int32)
+            middle = sums.double() / spec.group_size
         else:
             middle = zeros.double()
         steps = torch.where(scales == 0, 0, floats / scales)

@@ -50,3 +50,14 @@ def test_several_files_of_weights(tmp_path):
     named = json.loads(settings.read_text()) | {"model_file_base_name": "gptq_model-4bit-32g"}
     settings.write_text(json.dumps(named))
     assert Checkpoint.open(folder).files == ["gptq_model-4bit-32g.safetensors"]
+
+
+def test_a_config_that_is_no_models_is_not_carried_along(old, tmp_path):
+    """A planted link to some other JSON file would end up in every folder made of this one."""
+    adapter = make_adapter(old, tmp_path / "adapter")
+    (tmp_path / "secret.json").write_text('{"secret": "TOP"}')
+    (old / "config.json").unlink()
+    (old / "config.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(QALoraError, match=r"names no model_type|dense|no quantization_config|neither"):
+        merge(old, adapter, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()

@@ -183,3 +183,8 @@ def test_refuses_damaged_weights(own, tmp_path, change, match):
 def test_factors(kind, factor):
     """Of 4096 columns, 32 pooled together."""
     assert kind.factor(4096, 32) == factor
+
+
+def test_merging_it_says_how_to_import_it(base, peft_adapter, tmp_path):
+    with pytest.raises(QALoraError, match=r"pools sum·K/g² instead of the sum.*qalora import peft ADAPTER OUT"):
+        merge(base, peft_adapter, tmp_path / "out", progress=False)

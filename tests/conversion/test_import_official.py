@@ -242,3 +242,9 @@ def test_adapters_of_peft_are_told_apart(base, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_qalora": True}))
     with pytest.raises(QALoraError, match=r"PEFT's own pooling\. Use qalora import peft"):
         import_official(adapter, tmp_path / "out", base)
+
+
+def test_opening_such_a_merge_says_how_to_import_it(base, tmp_path):
+    folder = write_merged(base, tmp_path / "merged", unpacked(base, ZEROS))
+    with pytest.raises(QALoraError, match=r"qzeros is F16, expected int32 words, .*qalora import official SRC OUT"):
+        QuantizedCheckpoint.open(folder)

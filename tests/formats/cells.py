@@ -44,14 +44,25 @@ def one_thread() -> Iterator[None]:
 @dataclass(frozen=True)
 class Case:
     bits: int
-    group_size: int
     act_order: bool
+    group_size: int
+
+    @property
+    def line(self) -> str:
+        return f"{self.bits} bit{', act-order' if self.act_order else ''}"
+
+    @property
+    def column(self) -> str:
+        return f"g {self.group_size}"
 
     def __str__(self) -> str:
-        return f"{self.bits} bit, g {self.group_size}{', act-order' if self.act_order else ''}"
+        return f"{self.line}, {self.column}"
+
+    def sample(self, folder: Path) -> "Sample":
+        return Sample(self, folder)
 
 
-CASES = [Case(*one) for one in product(BITS, GROUP_SIZES, (False, True))]
+CASES = [Case(*one) for one in product(BITS, (False, True), GROUP_SIZES)]
 
 
 class Sample:

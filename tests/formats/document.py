@@ -5,9 +5,10 @@ PYTHONPATH=tests .venv/bin/python -m formats.document
 
 import sys
 import tempfile
+from itertools import groupby
 from pathlib import Path
 
-from formats.cells import BITS, CASES, GROUP_SIZES, Case, Outcome, Sample, one_thread, outcome
+from formats.cells import Outcome, one_thread, outcome
 from formats.rows import ROWS, Row
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "formats.md"
@@ -27,25 +28,24 @@ g −1 is one group for all of K.
 NO_CELL = "–"
 
 
-def cell(row: Row, sample: Sample) -> Outcome | None:
+def cell(row: Row, sample) -> Outcome | None:
     """What one conversion does; None where the format has no such checkpoints."""
     return outcome(sample, row.convert) if row.exists(sample.case) else None
 
 
-def section(row: Row, cells: dict[Case, Outcome | None]) -> str:
+def section(row: Row, cells: dict[object, Outcome | None]) -> str:
     """A table, and its refusals below it, numbered."""
     reasons = list(dict.fromkeys(one.refusal for one in cells.values() if one and one.refusal))
-    lines = [f"## {row.title}: {row.what}", ""]
-    lines += [
-        "| bits | " + " | ".join(f"g {size}" for size in GROUP_SIZES) + " |",
-        "|---" * (1 + len(GROUP_SIZES)) + "|",
-    ]
-    for bits in BITS:
-        for act_order in (False, True):
-            shown = [_shown(cells[Case(bits, size, act_order)], reasons) for size in GROUP_SIZES]
-            lines.append("| " + " | ".join([f"{bits}{', act-order' if act_order else ''}", *shown]) + " |")
+    columns = list(dict.fromkeys(case.column for case in row.cases))
+    lines = [f"## {row.title}: {row.what}", "", _line("", *columns), _line(*["---"] * (1 + len(columns)))]
+    for name, cases in groupby(row.cases, lambda case: case.line):
+        lines.append(_line(name, *(_shown(cells[case], reasons) for case in cases)))
     lines += ["", *(f"{number}. {reason}." for number, reason in enumerate(reasons, 1))]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _shown(one: Outcome | None, reasons: list[str]) -> str:
@@ -54,32 +54,29 @@ def _shown(one: Outcome | None, reasons: list[str]) -> str:
     return f"refused ({reasons.index(one.refusal) + 1})" if one.refusal else str(one)
 
 
-def documented(row: Row) -> dict[Case, str]:
+def documented(row: Row) -> dict[object, str]:
     """The cells of a row as they stand in the document, refusals as ``refused: reason``."""
     _, _, rest = DOCUMENT.read_text().partition(f"## {row.title}: {row.what}\n")
     lines = rest.partition("\n## ")[0].splitlines()
     reasons = dict(line.split(". ", 1) for line in lines if line[:1].isdigit())
-    found = {}
-    for line in (line for line in lines if line[:3].strip("| ").isdigit()):
-        kind, *cells = (part.strip() for part in line.strip("|").split("|"))
-        bits, _, order = kind.partition(", ")
-        for size, text in zip(GROUP_SIZES, cells, strict=True):
-            number = text.removeprefix("refused (").rstrip(")")
-            text = f"refused: {reasons[number].rstrip('.')}" if text.startswith("refused") else text
-            found[Case(int(bits), size, bool(order))] = text
-    return found
+    table = [[part.strip() for part in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    texts = [text for _, *cells in table[2:] for text in cells]
+    for i, text in enumerate(texts):
+        if text.startswith("refused"):
+            texts[i] = f"refused: {reasons[text.removeprefix('refused (').rstrip(')')].rstrip('.')}"
+    return dict(zip(row.cases, texts, strict=True))
 
 
 def main() -> None:
-    sections = {row.title + row.what: {} for row in ROWS}
+    cells: list[dict] = [{} for _ in ROWS]
     with tempfile.TemporaryDirectory() as work, one_thread():
-        for case in CASES:
-            sample = Sample(case, Path(work) / str(case))
-            for row in ROWS:
-                sections[row.title + row.what][case] = cell(row, sample)
+        for case in dict.fromkeys(case for row in ROWS for case in row.cases):
+            sample = case.sample(Path(work) / str(case))
+            for row, found in zip(ROWS, cells, strict=True):
+                if case in row.cases:
+                    found[case] = cell(row, sample)
             print(case, file=sys.stderr, flush=True)
-    texts = [section(row, sections[row.title + row.what]) for row in ROWS]
-    DOCUMENT.write_text("\n".join([HEADER, *texts]))
+    DOCUMENT.write_text("\n".join([HEADER, *map(section, ROWS, cells)]))
 
 
 if __name__ == "__main__":

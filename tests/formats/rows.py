@@ -3,11 +3,12 @@ format's own project where there is any."""
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from formats.cells import RANK, Case, Sample, Weights, factor_a, weights
+from formats.cells import CASES, RANK, Case, Sample, Weights, factor_a, weights
+from formats.gguf_types import TYPES, GgufSample
 from peft import LoraConfig
 from peft.tuners.lora.gptq import GPTQLoraLinear
 from safetensors.torch import load_file, save_file
@@ -28,6 +29,7 @@ class Row:
 
     Attributes:
         exists: whether the format has such checkpoints at all.
+        cases: what the table is over, by lines and columns.
     """
 
     direction: str
@@ -35,6 +37,7 @@ class Row:
     what: str
     convert: Callable[[Sample], Converted]
     exists: Callable[[Case], bool] = lambda case: True
+    cases: Sequence = tuple(CASES)
 
     @property
     def title(self) -> str:
@@ -214,6 +217,16 @@ def awq_import(sample: Sample) -> Converted:
     return weights(out), sample.base_weights, None
 
 
+def gguf_import(sample: GgufSample) -> Converted:
+    """Dequantized by gguf-py."""
+    from qalora_plugin.conversion.import_gguf import import_gguf
+
+    out = sample.folder / "from-gguf"
+    import_gguf(sample.file, out, tokenizer=str(sample.tokenizer), progress=False)
+    found, wanted = weights(out), sample.weights
+    return {name: found[name] for name in wanted}, wanted, None
+
+
 def _codes(weight) -> torch.Tensor:
     from qalora_plugin.core.packing import unpack_rows
 
@@ -242,6 +255,7 @@ WAITING = [  # for their conversions: append them to ROWS
     Row("export", "gguf", "a merged checkpoint for llama.cpp and Ollama; 8 bits become F16", gguf_export),
     Row("export", "mlx", "a merged checkpoint for MLX, scales and biases in float32", mlx_export),
     Row("export", "gptq8", "a merged checkpoint as symmetric 8-bit GPTQ, quantized again", gptq8_export),
+    Row("import", "gguf", "a llama.cpp model whose linears have one type", gguf_import, cases=TYPES),
     Row("import", "awq", "an AWQ checkpoint (gemm)", awq_import, lambda case: case.bits == 4 and not case.act_order),
     Row("import", "compressed-tensors", "a pack-quantized checkpoint, asymmetric", compressed_tensors_import),
 ]
