@@ -62,11 +62,11 @@ class ShardWriter:
 
             save_file(arrays, path, metadata={"format": "pt"})
         else:
+            import torch
             from safetensors.torch import save_file as save_tensors
-            from torch import as_tensor
 
-            tensors = {name: as_tensor(tensor).contiguous() for name, tensor in self._held.items()}
-            save_tensors(tensors, path, {"format": "pt"})
+            held = {name: torch.as_tensor(tensor).contiguous() for name, tensor in self._held.items()}
+            save_tensors(held, path, {"format": "pt"})
         self._written.append(list(self._held))
         self._held, self._size = {}, 0
 
