@@ -27,7 +27,7 @@ os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NO
 import torch
 import vllm.envs
 from report import RESULTS, print_table, verdict, write_csv
-from serving_models import quantised
+from serving_models import quantized
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
@@ -47,7 +47,7 @@ BARS = {128: {1: 0.08, 128: 0.03}, 32: {1: 0.15, 128: 0.05}}  # group size → r
 
 def layer_of(k: int, n: int, group_size: int) -> nn.Module:
     """A linear's parameters as vLLM has them once they are loaded."""
-    tensors = {name: tensor.to(DEVICE) for name, tensor in quantised(k, n, group_size, torch.Generator()).items()}
+    tensors = {name: tensor.to(DEVICE) for name, tensor in quantized(k, n, group_size, torch.Generator()).items()}
     same = {"input_dim": 0, "output_dim": 1, "weight_loader": lambda *_: None}
     layer = nn.Module()
     layer.bias = None

@@ -30,7 +30,7 @@ def write_models(folder: Path, size: str, group_size: int) -> None:
     config, generator = _config(size), torch.Generator().manual_seed(0)
     linears = dict(_linears(config))
     rest = dict(_rest(config, generator))
-    quantisation = {
+    quantization = {
         "bits": 4, "group_size": group_size, "desc_act": False, "sym": True, "checkpoint_format": "gptq",
     }  # fmt: skip
     dense = {f"{name}.weight": _random((n, k), generator) for name, (k, n) in linears.items()}
@@ -38,19 +38,19 @@ def write_models(folder: Path, size: str, group_size: int) -> None:
     del dense
     packed = {}
     for name, (k, n) in linears.items():
-        packed |= {f"{name}.{part}": tensor for part, tensor in quantised(k, n, group_size, generator).items()}
-    _write(folder / "base", config, packed | rest, {"quant_method": "gptq", **quantisation})
+        packed |= {f"{name}.{part}": tensor for part, tensor in quantized(k, n, group_size, generator).items()}
+    _write(folder / "base", config, packed | rest, {"quant_method": "gptq", **quantization})
     offsets = {
         f"{name}.offsets": (torch.randn(k // group_size, n, generator=generator) * 1e-3).half()
         for name, (k, n) in linears.items()
     }
     (folder / "merged").mkdir()
-    merged = {"offset_dtype": "float16", **quantisation}
+    merged = {"offset_dtype": "float16", **quantization}
     write_model(folder / "merged", config.to_dict(), merged, (packed | rest | offsets).items())
     _write_lora(folder / "lora", folder / "base", linears, generator)
 
 
-def quantised(k: int, n: int, group_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+def quantized(k: int, n: int, group_size: int, generator: torch.Generator) -> dict[str, Tensor]:
     """A symmetric 4-bit GPTQ linear ``[K, N]``: random codes, v1 zeros of 8 (stored as 7), scales near one size."""
     groups = k // group_size
     return {

@@ -18,7 +18,7 @@ from qalora_plugin import load_adapter, load_base
 BATCH = 8
 
 
-def tokenise(rows: Path, model: Path) -> list[tuple[list[int], int]]:
+def tokenize(rows: Path, model: Path) -> list[tuple[list[int], int]]:
     """Token ids of every held-out example, and how many of them come before its answer."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     examples = []
@@ -50,7 +50,7 @@ def loss(model: PreTrainedModel, examples: list[tuple[list[int], int]]) -> float
 
 
 def main(rows: Path, model: Path, base: Path, adapter: Path, merged: Path, out: Path) -> None:
-    examples = tokenise(rows, model)
+    examples = tokenize(rows, model)
     models: dict[str, Callable[[], PreTrainedModel]] = {
         "model": lambda: AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         "base": lambda: load_base(base, dtype=torch.float32),

@@ -30,7 +30,9 @@ def test_links_lead_somewhere(page):
 def shown_commands(text: str) -> list[list[str]]:
     """The words after ``qalora`` wherever a page shows that command, as far as they are command and options."""
     found = re.findall(r"(?:^ +|`|: +|\baxolotl )qalora ([a-z][^`#\n]*)", text, re.M)
-    return [[word for word in re.split(r"\s+", line) if re.fullmatch(r"[a-z]+|--[a-z-]+", word)] for line in found]
+    return [
+        [word for word in re.split(r"\s+", line) if re.fullmatch(r"[a-z][a-z-]*|--[a-z-]+", word)] for line in found
+    ]
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=name)

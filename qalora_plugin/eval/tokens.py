@@ -82,7 +82,7 @@ def default_texts() -> list[str]:
     return [pydoc.plain(pydoc.render_doc(name)) for name in _DOCUMENTED]
 
 
-def tokenise(tokenizer: Any, texts: list[str], max_tokens: int, length: int = SEQUENCE_LENGTH) -> list[list[int]]:
+def tokenize(tokenizer: Any, texts: list[str], max_tokens: int, length: int = SEQUENCE_LENGTH) -> list[list[int]]:
     """Cut texts into sequences of at most ``length`` tokens, ``max_tokens`` in all."""
     sequences, left = [], max_tokens
     for text in texts:

@@ -31,7 +31,7 @@ from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 from qalora_plugin.core.reference import adapter_offsets, column_groups, dequantize
 from qalora_plugin.eval.logits import compare_logits
 from qalora_plugin.eval.tables import print_facts
-from qalora_plugin.eval.tokens import default_texts, tokenise
+from qalora_plugin.eval.tokens import default_texts, tokenize
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.formats.qalora import QALora
 
@@ -172,7 +172,7 @@ def verify(
     if sequences is None:
         from transformers import AutoTokenizer
 
-        sequences = tokenise(AutoTokenizer.from_pretrained(result.folder), texts or default_texts(), max_tokens)
+        sequences = tokenize(AutoTokenizer.from_pretrained(result.folder), texts or default_texts(), max_tokens)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     logits = compare_logits(source.folder, opened, result.folder, sequences, dtype, device)
     offsets = [info.end - info.start for name, info in files.tensors.items() if name.endswith(".offsets")]

@@ -16,7 +16,7 @@ from qalora_plugin.checkpoint.hub import expanded, resolve
 from qalora_plugin.checkpoint.json_files import read_json
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 from qalora_plugin.core.words import SUPPORTED_BITS
-from qalora_plugin.eval.tokens import read_texts, tokenise
+from qalora_plugin.eval.tokens import read_texts, tokenize
 
 
 @os_errors_in_one_line()
@@ -79,10 +79,10 @@ def quantize(
     )
     # GPTQModel leaves a folder of logs where it runs.
     with TemporaryDirectory() as scratch, chdir(scratch), _enough_workers():
-        quantised = GPTQModel.load(str(folder), quantize_config)
-        quantised.quantize(calibration, tokenizer=tokenizer)
+        quantized = GPTQModel.load(str(folder), quantize_config)
+        quantized.quantize(calibration, tokenizer=tokenizer)
         with new_folder(out) as work:
-            quantised.save(str(work))
+            quantized.save(str(work))
             tokenizer.save_pretrained(work)
     return out
 
@@ -117,7 +117,7 @@ def _calibration(tokenizer: Any, dataset: str, samples: int, length: int, seed: 
     looks_local = expanded(dataset).exists() or dataset.endswith((".txt", ".jsonl", ".md"))
     texts = read_texts(dataset) if looks_local else _hub_texts(dataset, 8 * samples)
     random.Random(seed).shuffle(texts)
-    sequences = tokenise(tokenizer, texts, 4 * samples * length, length)
+    sequences = tokenize(tokenizer, texts, 4 * samples * length, length)
     random.Random(seed).shuffle(sequences)
     sequences.sort(key=len, reverse=True)  # full-length ones first; stable, so still random among equals
     chosen = sequences[:samples]

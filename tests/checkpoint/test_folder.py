@@ -74,7 +74,7 @@ def test_dense(copy):
 
 
 @pytest.mark.parametrize("method", ["awq", "bitsandbytes", "fp8", "compressed-tensors"])
-def test_other_quantisation(copy, method):
+def test_other_quantization(copy, method):
     edit_config(copy, quant_method=method)
     refuse(copy, f"quant_method is '{method}', expected 'gptq'")
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from support.fabricate import quantise
+from support.fabricate import quantize
 from support.layers import read_stored
 
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
@@ -40,7 +40,7 @@ def write_base(folder: Path, case: dict) -> dict:
     generator = torch.Generator().manual_seed(case["seed"])
     weight = torch.randn(case["out_features"], case["in_features"], generator=generator)
     keys = ("bits", "group_size", "sym", "checkpoint_format", "act_order")
-    tensors = quantise(weight, **{key: case[key] for key in keys}, generator=generator)
+    tensors = quantize(weight, **{key: case[key] for key in keys}, generator=generator)
     stored = dict(tensors)
     if not case["store_g_idx"] and not case["act_order"]:
         del stored["g_idx"]

@@ -42,7 +42,7 @@ def dense(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def quantised(dense, tmp_path_factory):
+def quantized(dense, tmp_path_factory):
     """Kind → its base, quantised once by `qalora quantize` in the serving environment."""
     assert (SERVING / ".installed").exists(), f"{SERVING} is not set up: run `make .venv-serve/.installed`"
     folder = tmp_path_factory.mktemp("quantised")
@@ -50,17 +50,17 @@ def quantised(dense, tmp_path_factory):
     script = Path(__file__).with_name("gptqmodel_oracle.py")
 
     @cache
-    def quantise(kind: str) -> Path:
+    def quantize(kind: str) -> Path:
         base = folder / kind
         command(SERVING / "bin" / "python", script, dense, folder / "text.txt", base, json.dumps(KINDS[kind]))
         return base
 
-    return quantise
+    return quantize
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_reads_gptqmodels_checkpoint_as_gptqmodel_does(quantised, kind):
-    base = quantised(kind)
+def test_reads_gptqmodels_checkpoint_as_gptqmodel_does(quantized, kind):
+    base = quantized(kind)
     expected = load_file(f"{base}.dense.safetensors")
     found = {name: module for name, module in load_base(base).named_modules() if isinstance(module, QuantLinear)}
     assert found.keys() == expected.keys()
@@ -70,8 +70,8 @@ def test_reads_gptqmodels_checkpoint_as_gptqmodel_does(quantised, kind):
     assert any(module.act_order for module in found.values()) == (kind == "act-order")
 
 
-def test_trains_merges_serves(quantised, tmp_path):
-    base = quantised("asymmetric")
+def test_trains_merges_serves(quantized, tmp_path):
+    base = quantized("asymmetric")
     command(
         BIN / "accelerate", "launch", "-m", "axolotl.cli.train",
         write_config(tmp_path, base, max_steps=20, learning_rate=0.003),

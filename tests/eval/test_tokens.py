@@ -2,7 +2,7 @@ import pytest
 from support.fabricate import make_tokenizer
 
 from qalora_plugin.core.errors import QALoraError
-from qalora_plugin.eval.tokens import default_texts, read_texts, sample_dataset, tokenise
+from qalora_plugin.eval.tokens import default_texts, read_texts, sample_dataset, tokenize
 
 
 def test_sample_dataset_takes_ids_up_to_the_limit():
@@ -29,6 +29,6 @@ def test_bad_texts(tmp_path, content, match):
         read_texts(tmp_path / "none.txt")
 
 
-def test_tokenise_cuts_and_stops():
-    sequences = tokenise(make_tokenizer(), default_texts(), max_tokens=1000, length=256)
+def test_tokenize_cuts_and_stops():
+    sequences = tokenize(make_tokenizer(), default_texts(), max_tokens=1000, length=256)
     assert [len(sequence) for sequence in sequences] == [256, 256, 256, 232]

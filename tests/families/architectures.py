@@ -112,7 +112,7 @@ VISION_LANGUAGE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # With the experts quantised as well, as GPTQModel does by default.
 EXPERTS = ", experts quantised"
-QUANTISED_EXPERTS = ("deepseek_v2", "mixtral", "olmoe", "qwen3_moe")
+QUANTIZED_EXPERTS = ("deepseek_v2", "mixtral", "olmoe", "qwen3_moe")
 
 
 def build(name: str, **changes: Any) -> PreTrainedModel:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from support.fabricate import make_tokenizer, quantise, write_shards
+from support.fabricate import make_tokenizer, quantize, write_shards
 from support.layers import read_stored
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from qalora_plugin.core import reference
 
 GROUP = 32
-NOT_QUANTISED = ("vision", "visual", "vit", "audio", "projector", "connector", "merger", "perceiver", "resampler")
+NOT_QUANTIZED = ("vision", "visual", "vit", "audio", "projector", "connector", "merger", "perceiver", "resampler")
 QUANTIZATION = {
     "quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": False,
     "checkpoint_format": "gptq", "lm_head": False,
@@ -40,9 +40,9 @@ class Base:
     turned: set[str]
 
 
-def is_to_be_quantised(name: str, module: nn.Module) -> bool:
+def is_to_be_quantized(name: str, module: nn.Module) -> bool:
     """As a quantiser chooses: the linears of the text's layers, no head, no router, no vision."""
-    if not isinstance(module, (nn.Linear, Conv1D)) or any(part in name for part in NOT_QUANTISED):
+    if not isinstance(module, (nn.Linear, Conv1D)) or any(part in name for part in NOT_QUANTIZED):
         return False
     leaf = name.rsplit(".", 1)[-1]
     inside_layers = any(part.isdigit() for part in name.split("."))
@@ -50,11 +50,11 @@ def is_to_be_quantised(name: str, module: nn.Module) -> bool:
     return inside_layers and leaf not in ("gate", "router", "weights_proj") and all(size % GROUP == 0 for size in sizes)
 
 
-def make_base_of(model: PreTrainedModel, folder: Path, quantise_experts: bool = False) -> Base:
+def make_base_of(model: PreTrainedModel, folder: Path, quantize_experts: bool = False) -> Base:
     """Save ``model`` as a base and as its dense twin.
 
     Args:
-        quantise_experts: also the experts that transformers stacks in the model and stores one by one.
+        quantize_experts: also the experts that transformers stacks in the model and stores one by one.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -67,19 +67,19 @@ def make_base_of(model: PreTrainedModel, folder: Path, quantise_experts: bool = 
     by_value = {_key(tensor): name for name, tensor in stored.items()}
     linears, turned = {}, set()
     for name, module in model.named_modules():
-        if is_to_be_quantised(name, module) and (on_disk := by_value.get(_key(module.weight.detach()))):
+        if is_to_be_quantized(name, module) and (on_disk := by_value.get(_key(module.weight.detach()))):
             linears[name] = on_disk.removesuffix(".weight")
             if isinstance(module, Conv1D):
                 turned.add(linears[name])
     chosen = set(linears.values())
-    if quantise_experts:
+    if quantize_experts:
         chosen |= {name.removesuffix(".weight") for name in stored if ".experts." in name and name.endswith(".weight")}
     tensors, dense = {}, {}
     for name, tensor in stored.items():
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and module in chosen:
             weight = tensor.t() if module in turned else tensor
-            parts = quantise(weight, 4, GROUP, False, "gptq")
+            parts = quantize(weight, 4, GROUP, False, "gptq")
             rounded = reference.dequantize(read_stored(parts, 4))
             dense[name] = (rounded if module in turned else rounded.t()).float().contiguous()
             tensors |= {f"{module}.{part}": value.contiguous() for part, value in parts.items()}

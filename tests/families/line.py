@@ -19,7 +19,7 @@ TOLERANCE = 2e-5  # max|Δ logits| / max|logits| in float32
 class Outcome:
     """Figures of one run: linears quantised and adapted, and relative logit differences."""
 
-    quantised: int
+    quantized: int
     adapted: int
     base: float
     """Base against its dense twin."""
@@ -72,7 +72,7 @@ def run_line(base: Base, work: Path) -> Outcome:
     assert report.passed, report.json()
     assert max(difference, trained) <= TOLERANCE, (difference, trained)
     return Outcome(
-        quantised=len(packed),
+        quantized=len(packed),
         adapted=len(adapted),
         base=difference,
         trained=trained,

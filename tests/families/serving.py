@@ -4,7 +4,7 @@ import gc
 from pathlib import Path
 
 import torch
-from families.architectures import EXPERTS, QUANTISED_EXPERTS, VISION_LANGUAGE, build
+from families.architectures import EXPERTS, QUANTIZED_EXPERTS, VISION_LANGUAGE, build
 from families.bases import make_base_of
 from serve.test_offline import OPTIONS, scores
 from support.merged_checkpoints import add_offsets
@@ -23,7 +23,7 @@ NAMES = [
     falcon falcon_h1 gemma2 gemma3_text glm4 gpt2 gpt_bigcode gpt_neox gptj granite llama mamba2 mixtral olmo2
     opt phi phi3 qwen2 qwen3 qwen3_moe stablelm starcoder2 idefics3 smolvlm bloom minicpm3
     """.split(),  # noqa: SIM905
-    *(name + EXPERTS for name in QUANTISED_EXPERTS if name == "mixtral"),
+    *(name + EXPERTS for name in QUANTIZED_EXPERTS if name == "mixtral"),
 ]
 COLUMNS = ("model type", "class", "vLLM", "transformers", "offsets", "outcome")
 TOLERANCE = 2.0  # times what bfloat16 does to transformers' own log-probabilities
@@ -32,7 +32,7 @@ TOLERANCE = 2.0  # times what bfloat16 does to transformers' own log-probabiliti
 def row(name: str, work: Path) -> tuple[str, ...]:
     architecture = name.removesuffix(EXPERTS)
     model = build(architecture, **CHANGES.get(architecture, {}))
-    base = make_base_of(model, work, quantise_experts=name.endswith(EXPERTS))
+    base = make_base_of(model, work, quantize_experts=name.endswith(EXPERTS))
     merged, tokens = add_offsets(base.folder, work / "merged", targets=("",)), text_tokens(4, 60)
     wanted = rounded = before = None
     if not name.endswith(EXPERTS):  # before vLLM, which changes some of transformers' classes to run them

@@ -58,7 +58,7 @@ def test_layers_kept_in_float32_stay_so(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["mamba", "mamba2", "gpt_bigcode", "gpt2"])
-def test_parents_that_initialise_their_linears(tmp_path, name):
+def test_parents_that_initialize_their_linears(tmp_path, name):
     """Their ``_init_weights`` reaches for ``self.out_proj.weight``; what is theirs alone must still be made."""
     base = make_base_of(build(name), tmp_path)
     model, stock = (
@@ -102,11 +102,11 @@ def test_peft_goes_on_converting_other_adapters(tmp_path):
 def test_mamba_mixers_get_no_adapter_where_their_kernels_would_ignore_it(tmp_path, caplog):
     base = make_base_of(build("falcon_h1"), tmp_path)
     model = load_base(base.folder, dtype=torch.float32)
-    quantised = packed(model)
+    quantized = packed(model)
     with caplog.at_level(logging.WARNING):
         peft_model = add_adapter(model, r=2, target_modules="all-linear")
     assert "2 targeted linears get no adapter" in caplog.text
-    assert quantised - adapted(peft_model) == {f"model.layers.{i}.mamba.out_proj" for i in range(2)}
+    assert quantized - adapted(peft_model) == {f"model.layers.{i}.mamba.out_proj" for i in range(2)}
     with pytest.raises(QALoraError, match=r"match no quantised linear .* that can have an adapter .*out_proj"):
         add_adapter(load_base(base.folder), r=2, target_modules=["out_proj"])
 
@@ -127,8 +127,8 @@ def test_other_layers_that_targets_match_are_left_out_aloud(base, caplog):
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
-def test_quantised_experts_are_refused_as_such(tmp_path, name):
-    base = make_base_of(build(name), tmp_path, quantise_experts=True)
+def test_quantized_experts_are_refused_as_such(tmp_path, name):
+    base = make_base_of(build(name), tmp_path, quantize_experts=True)
     with pytest.raises(
         QALoraError, match=r"quantises model.layers.0\..*experts.0.* Quantised experts are not supported yet"
     ):

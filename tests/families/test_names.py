@@ -132,7 +132,7 @@ def test_names_that_packed_tensors_do_not_follow_are_refused(base, tmp_path, mon
         load_base(folder)
 
 
-def test_quantised_layers_that_a_class_leaves_out_are_left_out(tmp_path):
+def test_quantized_layers_that_a_class_leaves_out_are_left_out(tmp_path):
     """Layers for predicting several tokens, which transformers' DeepSeek-V3 ignores."""
     base = make_base_of(build("deepseek_v3"), tmp_path)
     tensors = load_file(base.folder / "model.safetensors")

@@ -105,7 +105,7 @@ def test_merged_loads_generates_and_saves_back_bit_equal(merged, tmp_path):
     assert torch.equal(reloaded(IDS).logits, original(IDS).logits)
 
 
-def test_quantised_tensor_without_a_linear(base, tmp_path):
+def test_quantized_tensor_without_a_linear(base, tmp_path):
     folder = shutil.copytree(base, tmp_path / "base")
     tensors = load_file(folder / "model.safetensors")
     for part in ("qweight", "qzeros", "scales", "g_idx"):
@@ -115,6 +115,6 @@ def test_quantised_tensor_without_a_linear(base, tmp_path):
         load_base(folder)
 
 
-def test_base_is_not_serialised_as_if_it_were_merged(base, tmp_path):
+def test_base_is_not_serialized_as_if_it_were_merged(base, tmp_path):
     with pytest.raises(ValueError, match="not serializable"):
         load_base(base).save_pretrained(tmp_path / "out")

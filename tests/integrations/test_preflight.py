@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.fabricate import make_base
-from support.merged_checkpoints import quantise_head
+from support.merged_checkpoints import quantize_head
 
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.integrations.axolotl import preflight
@@ -29,7 +29,7 @@ def test_fused_losses_need_a_dense_head(tmp_path, base, keys, refused):
     config = CONFIG | keys
     check_axolotl(config | {"base_model": str(base)})
     with_head = make_base(tmp_path / "base")
-    quantise_head(with_head)
+    quantize_head(with_head)
     config["base_model"] = str(with_head)
     if refused is None:
         check_axolotl(config)

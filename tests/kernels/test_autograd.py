@@ -31,7 +31,7 @@ layers = st.tuples(
 
 @given(layers)
 @settings(max_examples=60, deadline=None)
-def test_dequantise_is_the_definition(shape):
+def test_dequantize_is_the_definition(shape):
     bits, group_size, fmt, act_order, offsets, in_features, out_features = shape
     layer = make_layer(in_features, out_features, bits, group_size, fmt, act_order, offsets)
     expected = reference_weight(layer)

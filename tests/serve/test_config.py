@@ -125,7 +125,7 @@ def test_vllms_sharded_state(merged):
         read(merged)
 
 
-def test_quantised_experts(merged):
+def test_quantized_experts(merged):
     offsets = load_file(merged / "offsets.safetensors")
     shard = load_file(merged / "model-00001-of-00001.safetensors")
     dense, expert = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.experts.0.up_proj"

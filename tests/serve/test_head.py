@@ -10,7 +10,7 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("vocabulary", [1024, 1000])  # vLLM pads it to a multiple of 64
-def test_quantised_head(tmp_path, vocabulary, sym):
+def test_quantized_head(tmp_path, vocabulary, sym):
     tensors = linear_tensors(vocabulary, 0, sym, "gptq", 64)
     bias = tensors.pop("bias")
     config = config_for(tmp_path, {"lm_head": tensors}, "gptq")

@@ -207,7 +207,7 @@ def test_values_that_are_not_finite_are_refused_by_name(tmp_path, part, name, ba
         run_qkv(tmp_path, parts, "gptq", torch.bfloat16)
 
 
-def test_fused_parts_quantised_differently_are_refused(tmp_path):
+def test_fused_parts_quantized_differently_are_refused(tmp_path):
     parts = {
         f"{part}_proj": linear_tensors(64, 0, True, "gptq", g) for part, g in zip("qkv", (32, 32, 64), strict=True)
     }

@@ -29,7 +29,7 @@ CASES = {
     "act-order-fp32": (FP32, {"act_order": True}),
     "only-q-and-v": (BF16, {"targets": ("q_proj", "v_proj")}),
     "down-proj-dense": (BF16, {"dense": ("down_proj",), "store_g_idx": False}),
-    "head-quantised": (FP32, {"quantised_head": True}),
+    "head-quantised": (FP32, {"quantized_head": True}),
     "8-bit-fp32-offsets": (BF16, {"bits": 8, "offset_dtype": FP32}),
 }
 # Other paths than the one that a CPU takes by itself; float32 has no kernel.

@@ -17,7 +17,7 @@ from qalora_plugin.formats.gptq import write_zeros
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def quantise(weight, bits, group_size, sym, checkpoint_format, act_order=False, generator=None):
+def quantize(weight, bits, group_size, sym, checkpoint_format, act_order=False, generator=None):
     """Round ``weight`` [N, K] to nearest. Returns the four GPTQ tensors."""
     out_features, in_features = weight.shape
     group_size = in_features if group_size == -1 else group_size
@@ -76,7 +76,7 @@ def make_base(
     for name, tensor in state.items():
         module = name.removesuffix(".weight")
         if module.endswith(LINEARS) and name.endswith(".weight") and not any(part in module for part in dense):
-            parts = quantise(tensor, bits, group_size, sym, checkpoint_format, act_order, generator)
+            parts = quantize(tensor, bits, group_size, sym, checkpoint_format, act_order, generator)
             if not store_g_idx:
                 parts.pop("g_idx")
             tensors |= {f"{module}.{part}": value.contiguous() for part, value in parts.items()}

@@ -1,7 +1,7 @@
 """Quantized layers, adapters on them, and what the reference makes of them: for every test that needs one."""
 
 import torch
-from support.fabricate import quantise
+from support.fabricate import quantize
 
 from qalora_plugin.core import reference
 from qalora_plugin.core.delta import OffsetDelta
@@ -35,7 +35,7 @@ def make_layer(
     weight = torch.randn(out_features, in_features, generator=generator) * std
     if negative_scales:
         weight += torch.randn(out_features, 1, generator=generator)
-    stored = quantise(weight, bits, group_size, False, fmt, act_order, generator)
+    stored = quantize(weight, bits, group_size, False, fmt, act_order, generator)
     if negative_scales:
         stored["scales"][:, ::3] *= -1
     if offsets:

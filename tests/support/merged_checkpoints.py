@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from support.fabricate import make_base, quantise
+from support.fabricate import make_base, quantize
 
 from qalora_plugin.conversion.writer import ShardWriter, write_config, write_index
 from qalora_plugin.formats.opened import QuantizedCheckpoint
@@ -18,20 +18,20 @@ def make_merged(
     folder: Path,
     targets: tuple[str, ...] = ALL,
     offset_dtype: torch.dtype = torch.float16,
-    quantised_head: bool = False,
+    quantized_head: bool = False,
     **base_kwargs,
 ) -> Path:
     """Write ``folder/base`` and ``folder/merged``; returns the latter.
 
     Args:
         targets: substrings of the names of the linears that get offsets.
-        quantised_head: the base's ``lm_head`` is quantised too.
+        quantized_head: the base's ``lm_head`` is quantised too.
         base_kwargs: for :func:`support.fabricate.make_base`.
     """
     base = make_base(folder / "base", hidden=HIDDEN, **base_kwargs)
     calm(base)
-    if quantised_head:
-        quantise_head(base, **base_kwargs)
+    if quantized_head:
+        quantize_head(base, **base_kwargs)
     return add_offsets(base, folder / "merged", targets, offset_dtype)
 
 
@@ -76,9 +76,9 @@ def calm(base: Path) -> None:
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
 
 
-def quantise_head(base: Path, bits: int = 4, group_size: int = 32, sym: bool = False, checkpoint_format: str = "gptq"):
+def quantize_head(base: Path, bits: int = 4, group_size: int = 32, sym: bool = False, checkpoint_format: str = "gptq"):
     tensors = load_file(base / "model.safetensors")
-    parts = quantise(tensors.pop("lm_head.weight"), bits, group_size, sym, checkpoint_format)
+    parts = quantize(tensors.pop("lm_head.weight"), bits, group_size, sym, checkpoint_format)
     tensors |= {f"lm_head.{part}": value.contiguous() for part, value in parts.items()}
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     edit_quantization(base, lm_head=True)

@@ -2,7 +2,7 @@
 
 import torch
 from safetensors.torch import save_file
-from support.fabricate import quantise
+from support.fabricate import quantize
 from support.layers import read_stored
 
 from qalora_plugin.core import reference
@@ -18,7 +18,7 @@ def linear_tensors(n, seed, sym, checkpoint_format, group_size, bits=4, order_se
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(n, K, generator=generator) * 0.05
     order = None if order_seed is None else torch.Generator().manual_seed(order_seed)
-    tensors = quantise(weight, bits, group_size, sym, checkpoint_format, order is not None, order)
+    tensors = quantize(weight, bits, group_size, sym, checkpoint_format, order is not None, order)
     if offset_dtype is not None:
         shift = 0.5 * torch.randn(tensors["scales"].shape, generator=generator)
         tensors["offsets"] = (tensors["scales"].float() * shift).to(offset_dtype)

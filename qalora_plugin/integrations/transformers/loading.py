@@ -98,7 +98,7 @@ class QALoraHfQuantizer(HfQuantizer):
         """What ``save_pretrained`` writes: the packed linears as they were loaded."""
         state = model.state_dict()
         for name, stored in self.names.items():
-            layer = cast("QuantLinear", model.get_submodule(name))
+            layer = cast(QuantLinear, model.get_submodule(name))
             for part in layer.state_dict():
                 del state[f"{name}.{part}"]
             state |= as_stored(layer, name, self.opened.specs[stored], self.opened.format)
