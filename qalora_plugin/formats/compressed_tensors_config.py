@@ -62,7 +62,7 @@ def _scheme(name: str, group: Any, stated: Any, where: object) -> Scheme:
     bits, kind, size = weights.get("num_bits"), weights.get("type", "int"), weights.get("group_size")
     if kind != "int" or type(bits) is not int or bits not in SUPPORTED_BITS:
         raise Unsupported(
-            f"{what} has {short(kind)} weights of {short(bits)} bits, expected int of 2, 3, 4, 8.", OTHERWISE
+            f"{what} has {short(kind)} weights of {short(bits)} bits, expected int of 2, 3, 4 or 8.", OTHERWISE
         )
     strategy = weights.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
     whole = type(size) is int and size > 0

@@ -1,4 +1,4 @@
-"""Bases of ``fabricate``'s model in other formats than GPTQ, made with those formats' own libraries where they have any."""
+"""Bases of ``fabricate``'s model in other formats than GPTQ, by those formats' own libraries where they have any."""
 
 import importlib.util
 import json
