@@ -189,7 +189,7 @@ def test_what_auto_round_has_beyond_gptq(tmp_path, changes, message):
 
 
 def test_who_is_imported_first(tmp_path):
-    with pytest.raises(QALoraError, match="quant_method is 'awq'.*qalora import awq SRC OUT"):
+    with pytest.raises(QALoraError, match=r"quant_method is 'awq'.*qalora import awq SRC OUT"):
         QuantizedCheckpoint.open(make_awq(tmp_path / "awq"))
-    with pytest.raises(QALoraError, match="quant_method is 'compressed-tensors'.*qalora import compressed-tensors SRC"):
+    with pytest.raises(QALoraError, match=r"is 'compressed-tensors'.*qalora import compressed-tensors SRC OUT"):
         QuantizedCheckpoint.open(make_packed(tmp_path / "packed")[0])
