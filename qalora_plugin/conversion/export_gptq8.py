@@ -2,6 +2,7 @@
 
 The one export that re-quantizes, to nearest, and so loses something: its result says how much. It takes twice the bytes
 of 4 bits. Groups are of consecutive columns, also where the base's are in act-order. One linear is in memory at a time.
+vLLM has kernels for it on GPUs only (0.32: on a CPU its GPTQ is of 4 bits).
 """
 
 import logging

@@ -115,7 +115,7 @@ def test_gptqmodel_reads_it(tmp_path):
         folders.append(import_packed(src, tmp_path / f"{src.name}-out", progress=False).folder)
         arguments += [folders[-1], tmp_path / f"{src.name}.safetensors"]
     run = [ROOT / ".venv-serve" / "bin" / "python", ROOT / "tests" / "support" / "gptqmodel_dense.py", *arguments]
-    environment = os.environ | {"GPTQMODEL_CPU_WORKERS": "2", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"GPTQMODEL_CPU_WORKERS": "2"}
     done = subprocess.run(run, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     for folder, out in zip(folders, arguments[1::2], strict=True):
