@@ -2,11 +2,13 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 
 import pytest
 import torch
+from fuzz import mutate
 from safetensors.torch import load_file, save_file
 from support.fabricate import make_adapter, write_shards
 from support.other_formats import ROOT, autoawq_packing, decompressed, make_awq, make_packed
@@ -180,6 +182,31 @@ def test_truncated(tmp_path, share):
     weights = src / "model.safetensors"
     os.truncate(weights, int(weights.stat().st_size * share))
     refused(src, tmp_path / "out", "is truncated or damaged")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sources")
+    return make_awq(folder / "awq"), make_packed(folder / "packed", symmetric=False, act_order=True)[0]
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_damage_and_bad_intentions(tmp_path, sources, seed):
+    """Mutated configs, headers and values: imported, or refused in one line; nothing half written."""
+    chance = random.Random(seed)
+    src, out = shutil.copytree(chance.choice(sources), tmp_path / "src"), tmp_path / "out"
+    damage = chance.choice([mutate.json_text, mutate.retyped, mutate.broken, mutate.values, mutate.entry])
+    damage(src / ("config.json" if damage is mutate.json_text else "model.safetensors"), chance)
+    refusal = None
+    try:
+        import_packed(src, out, progress=False)
+    except QALoraError as error:
+        refusal = str(error)
+    if refusal is None:
+        assert QuantizedCheckpoint.open(out).specs
+    else:
+        assert "\n" not in refusal
+        assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
 def test_pickles_are_not_read(tmp_path):
