@@ -52,7 +52,6 @@ def layer_of(k: int, n: int, group_size: int) -> nn.Module:
     layer = nn.Module()
     layer.bias = None
     layer.qweight = PackedvLLMParameter(data=tensors["qweight"], packed_dim=0, packed_factor=8, **same)
-    layer.qzeros = PackedvLLMParameter(data=tensors["qzeros"], packed_dim=1, packed_factor=8, **same)
     layer.scales = GroupQuantScaleParameter(data=tensors["scales"], **same)
     return layer
 

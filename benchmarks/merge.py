@@ -35,9 +35,8 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from qalora_plugin.checkpoint.adapter_folder import ADAPTER_FORMAT, CONFIG_NAME, PEFT_TYPE, POOLING, WEIGHTS_NAME
-from qalora_plugin.checkpoint.fingerprint import fingerprint
 from qalora_plugin.checkpoint.folder import Checkpoint
-from qalora_plugin.formats.gptq import quantized_modules
+from qalora_plugin.formats.opened import QuantizedCheckpoint
 
 METHODS = ("cp -r", "cp -al", "merge", "merge --copy", "merge()", "merge(copy=True)")
 TIME_BARS = {"merge": 0.5, "merge --copy": 1.2, "merge()": 0.5, "merge(copy=True)": 1.2}  # of the seconds of cp -r
@@ -59,15 +58,15 @@ def write_sized_base(folder: Path, shape: str, gigabytes: float, group_size: int
 
 def write_adapter(folder: Path, base: Path, rank: int) -> Path:
     """A random adapter on every linear of ``base``."""
-    checkpoint, tensors = Checkpoint.open(base), {}
+    source, tensors = QuantizedCheckpoint.open(base), {}
     generator = torch.Generator().manual_seed(0)
-    for name, module in quantized_modules(checkpoint).items():
+    for name, module in source.specs.items():
         for part, shape in {"A": (rank, module.groups), "B": (module.out_features, rank)}.items():
             key = f"base_model.model.{name}.lora_{part}.weight"
             tensors[key] = torch.randn(shape, generator=generator) * 0.02
     folder.mkdir()
     save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-    ours = {"pooling": POOLING, "format_version": ADAPTER_FORMAT, "base_fingerprint": fingerprint(checkpoint)}
+    ours = {"pooling": POOLING, "format_version": ADAPTER_FORMAT, "base_fingerprint": source.fingerprint()}
     config = {"peft_type": PEFT_TYPE, "r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", "qalora": ours}
     (folder / CONFIG_NAME).write_text(json.dumps(config))
     return folder

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from qalora_plugin.formats.gptq import BASE_METHOD
+from qalora_plugin.formats.gptq import Gptq
 
 SHAPES = {
     "tiny": {
@@ -80,8 +80,8 @@ def _write(folder: Path, shape: str, group_size: int | None) -> Path:
             "bits": 4, "group_size": group_size, "desc_act": False, "sym": False, "lm_head": False,
             "checkpoint_format": "gptq", "pack_dtype": "int32", "meta": {"quantizer": ["gptqmodel:7.6.0"]},
         }  # fmt: skip
-        written["quantization_config"] = {"quant_method": BASE_METHOD, **settings}
-        (folder / "quantize_config.json").write_text(json.dumps({"quant_method": BASE_METHOD, **settings}))
+        written["quantization_config"] = {"quant_method": Gptq.method, **settings}
+        (folder / "quantize_config.json").write_text(json.dumps({"quant_method": Gptq.method, **settings}))
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))  # GPTQModel loads none without one
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(written, indent=2))  # last: it marks the folder as complete

@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
+from qalora_plugin.conversion.writer import write_model
+
 SHAPES = {  # hidden, MLP, layers, heads, key-value heads, vocabulary
     "2m": (256, 512, 2, 4, 2, 512),
     "50m": (1024, 2816, 4, 16, 4, 8192),
@@ -32,18 +34,19 @@ def write_models(folder: Path, size: str, group_size: int) -> None:
         "bits": 4, "group_size": group_size, "desc_act": False, "sym": True, "checkpoint_format": "gptq",
     }  # fmt: skip
     dense = {f"{name}.weight": _random((n, k), generator) for name, (k, n) in linears.items()}
-    _write(folder / "dense", config, {"model": dense | rest})
+    _write(folder / "dense", config, dense | rest)
     del dense
     packed = {}
     for name, (k, n) in linears.items():
         packed |= {f"{name}.{part}": tensor for part, tensor in quantised(k, n, group_size, generator).items()}
-    _write(folder / "base", config, {"model": packed | rest}, {"quant_method": "gptq", **quantisation})
+    _write(folder / "base", config, packed | rest, {"quant_method": "gptq", **quantisation})
     offsets = {
         f"{name}.offsets": (torch.randn(k // group_size, n, generator=generator) * 1e-3).half()
         for name, (k, n) in linears.items()
     }
-    merged = {"quant_method": "qalora", "format_version": 1, "offset_dtype": "float16", **quantisation}
-    _write(folder / "merged", config, {"model-00001-of-00001": packed | rest, "offsets": offsets}, merged)
+    (folder / "merged").mkdir()
+    merged = {"offset_dtype": "float16", **quantisation}
+    write_model(folder / "merged", config.to_dict(), merged, (packed | rest | offsets).items())
     _write_lora(folder / "lora", folder / "base", linears, generator)
 
 
@@ -98,14 +101,9 @@ def _random(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
     return (torch.randn(shape, generator=generator) * _STD).bfloat16()
 
 
-def _write(folder: Path, config: LlamaConfig, files: dict[str, dict], quantization: dict | None = None) -> None:
+def _write(folder: Path, config: LlamaConfig, tensors: dict[str, Tensor], quantization: dict | None = None) -> None:
     folder.mkdir(parents=True)
-    for name, tensors in files.items():
-        save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
-    if len(files) > 1:
-        weight_map = {tensor: f"{name}.safetensors" for name, tensors in files.items() for tensor in tensors}
-        index = {"metadata": {}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     content = config.to_dict() | ({"quantization_config": quantization} if quantization else {})
     (folder / "config.json").write_text(json.dumps(content))
 

@@ -10,10 +10,9 @@ from support.fabricate import make_base, to_old_layout
 
 from qalora_plugin import QALoraConfig, add_adapter, load_adapter, load_base
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
-from qalora_plugin.checkpoint.folder import Checkpoint
 from qalora_plugin.conversion.merging import merge
 from qalora_plugin.core.errors import QALoraError
-from qalora_plugin.formats.gptq import require_base
+from qalora_plugin.formats.opened import QuantizedCheckpoint
 
 
 def renamed(base, out, change):
@@ -99,7 +98,7 @@ def test_configs_of_adapters(adapter, tmp_path, change, message):
 )
 def test_configs_of_bases(base, tmp_path, change, message):
     with pytest.raises(QALoraError, match=message):
-        require_base(Checkpoint.open(edited(base, tmp_path / "b", "config.json", change)))
+        QuantizedCheckpoint.open(edited(base, tmp_path / "b", "config.json", change))
 
 
 def test_offsets_beyond_float16_and_beyond_float32(base, adapter, tmp_path):
@@ -120,4 +119,4 @@ def test_an_old_base_names_its_own_settings(tmp_path):
     settings = json.loads((base / "quantize_config.json").read_text())
     (base / "quantize_config.json").write_text(json.dumps(settings | {"bits": 3}))
     with pytest.raises(QALoraError, match="is stored at 4 bits, its quantisation config says 3"):
-        require_base(Checkpoint.open(base))
+        QuantizedCheckpoint.open(base)

@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from qalora_plugin.core.errors import QALoraError
-from qalora_plugin.formats.gptq import MERGED_METHOD
+from qalora_plugin.formats.qalora import QALora
 
 OLDEST = (0, 26)
 
@@ -36,9 +36,9 @@ def register_refusal(problem: str) -> None:
         raise QALoraError(problem)
 
     names = ("get_name", "get_supported_act_dtypes", "get_min_capability", "get_config_filenames", "from_config")
-    if MERGED_METHOD not in QUANTIZATION_METHODS:
+    if QALora.method not in QUANTIZATION_METHODS:
         refusal = type("QALoraRefusal", (QuantizationConfig,), {name: classmethod(refuse) for name in names})
-        register_quantization_config(MERGED_METHOD)(refusal)
+        register_quantization_config(QALora.method)(refusal)
 
 
 def kernel_config(**values: Any):

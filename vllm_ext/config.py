@@ -1,6 +1,6 @@
 """``quantization_config`` → which linears of a vLLM model are quantised, and how.
 
-Read off the checkpoint's safetensors headers, as training and merging do (``qalora_plugin.formats.gptq``): what has
+Read off the checkpoint's safetensors headers, as training and merging do (``qalora_plugin.formats``): what has
 a ``qweight`` is quantised, its shapes give bits and group size. So ``dynamic``, ``modules_to_not_convert`` and a
 quantised ``lm_head`` need no rules here.
 """
@@ -17,18 +17,14 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-from qalora_plugin.checkpoint.folder import INDEX_NAME, Checkpoint
+from qalora_plugin.checkpoint.folder import INDEX_NAME
 from qalora_plugin.checkpoint.json_files import read_json
 from qalora_plugin.checkpoint.tensors import TensorInfo, read_header
 from qalora_plugin.core.errors import QALoraError
-from qalora_plugin.formats.gptq import (
-    BASE_METHOD,
-    MERGED_METHOD,
-    QuantizedModule,
-    check_fields,
-    checkpoint_format,
-    quantized_modules,
-)
+from qalora_plugin.core.weight import GroupwiseSpec
+from qalora_plugin.formats.gptq import Gptq
+from qalora_plugin.formats.opened import BASES
+from qalora_plugin.formats.qalora import QALora
 from vllm_ext.compat import load_every_tensor
 from vllm_ext.kernels.select import PATH_KEY, TIMED_KEY, forced_path, timed_path
 from vllm_ext.linear import QALoraLinearMethod
@@ -43,7 +39,7 @@ REFUSED = {
 DRAFT_PREFIX = "draft_model."  # what vLLM puts before every name of a model that drafts for another
 
 
-@register_quantization_config(MERGED_METHOD)
+@register_quantization_config(QALora.method)
 class QALoraConfig(QuantizationConfig):
     """A merged QA-LoRA checkpoint, or (``--quantization qalora``) a plain GPTQ base, symmetric or not.
 
@@ -55,11 +51,10 @@ class QALoraConfig(QuantizationConfig):
 
     def __init__(self, quantization: dict[str, Any]):
         super().__init__()
-        self.quantization = {"quant_method": BASE_METHOD, **quantization}
-        check_fields(self.quantization)
-        self.checkpoint_format = checkpoint_format(self.quantization)
+        self.quantization = {"quant_method": Gptq.method, **quantization}
+        self.format = _format(self.quantization)
         self.forced_path, self.timed_path = self.quantization.get(PATH_KEY), self.quantization.get(TIMED_KEY)
-        self.modules: dict[str, QuantizedModule] = {}
+        self.modules: dict[str, GroupwiseSpec] = {}
         self.weights: set[str] = set()
 
     def __repr__(self) -> str:
@@ -69,7 +64,7 @@ class QALoraConfig(QuantizationConfig):
 
     @classmethod
     def get_name(cls) -> str:
-        return MERGED_METHOD
+        return QALora.method
 
     @classmethod
     def get_supported_act_dtypes(cls) -> list[torch.dtype]:
@@ -89,7 +84,7 @@ class QALoraConfig(QuantizationConfig):
         if path := forced_path(config):
             config[PATH_KEY] = path
         config["serving_code"] = _code_hash()  # and to the code that chose the path
-        check_fields(config)
+        _format(config)  # refuses a field that is of another type than it should be
         config.pop(TIMED_KEY, None)
         if not path and (timed := timed_path(config, _code_hash())):
             config[TIMED_KEY] = timed
@@ -98,8 +93,8 @@ class QALoraConfig(QuantizationConfig):
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg, user_quant, hf_config=None) -> str | None:
         """Take a plain GPTQ checkpoint only where the user asked for it by ``--quantization qalora``."""
-        asked = user_quant == MERGED_METHOD and hf_quant_cfg.get("quant_method") == BASE_METHOD
-        return MERGED_METHOD if asked else None
+        asked = user_quant == QALora.method and hf_quant_cfg.get("quant_method") == Gptq.method
+        return QALora.method if asked else None
 
     def maybe_update_config(self, model_name: str, hf_config=None, revision: str | None = None) -> None:
         """Read the headers of the checkpoint (a folder or a Hub id) and hold them against the config.
@@ -125,8 +120,7 @@ class QALoraConfig(QuantizationConfig):
                 f"no safetensors header can be read in {model_name}; they say which linears are quantised, and how. "
                 "Check that the download is complete; from object storage (s3://, gs://) download the folder first."
             )
-        config = {"quantization_config": self.quantization}
-        self.modules = quantized_modules(Checkpoint(Path(model_name), config, tensors, files=[]))
+        self.modules = self.format.specs(tensors, model_name)
         experts = next((name for name in self.modules if ".experts." in name), None)
         if experts:
             raise QALoraError(
@@ -139,7 +133,7 @@ class QALoraConfig(QuantizationConfig):
 
     def _require_offsets(self, folder: Path) -> None:
         """Refuse a merged checkpoint whose offsets are not there: it would be served as its base."""
-        if self.quantization["quant_method"] != MERGED_METHOD:
+        if self.quantization["quant_method"] != QALora.method:
             return
         found = [name for name, module in self.modules.items() if module.offset_dtype is not None]
         index = folder / INDEX_NAME
@@ -167,12 +161,10 @@ class QALoraConfig(QuantizationConfig):
             return None
         if parts := self._parts(prefix):
             symmetric = self.quantization.get("sym", True)
-            return QALoraLinearMethod(
-                prefix, parts, self.checkpoint_format, self.forced_path, symmetric, self.timed_path
-            )
+            return QALoraLinearMethod(prefix, parts, self.format, self.forced_path, symmetric, self.timed_path)
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
-    def _parts(self, prefix: str) -> list[QuantizedModule]:
+    def _parts(self, prefix: str) -> list[GroupwiseSpec]:
         """Checkpoint modules behind a vLLM linear: one, several where vLLM fuses (q, k, v), none if it is dense."""
         prefix = prefix.removeprefix(DRAFT_PREFIX)
         if prefix in self.modules:
@@ -191,7 +183,7 @@ class QALoraConfig(QuantizationConfig):
         # A part that is not stored at all is loaded from another's tensors (Gemma 4: where k is v, from k's).
         return [self.modules.get(name, self.modules[found[-1]]) for name in names if found]
 
-    def _parts_by_leaf(self, leaves: tuple[str, ...] | list[str]) -> list[QuantizedModule]:
+    def _parts_by_leaf(self, leaves: tuple[str, ...] | list[str]) -> list[GroupwiseSpec]:
         """Parts of a layer that vLLM builds under another name than its tensors have (Falcon-H1's mixers): any that is
         called alike, if the checkpoint has none so called that is dense or quantised differently."""
         parts = []
@@ -202,6 +194,10 @@ class QALoraConfig(QuantizationConfig):
                 return []
             parts.append(next((module for module in alike if module.offset_dtype is not None), alike[0]))
         return parts
+
+
+def _format(quantization: dict[str, Any]) -> Gptq:
+    return BASES.get(quantization.get("quant_method", Gptq.method), Gptq)(quantization)
 
 
 def _headers(model: str, revision: str | None) -> dict[str, TensorInfo]:

@@ -22,8 +22,9 @@ from vllm.model_executor.parameter import (
 
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.packing import pack_rows, unpack_rows
+from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.core.words import codes_per_period
-from qalora_plugin.formats.gptq import QuantizedModule
+from qalora_plugin.formats.gptq import Gptq
 from qalora_plugin.kernels.hardware import gemm_dtype
 from vllm_ext.kernels.dense import dense_weight, matmul
 from vllm_ext.kernels.select import FUSED, LayerKind, choose_path
@@ -39,7 +40,7 @@ class QALoraLinearMethod(LinearMethodBase):
     Args:
         prefix: name of the layer in the vLLM model, for messages.
         parts: the checkpoint's linears behind it, in order.
-        checkpoint_format: how ``qzeros`` is stored, ``"gptq"`` (v1) or ``"gptq_v2"``.
+        fmt: how the checkpoint stores them.
         forced_path: one of ``paths.PATHS``, or None to choose.
         timed_path: the faster one where both are possible (``paths.timed_path``).
         symmetric: what the config says. Only weights that are not loaded (``--load-format dummy``) go by it.
@@ -48,13 +49,13 @@ class QALoraLinearMethod(LinearMethodBase):
     def __init__(
         self,
         prefix: str,
-        parts: list[QuantizedModule],
-        checkpoint_format: str,
+        parts: list[GroupwiseSpec],
+        fmt: Gptq,
         forced_path: str | None = None,
         symmetric: bool = True,
         timed_path: str | None = None,
     ):
-        self.prefix, self.parts, self.checkpoint_format = prefix, parts, checkpoint_format
+        self.prefix, self.parts, self.format = prefix, parts, fmt
         self.forced_path, self.symmetric, self.timed_path = forced_path, symmetric, timed_path
         self.kind: tuple[LayerKind, bool] | None = None
         kinds = {(part.bits, part.in_features, part.group_size) for part in parts}
@@ -90,9 +91,9 @@ class QALoraLinearMethod(LinearMethodBase):
         self.output_sizes, self.act_dtype = output_partition_sizes, params_dtype
         # One group over all of K: its scale, zero and offset hold for every rank's share of K, so each rank keeps them.
         self.one_group = self.group_size == self.in_features
-        self.rows = k if self.one_group else self.group_size
+        self.columns_of_group = k if self.one_group else self.group_size
         self._check_sizes()
-        groups, factor = k // self.rows, Fraction(32, self.bits)
+        groups, factor = k // self.columns_of_group, Fraction(32, self.bits)
         self.first_group = layer.tp_rank * groups if k < input_size and not self.one_group else 0
         is_head = isinstance(layer, ParallelLMHead)
         loader = vocabulary_loader(layer) if is_head else extra_weight_attrs["weight_loader"]
@@ -109,7 +110,7 @@ class QALoraLinearMethod(LinearMethodBase):
                 parameter = GroupQuantScaleParameter(data=data, input_dim=0, output_dim=1, weight_loader=loader)
             layer.register_parameter(name, parameter)
 
-        register("qzeros", torch.uint8, zeros_loader(loader, self.bits, self.checkpoint_format))
+        register("qzeros", torch.uint8, zeros_loader(loader, self.bits, self.format))
         layer.qzeros.dummy_weight_value = (1 << (self.bits - 1)) if self.symmetric else 1
         register("scales", self.scale_dtype)
         if self.offset_dtype is not None:
@@ -125,7 +126,7 @@ class QALoraLinearMethod(LinearMethodBase):
                 f"{self.prefix} has in_features {self.in_features} in the checkpoint, but {full_k} by config.json. "
                 "They do not belong together: merge or download the checkpoint again."
             )
-        if k % self.rows:
+        if k % self.columns_of_group:
             raise QALoraError(
                 f"{self.prefix}: tensor parallelism gives each rank {k} of {full_k} input columns, which is not a "
                 f"multiple of the group size {self.group_size}: a group cannot be split. Use a tensor-parallel size "
@@ -158,7 +159,8 @@ class QALoraLinearMethod(LinearMethodBase):
         offsets = None if self.offset_dtype is None else layer.offsets.data
         layer.register_parameter("offsets", None)
 
-        zeros = layer.qzeros.data
+        zeros = layer.qzeros.data  # unpacked while they were loaded
+        layer.register_parameter("qzeros", None)
         kind = LayerKind(
             prefix=self.prefix,
             bits=self.bits,
@@ -178,12 +180,13 @@ class QALoraLinearMethod(LinearMethodBase):
             return
         if self.kernel is None:
             self.gemm_dtype = gemm_dtype(self.act_dtype, zeros.device)
+            layer.zeros = nn.Parameter(zeros, requires_grad=False)
         else:
             if not (kind.symmetric or self.kernel.config.zero_points):
                 moved = moved_zeros(layer.scales.data.to(self.act_dtype), zeros, self.bits)  # the kernel's scales
                 offsets = moved if offsets is None else moved + offsets
             hand_over(self.kernel, layer, zeros, self.bits)
-            offsets = None if offsets is None else prepare(offsets, self.act_dtype, self.rows)
+            offsets = None if offsets is None else prepare(offsets, self.act_dtype, self.columns_of_group)
         if offsets is not None:
             layer.offsets = nn.Parameter(offsets, requires_grad=False)
 
@@ -215,7 +218,7 @@ class QALoraLinearMethod(LinearMethodBase):
 
     def _in_order(self) -> Tensor:
         """``g_idx`` [K] of this rank's share without act-order."""
-        return torch.arange(self.shape[0], dtype=torch.int32) // self.rows + self.first_group
+        return torch.arange(self.shape[0], dtype=torch.int32) // self.columns_of_group + self.first_group
 
     def _require_same_kind(self, kind: LayerKind, act_order: bool) -> None:
         """Compiled graphs, and the tensors that vLLM reloads into, belong to the first weights' kind."""
@@ -240,8 +243,8 @@ class QALoraLinearMethod(LinearMethodBase):
                     "desc_act=False."
                 )
             raise QALoraError(
-                f"{self.prefix}: g_idx does not put exactly {self.rows} columns into each group. The checkpoint is "
-                "damaged: download or merge it again."
+                f"{self.prefix}: g_idx does not put exactly {self.columns_of_group} columns into each group. The "
+                "checkpoint is damaged: download or merge it again."
             )
         if (g_idx == in_order).all():
             return None
@@ -251,14 +254,14 @@ class QALoraLinearMethod(LinearMethodBase):
         """``[..., K] → [..., N]``."""
         if self.kernel is None:
             dtype = self.gemm_dtype
-            weight = dense_weight(layer.qweight, layer.qzeros, layer.scales, layer.offsets, self.bits, dtype)
+            weight = dense_weight(layer.qweight, layer.zeros, layer.scales, layer.offsets, self.bits, dtype)
             y = matmul(x.to(dtype), weight, layer.input_order, self.output_sizes).to(x.dtype)
             return y if bias is None else y + bias
         if layer.input_order is not None:
             x = x[..., layer.input_order[0]]
         y = self.kernel.apply_weights(layer, x, bias)
         if layer.offsets is not None:
-            add_offsets(y, x, layer.offsets, self.rows)
+            add_offsets(y, x, layer.offsets, self.columns_of_group)
         return y
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.parameter import BasevLLMParameter
 
-from qalora_plugin.formats.gptq import read_zeros
+from qalora_plugin.formats.gptq import Gptq
 
 
 def load_g_idx(param: BasevLLMParameter, loaded_weight: Tensor, shard_id: str | int | tuple | None = None) -> None:
@@ -26,14 +26,14 @@ def load_g_idx(param: BasevLLMParameter, loaded_weight: Tensor, shard_id: str | 
         param.data[row].copy_(loaded_weight[start : start + k])  # vLLM's reloading counts what copy_ moves
 
 
-def zeros_loader(load: Callable, bits: int, checkpoint_format: str) -> Callable:
+def zeros_loader(load: Callable, bits: int, fmt: Gptq) -> Callable:
     """``load`` for ``qzeros``, unpacked first: true zero-points, uint8 ``[G, N]``.
 
     Packed, eight 4-bit columns to a word, a tensor-parallel rank could not take part of a word.
     """
 
     def load_zeros(param: BasevLLMParameter, loaded_weight: Tensor, *args, **kwargs) -> None:
-        load(param, read_zeros(loaded_weight, bits, checkpoint_format), *args, **kwargs)
+        load(param, fmt.true_zeros(loaded_weight, bits), *args, **kwargs)
 
     return load_zeros
 

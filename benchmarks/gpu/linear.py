@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qalora_plugin.core import reference
+from qalora_plugin.core.weight import GroupwiseWeight
 from qalora_plugin.kernels.triton import dequantize
 from vllm_ext import ops
 
@@ -34,19 +35,18 @@ class Subject:
         groups = k // group_size
         self.k, self.n, self.group_size = k, n, group_size
         self.qweight = torch.empty(k // 8, n, dtype=torch.int32, device=DEVICE).random_(-(2**31), 2**31)
-        self.qzeros = torch.full((groups, n // 8), 0x77777777, dtype=torch.int32, device=DEVICE)
+        self.zeros = torch.full((groups, n), 8, dtype=torch.uint8, device=DEVICE)
         self.scales = torch.empty(groups, n, device=DEVICE).uniform_(0.9 * _SCALE, 1.1 * _SCALE).to(dtype)
         self.offsets = torch.empty(groups, n, device=DEVICE).normal_(0, _SHIFT).half()
 
-    def packed(self) -> PackedWeight:
-        return PackedWeight(
-            self.qweight, self.qzeros, self.scales, self.offsets, None, None, 4, self.group_size, "gptq"
+    def quantized(self) -> GroupwiseWeight:
+        return GroupwiseWeight(
+            self.qweight, self.zeros, self.scales, self.offsets, None, None, bits=4, group_size=self.group_size
         )
 
     def dense(self, offsets: bool, dtype: torch.dtype = torch.float64) -> Tensor:
-        g_idx = torch.arange(self.k, device=DEVICE) // self.group_size
-        added = self.offsets if offsets else None
-        return reference.dequantize(self.qweight, self.qzeros, self.scales, g_idx, 4, "gptq", added, dtype)
+        weight = self.quantized()
+        return reference.dequantize(weight if offsets else weight._replace(offsets=None), dtype)
 
 
 def paths(subject: Subject, has_ops: bool) -> dict[str, tuple[str | None, Callable[[Tensor], Tensor]]]:
@@ -68,8 +68,8 @@ def paths(subject: Subject, has_ops: bool) -> dict[str, tuple[str | None, Callab
         zeros = (subject.offsets.float() - 8 * subject.scales.float()).to(dtype)
         found["fused-zeros"] = "machete", stock.machete(subject.qweight, subject.scales, subject.group_size, zeros)
     if CUDA:
-        packed, offsets = subject.packed(), subject.offsets.float()
-        found["triton matmul"] = None, lambda x: dequantize.matmul(x, packed, offsets)
+        weight, offsets = subject.quantized(), subject.offsets.float()
+        found["triton matmul"] = None, lambda x: dequantize.matmul(x, weight, offsets)
     return found
 
 

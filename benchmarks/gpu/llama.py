@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from qalora_plugin.core.packing import unpack_rows
+from qalora_plugin.core.weight import GroupwiseSpec, GroupwiseWeight
 from qalora_plugin.layers.linear import QuantLinear
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -37,7 +38,7 @@ def build(method: str, config: LlamaConfig, rank: int, group_size: int) -> nn.Mo
     """
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
-    packed = {"ours": lambda k, n: QuantLinear(k, n, 4, group_size, store_g_idx=False, device="meta")}
+    packed = {"ours": lambda k, n: QuantLinear(GroupwiseSpec("", k, n, 4, group_size))}
     packed["peft"] = lambda k, n: PlainTorchLinear(k, n, group_size)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name.endswith(tuple(TARGETS)) and method in packed:
@@ -48,17 +49,24 @@ def build(method: str, config: LlamaConfig, rank: int, group_size: int) -> nn.Mo
         parameter.data.normal_(0, _STD) if parameter.ndim == 2 else parameter.data.fill_(1)
     for module in model.modules():
         if isinstance(module, QuantLinear):
-            fill_packed(module)
-            module.finalize()
+            module.set_weight(random_weight(module.in_features, module.out_features, module.group_size))
     model.requires_grad_(False)
     return model if method == "dense" else _with_adapter(model, method, rank, group_size)
 
 
-def fill_packed(module: nn.Module) -> None:
-    """Random codes, v1 zero-points of 8 (stored as 7), scales near one size."""
-    module.qweight.random_(-(2**31), 2**31)
-    module.qzeros.fill_(0x77777777)
-    module.scales.uniform_(0.9 * _STD / _CODE_STD, 1.1 * _STD / _CODE_STD)
+def random_weight(k: int, n: int, group_size: int) -> GroupwiseWeight:
+    """Random codes, zero-points of 8, scales near one size."""
+    groups = k // group_size
+    return GroupwiseWeight(
+        qweight=torch.empty(k // 8, n, dtype=torch.int32, device=DEVICE).random_(-(2**31), 2**31),
+        zeros=torch.full((groups, n), 8, dtype=torch.uint8, device=DEVICE),
+        scales=torch.empty(groups, n, device=DEVICE).uniform_(0.9 * _STD / _CODE_STD, 1.1 * _STD / _CODE_STD).half(),
+        offsets=None,
+        g_idx=None,
+        group_order=None,
+        bits=4,
+        group_size=group_size,
+    )
 
 
 def _with_adapter(model: nn.Module, method: str, rank: int, group_size: int) -> nn.Module:
@@ -93,11 +101,9 @@ class PlainTorchLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, group_size: int):
         super().__init__()
-        groups = in_features // group_size
         self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
-        self.qweight = nn.Buffer(torch.empty(in_features // 8, out_features, dtype=torch.int32, device="meta"))
-        self.qzeros = nn.Buffer(torch.empty(groups, out_features // 8, dtype=torch.int32, device="meta"))
-        self.scales = nn.Buffer(torch.empty(groups, out_features, dtype=torch.bfloat16, device="meta"))
+        weight = random_weight(in_features, out_features, group_size)
+        self.qweight, self.scales = nn.Buffer(weight.qweight), nn.Buffer(weight.scales.bfloat16())
 
     def forward(self, x: Tensor) -> Tensor:
         codes = unpack_rows(self.qweight, 4).view(-1, self.group_size, self.out_features)
@@ -110,7 +116,6 @@ class PeftPooledLinear(nn.Module):
 
     def __init__(self, base: PlainTorchLinear, rank: int):
         super().__init__()
-        fill_packed(base)
         self.base, groups = base, base.in_features // base.group_size
         self.lora_a = nn.Parameter(torch.randn(rank, groups, device=DEVICE) / math.sqrt(groups))
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, device=DEVICE))

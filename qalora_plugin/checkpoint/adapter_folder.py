@@ -23,6 +23,15 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_TYPE = "QALORA"
 ADAPTER_FORMAT = 1
 POOLING = "sum"
+CANNOT_MERGE = {  # fields of a LoraConfig → why they must be unset
+    "use_dora": "DoRA scales whole columns, which no group-wise offset can express",
+    "modules_to_save": "a dense copy of a layer cannot be merged into an INT4 base",
+    "target_parameters": "only linear layers have quantisation groups",
+    "layer_replication": "a merged checkpoint has the base's layers",
+    "trainable_token_indices": "embeddings are not quantised, so changes to them cannot be merged",
+    "lora_bias": "the merged checkpoint keeps the base's biases",
+    "fan_in_fan_out": "GPTQ linears have one orientation",
+}
 _LARGEST_ALPHA = 1e9
 _FLOATS = ("F16", "BF16", "F32", "F64")
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
@@ -80,6 +89,16 @@ class AdapterFolder:
                 f"{folder} is {kind}{pooled}; expected a QA-LoRA adapter of this project (peft_type {PEFT_TYPE}). "
                 "Merging it would scale it wrongly. Train with `adapter: qalora`."
             )
+        return cls.of(folder, config)
+
+    @classmethod
+    @os_errors_in_one_line()
+    def of(cls, folder: Path, config: dict) -> "AdapterFolder":
+        """The weights in ``folder`` under a config that may be another than lies there: how importers read them.
+
+        Raises:
+            QALoraError: as :meth:`open`.
+        """
         _check_config(config, folder / CONFIG_NAME)
         check_pooling(config.get("qalora") or {}, str(folder))
         if not (folder / WEIGHTS_NAME).is_file():

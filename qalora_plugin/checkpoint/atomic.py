@@ -10,16 +10,15 @@ import errno
 import fcntl
 import os
 import shutil
-import signal
 import stat
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from qalora_plugin.checkpoint.termination import Termination
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 
 _CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS}
@@ -64,7 +63,7 @@ def new_folder(out: Path, flush: bool = True) -> Iterator[Path]:
         QALoraError: ``out`` exists, another process is writing it, or the system refuses (permissions, a full disk …).
     """
     require_absent(out)
-    with os_errors_in_one_line(), _Termination() as termination:
+    with os_errors_in_one_line(), Termination() as termination:
         out.parent.mkdir(parents=True, exist_ok=True)
         parent = os.open(out.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -234,51 +233,6 @@ def link_or_copy(source: Path, target: Path, copy: bool = False) -> bool:
 
 def same_disk(source: Path, parent: Path) -> bool:
     return source.resolve().stat().st_dev == parent.stat().st_dev
-
-
-class _Terminated(BaseException):
-    """SIGTERM or SIGHUP arrived."""
-
-
-class _Termination:
-    """While open, SIGTERM and SIGHUP wait for the end of what must not be torn, and unwind what may be interrupted.
-
-    So that work folders are removed before the signal ends the process after all. Only where it would end it at once:
-    a program's own handlers stay. And only in the main thread, where Python handles signals.
-    """
-
-    def __init__(self):
-        self._arrived: int | None = None
-        self._interrupts = False
-        main = threading.current_thread() is threading.main_thread()
-        codes = (signal.SIGTERM, signal.SIGHUP) if main else ()
-        self._taken = [code for code in codes if signal.getsignal(code) is signal.SIG_DFL]
-
-    def __enter__(self) -> "_Termination":
-        for code in self._taken:
-            signal.signal(code, self._arrive)
-        return self
-
-    def _arrive(self, code: int, frame: object) -> None:
-        first, self._arrived = self._arrived is None, self._arrived or code
-        if first and self._interrupts:
-            raise _Terminated
-
-    @contextmanager
-    def interrupts(self) -> Iterator[None]:
-        self._interrupts = True
-        try:
-            if self._arrived:
-                raise _Terminated
-            yield
-        finally:
-            self._interrupts = False
-
-    def __exit__(self, *_: object) -> None:
-        for code in self._taken:
-            signal.signal(code, signal.SIG_DFL)
-        if self._arrived:
-            os.kill(os.getpid(), self._arrived)
 
 
 def _prefix(out: Path) -> str:

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from qalora_plugin.commands import exporting, importing
 from qalora_plugin.core.errors import QALoraError, printable
 
 app = typer.Typer(
@@ -126,23 +127,8 @@ def doctor(
     print(diagnosis.json()) if as_json else diagnosis.print()
 
 
-export = typer.Typer(no_args_is_help=True)
-app.add_typer(export, name="export", help="Write an adapter in another format.")
-
-
-@export.command()
-def lora(
-    adapter: Annotated[Path, typer.Argument(help="Folder of the trained adapter.")],
-    out: Annotated[Path, typer.Argument(help="New folder for the PEFT LoRA.")],
-    base: Annotated[str | None, typer.Option(help="GPTQ base; default: the one that the adapter names.")] = None,
-    revision: Revision = None,
-) -> None:
-    """An ordinary PEFT LoRA, to serve unmerged beside others: vllm serve BASE --enable-lora."""
-    from qalora_plugin.conversion.lora import export_lora
-
-    result = export_lora(adapter, out, base, revision)
-    folder = printable(result.folder)
-    print(f"{folder}: {result.modules} linears; serve it with --enable-lora --max-lora-rank {result.max_rank} …")
+app.add_typer(importing.app, name="import", help="Take in what was quantised, or trained, elsewhere.")
+app.add_typer(exporting.app, name="export", help="Write a merged checkpoint, or an adapter, for other runtimes.")
 
 
 class _Command(typer.core.TyperGroup):

@@ -36,6 +36,9 @@ class ExportResult:
     modules: int
     max_rank: int
 
+    def summary(self) -> list[str]:
+        return [f"{self.folder}: {self.modules} linears; serve it with --enable-lora --max-lora-rank {self.max_rank} …"]
+
 
 @os_errors_in_one_line()
 def export_lora(

@@ -111,8 +111,9 @@ def merge(
     new_bytes = sum(source.specs[name].groups * source.specs[name].out_features for name in opened.modules) * itemsize
     kept = _kept_files(files)
     out.parent.mkdir(parents=True, exist_ok=True)
-    linked = not copy and same_disk(files.folder / files.files[0], out.parent)
-    require_space(out.parent, new_bytes + (0 if linked else files.nbytes) + (16 << 20))
+    linked = bool(kept) and not copy and same_disk(files.folder / files.files[0], out.parent)
+    rewritten = sum(info.end - info.start for info in files.tensors.values() if info.file not in kept)
+    require_space(out.parent, new_bytes + (rewritten if linked else files.nbytes) + (16 << 20))
 
     with new_folder(out, flush=linked) as work:  # to wait for copies would take twice their time
         for file, name in kept.items():

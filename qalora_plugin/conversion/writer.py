@@ -61,9 +61,11 @@ class ShardWriter:
 
             save_file(self._held, path, metadata={"format": "pt"})
         else:
+            import torch
             from safetensors.torch import save_file as save_tensors
 
-            save_tensors({name: tensor.contiguous() for name, tensor in self._held.items()}, path, {"format": "pt"})
+            held = {name: torch.as_tensor(tensor).contiguous() for name, tensor in self._held.items()}
+            save_tensors(held, path, {"format": "pt"})
         self._written.append(list(self._held))
         self._held, self._size = {}, 0
 

@@ -21,7 +21,7 @@ def compare_logits(
     The merged model runs twice: with its offsets as stored, then with those of the other dtype. So one of the two has
     them exact, and one rounded to float16.
     """
-    from qalora_plugin.integrations.peft.adapter import load_adapter
+    from qalora_plugin.integrations.peft.loading import load_adapter
     from qalora_plugin.integrations.transformers.loading import load_base, load_model
 
     with full_precision():

@@ -145,6 +145,10 @@ class Gptq:
         period = symmetric_words(spec.bits, self.reading)
         return bool((load(f"{spec.name}.qzeros").reshape(-1, len(period)) == period).all())
 
+    def true_zeros(self, qzeros: "Tensor", bits: int) -> "Tensor":
+        """Packed zero-points as this format stores them, int32 ``[G, N·b/32]`` → uint8 ``[G, N]``."""
+        return read_zeros(qzeros, bits, self.reading)
+
     def _spec(self, tensors: Headers, name: str, where: object) -> GroupwiseSpec:
         def fail(problem: str) -> QALoraError:
             return QALoraError(f"{where}: {name}: {problem} The checkpoint is damaged or not in GPTQ layout.")

@@ -85,8 +85,12 @@ class QuantizedCheckpoint:
         return any(is_act_order(spec, self.files.array) for spec in self.specs.values())
 
     def fingerprint(self, like: str | None = None) -> str:
-        """See :func:`~qalora_plugin.checkpoint.fingerprint.fingerprint`."""
-        return fingerprint(self.files, self.format.reading, like)
+        """See :func:`~qalora_plugin.checkpoint.fingerprint.fingerprint`.
+
+        Where the base has offsets, which no fingerprint of samples covers, it is of the new kind whatever ``like`` is:
+        adapters of that kind are older than bases with offsets.
+        """
+        return fingerprint(self.files, self.format.reading, None if self.has_offsets else like)
 
 
 def can_be_base(quantization: dict[str, Any]) -> bool:

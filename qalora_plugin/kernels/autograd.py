@@ -71,7 +71,7 @@ def _forward(
     weight = GroupwiseWeight.of(tensors, bits, group_size)
     delta = None if lora_a is None else OffsetDelta(lora_a, lora_b, scaling)
     with torch.autocast(x.device.type, enabled=False):
-        y = choose(weight, x.dtype, x[..., 0].numel()).forward(x, weight, delta)
+        y = choose(weight, x.dtype, x.numel() // x.shape[-1]).forward(x, weight, delta)
         # After y: allocated before it, what is kept would break up the free memory that y fits into.
         return y, choose(weight, x.dtype).pool(x, weight) if keep_pooled else x.new_empty(0)
 

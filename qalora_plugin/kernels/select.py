@@ -1,7 +1,6 @@
 """Which kernel multiplies by a weight: the first that does not say why not. One log line says which, as in vLLM."""
 
 import logging
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -20,6 +19,9 @@ logger = logging.getLogger(__name__)
 KERNELS: tuple[Kernel, ...] = (CompiledCpu(), FewTokens(), UnpackAndMultiply())  # the last takes everything
 
 
+_said: set[tuple[Kernel, int, int, torch.dtype]] = set()
+
+
 class Choice(NamedTuple):
     """A way to compute, and why it is not a faster one (None if there is none)."""
 
@@ -35,15 +37,13 @@ def choose(weight: GroupwiseWeight, dtype: torch.dtype, tokens: int | None = Non
     """
     for kernel in KERNELS:
         if kernel.why_not(weight, dtype, tokens) is None:
-            if tokens is None and not torch.compiler.is_compiling():
-                _say_once(kernel.describe(weight, dtype), weight.bits, weight.group_size, dtype)
+            kind = (kernel, weight.bits, weight.group_size, dtype)
+            if tokens is None and kind not in _said:
+                _said.add(kind)
+                how = kernel.describe(weight, dtype)
+                logger.info("%d-bit weights, groups of %d, %s: %s", weight.bits, weight.group_size, dtype, how)
             return kernel
     raise AssertionError("the last kernel takes everything")
-
-
-@cache
-def _say_once(how: str, bits: int, group_size: int, dtype: torch.dtype) -> None:
-    logger.info("%d-bit weights, groups of %d, %s: %s", bits, group_size, dtype, how)
 
 
 def training_kernel(weight: GroupwiseWeight, dtype: torch.dtype) -> Choice:

@@ -2,7 +2,8 @@
 
 import os
 import random
-from contextlib import chdir
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -63,8 +64,6 @@ def quantize(
         raise QALoraError(f"{model} is quantised already ({method}). Pass the original 16-bit model.")
     _check_sizes(config, group_size)
 
-    if (os.cpu_count() or 1) < 4:  # GPTQModel 7.6 gives such a machine one worker, and then asks itself for two
-        os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     from gptqmodel import GPTQModel, QuantizeConfig
     from transformers import AutoTokenizer
 
@@ -78,13 +77,28 @@ def quantize(
         desc_act=act_order,
         format=checkpoint_format or ("gptq" if sym else "gptq_v2"),
     )
-    with TemporaryDirectory() as scratch, chdir(scratch):  # GPTQModel leaves a folder of logs where it runs
+    # GPTQModel leaves a folder of logs where it runs.
+    with TemporaryDirectory() as scratch, chdir(scratch), _enough_workers():
         quantised = GPTQModel.load(str(folder), quantize_config)
         quantised.quantize(calibration, tokenizer=tokenizer)
         with new_folder(out) as work:
             quantised.save(str(work))
             tokenizer.save_pretrained(work)
     return out
+
+
+@contextmanager
+def _enough_workers() -> Iterator[None]:
+    """GPTQModel 7.6 gives a machine of fewer than four cores one worker, and then asks itself for two."""
+    name = "GPTQMODEL_CPU_WORKERS"
+    if name in os.environ or (os.cpu_count() or 1) >= 4:
+        yield
+        return
+    os.environ[name] = "2"
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _check_sizes(config: dict[str, Any], group_size: int) -> None:

@@ -17,7 +17,7 @@ from qalora_plugin.checkpoint.folder import Checkpoint
 from qalora_plugin.conversion.lora import export_lora
 from qalora_plugin.conversion.merging import merge
 from qalora_plugin.core.errors import QALoraError
-from qalora_plugin.integrations.peft.adapter import load_adapter
+from qalora_plugin.integrations.peft.loading import load_adapter
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,8 @@ def copy(base, tmp_path):
 
 
 def of(folder, like=None) -> str:
-    return fingerprint(Checkpoint.open(folder), like)
+    checkpoint = Checkpoint.open(folder)
+    return fingerprint(checkpoint, checkpoint.quantization.get("checkpoint_format", "gptq"), like)
 
 
 def edit_tensors(folder, change):

@@ -11,7 +11,8 @@ from support.fabricate import make_base
 from qalora_plugin.checkpoint.folder import Checkpoint
 from qalora_plugin.checkpoint.tensors import all_finite, read_array, read_header
 from qalora_plugin.core.errors import QALoraError
-from qalora_plugin.formats.gptq import check_values, is_act_order, is_symmetric, quantized_modules, require_base
+from qalora_plugin.formats.gptq import is_act_order
+from qalora_plugin.formats.opened import QuantizedCheckpoint
 
 
 @pytest.fixture
@@ -39,8 +40,7 @@ def edit_tensors(folder, change):
 
 
 def open_base(folder):
-    checkpoint = Checkpoint.open(folder)
-    check_values(checkpoint, require_base(checkpoint))
+    QuantizedCheckpoint.open(folder).check_values()
 
 
 def refuse(folder, match):
@@ -56,15 +56,14 @@ def test_facts_are_read_off_the_tensors(tmp_path, checkpoint_format, group_size,
     folder = make_base(
         tmp_path / "m", group_size=group_size, sym=sym, checkpoint_format=checkpoint_format, act_order=act_order
     )
-    checkpoint = Checkpoint.open(folder)
-    modules = require_base(checkpoint)
-    check_values(checkpoint, modules)
-    assert len(modules) == 14
-    module = modules["model.layers.0.mlp.down_proj"]
+    source = QuantizedCheckpoint.open(folder)
+    source.check_values()
+    assert len(source.specs) == 14
+    module = source.specs["model.layers.0.mlp.down_proj"]
     assert (module.in_features, module.out_features, module.bits) == (128, 64, 4)
     assert module.group_size == (128 if group_size == -1 else group_size)
-    assert is_act_order(checkpoint, module) == (act_order and group_size != -1)
-    assert is_symmetric(checkpoint, module) == sym
+    assert is_act_order(module, source.files.array) == (act_order and group_size != -1)
+    assert source.format.is_symmetric(module, source.files.array) == sym
 
 
 def test_dense(copy):
@@ -80,15 +79,18 @@ def test_other_quantisation(copy, method):
     refuse(copy, f"quant_method is '{method}', expected 'gptq'")
 
 
-def test_merged_is_no_base(merged):
-    refuse(merged, "already a merged QA-LoRA checkpoint")
+def test_a_merged_checkpoint_is_a_base(merged):
+    source = QuantizedCheckpoint.open(merged)
+    source.check_values()
+    assert source.has_offsets
+    assert all(spec.offset_dtype == "float16" for spec in source.specs.values())
 
 
 def test_unknown_format_version(merged, tmp_path):
     folder = shutil.copytree(merged, tmp_path / "m")
     edit_config(folder, format_version=2)
     with pytest.raises(QALoraError, match="format_version is 2, this version of qalora reads 1"):
-        quantized_modules(Checkpoint.open(folder))
+        QuantizedCheckpoint.open(folder)
 
 
 def test_unknown_zero_storage(copy):

@@ -26,7 +26,7 @@ from qalora_plugin.conversion.card import model_card
 from qalora_plugin.conversion.merging import merge
 from qalora_plugin.core.errors import QALoraError, printable
 from qalora_plugin.eval.tokens import read_texts
-from qalora_plugin.integrations.peft.adapter import add_adapter, load_adapter
+from qalora_plugin.integrations.peft.loading import add_adapter, load_adapter
 
 ESCAPES = "\x1b[31mred\x1b]0;title\x07\x9b2J\u202etxt.exe\r\x08"
 

@@ -10,11 +10,11 @@ from support.fabricate import make_adapter, make_base
 
 from qalora_plugin import add_adapter, load_base
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
-from qalora_plugin.checkpoint.fingerprint import fingerprint
 from qalora_plugin.checkpoint.folder import Checkpoint
 from qalora_plugin.checkpoint.hub import resolve
 from qalora_plugin.conversion.merging import merge
 from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.integrations.axolotl.preflight import check_base
 
 
@@ -45,8 +45,8 @@ def hub(tmp_path, monkeypatch):
 
 def test_id_and_revision(hub):
     for revision, local in ((None, "one"), ("v2", "two")):
-        expected = fingerprint(Checkpoint.open(hub / local))
-        assert fingerprint(Checkpoint.open("team/base", revision)) == expected
+        expected = QuantizedCheckpoint.open(hub / local).fingerprint()
+        assert QuantizedCheckpoint.open("team/base", revision).fingerprint() == expected
         assert load_base("team/base", revision=revision).hf_quantizer.base_fingerprint() == expected
     check_base("team/base", "v2")
 

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qalora_plugin.commands.doctor import diagnose, training_summary
 from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.kernels import cpu
 from qalora_plugin.kernels.select import example_weight, training_kernel
 
@@ -19,7 +20,11 @@ SMALL, LARGE = (64, 64), (1024, 512)
 
 
 def choice(shape=LARGE, bits=4, group_size=32, act_order=False, dtype=torch.float32):
-    return training_kernel(example_weight(*shape, bits, group_size, act_order, "cpu"), dtype)
+    return training_kernel(weight(shape, bits, group_size, act_order), dtype)
+
+
+def weight(shape, bits, group_size, act_order):
+    return example_weight(GroupwiseSpec("a layer", *shape, bits, group_size), act_order, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -60,11 +65,11 @@ def test_the_answer_is_what_runs():
     for bits in (2, 3, 4, 8):
         for act_order in (False, True):
             for shape in (SMALL, LARGE):
-                weight = example_weight(*shape, bits, 32, act_order, "cpu")
+                asked = weight(shape, bits, 32, act_order)
                 for dtype in (torch.float32, torch.bfloat16):
-                    kernel = training_kernel(weight, dtype).kernel
-                    assert kernel.startswith("C++ multiplies") == cpu.multiplies(weight, dtype)
-                    assert kernel.startswith("plain torch") == (not cpu.takes(weight, dtype))
+                    kernel = training_kernel(asked, dtype).kernel
+                    assert kernel.startswith("C++ multiplies") == (cpu.why_not_multiply(asked, dtype) is None)
+                    assert kernel.startswith("plain torch") == (cpu.why_not_fill(asked, dtype) is not None)
 
 
 def test_of_a_checkpoint(tmp_path):
@@ -73,7 +78,7 @@ def test_of_a_checkpoint(tmp_path):
     assert any("vLLM runs q_proj, k_proj, v_proj as one layer" in note for note in found.notes)
     small = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, vocab_size=32)
     LlamaForCausalLM(small).save_pretrained(tmp_path / "dense")
-    with pytest.raises(QALoraError, match="expected 'gptq' or 'qalora'"):
+    with pytest.raises(QALoraError, match="it is dense"):
         diagnose(tmp_path / "dense")
 
 

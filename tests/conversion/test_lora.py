@@ -13,7 +13,7 @@ from qalora_plugin import load_base
 from qalora_plugin.commands.cli import app
 from qalora_plugin.conversion.lora import export_lora
 from qalora_plugin.core.errors import QALoraError
-from qalora_plugin.integrations.peft.adapter import load_adapter
+from qalora_plugin.integrations.peft.loading import load_adapter
 
 TOKENS = torch.randint(4, 100, (2, 60), generator=torch.Generator().manual_seed(0))
 CASES = {

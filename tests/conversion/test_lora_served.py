@@ -10,7 +10,7 @@ from support.vllm_server import Server
 
 from qalora_plugin import load_base
 from qalora_plugin.conversion.lora import export_lora
-from qalora_plugin.integrations.peft.adapter import load_adapter
+from qalora_plugin.integrations.peft.loading import load_adapter
 
 pytestmark = pytest.mark.e2e
 SERVING = Path(__file__).parents[2] / ".venv-serve"

@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from support.fabricate import make_adapter, make_base
 
 from qalora_plugin.checkpoint.folder import Checkpoint
-from qalora_plugin.conversion import merging
+from qalora_plugin.conversion import merging, writer
 from qalora_plugin.conversion.merging import is_merge_of, merge
 from qalora_plugin.core import folding, reference
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.eval.verifying import verify
+from qalora_plugin.formats.opened import QuantizedCheckpoint
 
 SEQUENCES = [list(range(4, 100)), list(range(60, 4, -1))]
 KINDS = [
@@ -214,7 +215,7 @@ def test_killed_at_any_moment(base, adapter, tmp_path, moment):
     """SIGKILL in the middle of a slowed-down merge: nothing or everything under the final name; then merging works."""
     code = r"""
 import os, sys, time
-from qalora_plugin.conversion import merging
+from qalora_plugin.conversion import merging, writer
 slow = merging.link_or_copy
 def slower(*args, **kwargs):
     os.write(1, b"step\n"); time.sleep(0.1); return slow(*args, **kwargs)
@@ -250,9 +251,11 @@ def test_memory_does_not_grow_with_the_offsets(base, adapter, tmp_path, monkeypa
     """Pending offsets never exceed one shard: checked on what is handed to the writer."""
     monkeypatch.setattr(merging, "SHARD_BYTES", 2000)
     sizes = []
-    save = merging.save_file
+    write = writer.ShardWriter._flush
     monkeypatch.setattr(
-        merging, "save_file", lambda t, *a, **k: sizes.append(sum(x.nbytes for x in t.values())) or save(t, *a, **k)
+        writer.ShardWriter,
+        "_flush",
+        lambda self: sizes.append(sum(tensor.nbytes for tensor in self._held.values())) or write(self),
     )
     merge(base, adapter, tmp_path / "out", progress=False)
     assert len(sizes) > 2
@@ -300,28 +303,28 @@ def test_a_shard_by_the_name_of_the_offsets(base, adapter, tmp_path, file, copy)
 @pytest.mark.parametrize("copy", [False, True])
 def test_a_base_that_changes_while_it_is_merged(base, adapter, tmp_path, monkeypatch, copy):
     folder = shutil.copytree(base, tmp_path / "base")
-    save = merging.save_file
+    write = writer.ShardWriter._flush
 
-    def change(*args, **kwargs):
+    def change(self):
         with open(folder / "model.safetensors", "r+b") as file:
             file.seek(-1, os.SEEK_END)
             file.write(b"x")
-        save(*args, **kwargs)
+        write(self)
 
-    monkeypatch.setattr(merging, "save_file", change)
+    monkeypatch.setattr(writer.ShardWriter, "_flush", change)
     refuse("was changed while it was being merged", folder, adapter, tmp_path / "out", copy=copy)
 
 
 @pytest.mark.parametrize("what", ["model.safetensors", "config.json", "."])
 def test_a_base_that_disappears_while_it_is_merged(base, adapter, tmp_path, monkeypatch, what):
     folder = shutil.copytree(base, tmp_path / "base")
-    check = merging.check_values
+    check = QuantizedCheckpoint.check_values
 
-    def remove(*args):
-        check(*args)
+    def remove(source):
+        check(source)
         shutil.rmtree(folder) if what == "." else (folder / what).unlink()
 
-    monkeypatch.setattr(merging, "check_values", remove)
+    monkeypatch.setattr(QuantizedCheckpoint, "check_values", remove)
     if what == "config.json":  # read already
         merge(folder, adapter, tmp_path / "out", progress=False)
     else:
@@ -362,18 +365,16 @@ def test_the_command_needs_no_torch_and_writes_the_same(base, adapter, tmp_path,
     assert a == b
 
 
-def test_folding_in_numpy_is_folding_in_torch(monkeypatch):
-    """Blocks that do not come out even, subnormal, huge and overflowing values included."""
+def test_folding_is_the_definition_rounded_once(monkeypatch):
+    """Blocks that do not come out even, subnormal, huge and overflowing values included; onto nothing, onto offsets."""
     monkeypatch.setattr(folding, "_BLOCK", 5 * 96)
     generator = np.random.default_rng(0)
     lora_a = generator.standard_normal((4, 33)).astype(np.float32) * np.logspace(-9, 5, 33, dtype=np.float32)
     lora_b = generator.standard_normal((96, 4)).astype(np.float32)
-    expected = reference.adapter_offsets(torch.from_numpy(lora_a), torch.from_numpy(lora_b), 0.5)
+    before = generator.standard_normal((33, 96)).astype(np.float32)
+    added = reference.adapter_offsets(torch.from_numpy(lora_a), torch.from_numpy(lora_b), 0.5)
     for dtype in ("float16", "float32"):
-        by_torch = folding.fold(lora_a, lora_b, 0.5, dtype)
-        with monkeypatch.context() as without:
-            without.delitem(sys.modules, "torch")
-            by_numpy = folding.fold(lora_a, lora_b, 0.5, dtype)
-        assert np.array_equal(by_torch, by_numpy)
-        assert torch.equal(torch.from_numpy(by_numpy), expected.to(getattr(torch, dtype)))
-    assert expected.half().isinf().any()
+        for base, expected in ((None, added), (before, added + torch.from_numpy(before).double())):
+            found = folding.fold(lora_a, lora_b, 0.5, dtype, base)
+            assert torch.equal(torch.from_numpy(found), expected.float().to(getattr(torch, dtype)))
+    assert added.half().isinf().any()

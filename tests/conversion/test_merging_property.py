@@ -9,13 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from support.fabricate import quantise
+from support.layers import read_stored
 
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
-from qalora_plugin.checkpoint.fingerprint import fingerprint
-from qalora_plugin.checkpoint.folder import Checkpoint
 from qalora_plugin.conversion.merging import merge
 from qalora_plugin.core import reference
-from qalora_plugin.formats.gptq import quantized_modules
+from qalora_plugin.formats.opened import QuantizedCheckpoint
 
 cases = st.fixed_dictionaries(
     {
@@ -73,7 +72,11 @@ def write_adapter(folder: Path, base: Path, case: dict) -> tuple[torch.Tensor, t
         "r": case["rank"],
         "lora_alpha": case["alpha"],
         "use_rslora": case["rslora"],
-        "qalora": {"pooling": "sum", "format_version": 1, "base_fingerprint": fingerprint(Checkpoint.open(base))},
+        "qalora": {
+            "pooling": "sum",
+            "format_version": 1,
+            "base_fingerprint": QuantizedCheckpoint.open(base).fingerprint(),
+        },
     }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return lora_a, lora_b, case["alpha"] / (case["rank"] ** 0.5 if case["rslora"] else case["rank"])
@@ -89,8 +92,8 @@ def test_merge_is_one_addition(case):
         assert AdapterFolder.open(adapter).scaling("layer.up_proj") == scaling
         merge(base, adapter, out, case["offset_dtype"], progress=False)
 
-        merged = Checkpoint.open(out)
-        (module,) = quantized_modules(merged).values()
+        source = QuantizedCheckpoint.open(out)
+        merged, (module,) = source.files, source.specs.values()
         assert (module.bits, module.in_features, module.out_features) == (
             case["bits"], case["in_features"], case["out_features"],
         )  # fmt: skip
@@ -101,9 +104,10 @@ def test_merge_is_one_addition(case):
         assert torch.equal(offsets, expected.to(getattr(torch, case["offset_dtype"])))
 
         x = torch.randn(3, case["in_features"], dtype=torch.float64)
-        parts = (tensors["qweight"], tensors["qzeros"], tensors["scales"], tensors["g_idx"], case["bits"])
-        weight = reference.dequantize(*parts, case["checkpoint_format"])
-        served = x @ reference.dequantize(*parts, case["checkpoint_format"], offsets)
+        parts = {name: tensors[name] for name in ("qweight", "qzeros", "scales", "g_idx")}
+        stored = read_stored(parts, case["bits"], case["checkpoint_format"])
+        weight = reference.dequantize(stored)
+        served = x @ reference.dequantize(stored._replace(offsets=offsets))
         trained = reference.adapter_linear(x, weight, tensors["g_idx"], lora_a.double(), lora_b.double(), scaling)
         tolerance = {"float16": 2e-3, "float32": 1e-6}[case["offset_dtype"]]
         assert (served - trained).abs().max() <= tolerance * trained.abs().max()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.layers import read_stored
 
 from qalora_plugin.core.packing import code_plane, pack_cols, pack_rows, unpack_cols, unpack_rows
 from qalora_plugin.core.words import SUPPORTED_BITS, codes_per_period
@@ -116,7 +117,8 @@ def test_reads_what_auto_gptq_packs(auto_gptq_linear, bits):
 
     assert torch.equal(unpack_rows(packed.qweight, bits).t().float(), codes)
     assert torch.equal(read_zeros(packed.qzeros, bits, "gptq").t().float(), zeros)
-    weight = dequantize(packed.qweight, packed.qzeros, packed.scales, packed.g_idx, bits, "gptq")
+    stored = {name: getattr(packed, name) for name in ("qweight", "qzeros", "scales", "g_idx")}
+    weight = dequantize(read_stored(stored, bits))
     torch.testing.assert_close(weight.t().float(), linear.weight.data, rtol=1e-5, atol=1e-6)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from support.fabricate import make_tokenizer, quantise, write_shards
+from support.layers import read_stored
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -79,7 +80,7 @@ def make_base_of(model: PreTrainedModel, folder: Path, quantise_experts: bool = 
         if name.endswith(".weight") and module in chosen:
             weight = tensor.t() if module in turned else tensor
             parts = quantise(weight, 4, GROUP, False, "gptq")
-            rounded = reference.dequantize(**parts, bits=4, checkpoint_format="gptq")
+            rounded = reference.dequantize(read_stored(parts, 4))
             dense[name] = (rounded if module in turned else rounded.t()).float().contiguous()
             tensors |= {f"{module}.{part}": value.contiguous() for part, value in parts.items()}
         else:

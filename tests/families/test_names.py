@@ -17,10 +17,10 @@ from transformers.core_model_loading import WeightRenaming
 from qalora_plugin import add_adapter, load_adapter, load_base, merge, verify
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
 from qalora_plugin.checkpoint.folder import Checkpoint
+from qalora_plugin.checkpoint.module_names import shorten, stored_name
 from qalora_plugin.conversion.lora import export_lora
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.integrations.transformers.loading import load_model
-from qalora_plugin.integrations.transformers.naming import shorten, stored_name
 from qalora_plugin.layers.linear import QuantLinear
 
 IDS = torch.arange(4, 68).view(2, 32)

@@ -13,6 +13,7 @@ from qalora_plugin import load_base
 from qalora_plugin.checkpoint.folder import Checkpoint
 from qalora_plugin.core import reference
 from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.integrations.transformers.loading import register
 from qalora_plugin.layers.linear import QuantLinear
 
@@ -23,19 +24,14 @@ def dense_twin(folder):
     """The same model with dense weights, dequantised by the reference. float32."""
     checkpoint = Checkpoint.open(folder)
     config = type(load_base(folder).config).from_pretrained(folder)
-    fmt = config.quantization_config.get("checkpoint_format", "gptq")
+    source = QuantizedCheckpoint.open(folder)
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     state = {name: checkpoint.tensor(name).float() for name in checkpoint.tensors if name in model.state_dict()}
     for name in list(model.state_dict()):
         module = name.removesuffix(".weight")
         if f"{module}.qweight" in checkpoint.tensors:
-            parts = [checkpoint.tensor(f"{module}.{part}") for part in ("qweight", "qzeros", "scales")]
-            in_features = parts[0].shape[0] * 8
-            g_idx = torch.arange(in_features) // (in_features // parts[2].shape[0])
-            if f"{module}.g_idx" in checkpoint.tensors:
-                g_idx = checkpoint.tensor(f"{module}.g_idx")
-            state[name] = reference.dequantize(*parts, g_idx, 4, fmt).t().float()
+            state[name] = reference.dequantize(source.weight(module)).t().float()
     model.load_state_dict(state)
     return model.eval()
 

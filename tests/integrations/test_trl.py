@@ -135,11 +135,11 @@ def test_what_cannot_be_merged_is_refused_on_this_way_too(base, options, message
         get_peft_model(load_base(base, dtype=torch.float32), LoraConfig(**options))
 
 
-def test_merged_checkpoints_take_no_adapter(merged):
+def test_merged_checkpoints_take_an_adapter(merged):
     from transformers import AutoModelForCausalLM
 
-    with pytest.raises(QALoraError, match=r"is a merged checkpoint.*adapters go onto a GPTQ base"):
-        get_peft_model(AutoModelForCausalLM.from_pretrained(merged), LoraConfig(target_modules=["q_proj"]))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(merged), LoraConfig(target_modules=["q_proj"]))
+    assert isinstance(model.base_model.model.model.layers[0].self_attn.q_proj, QALoraLayer)
 
 
 def test_saved_adapter_is_loaded_by_peft(base, adapter):

@@ -7,8 +7,8 @@ from support.nvidia_machine_code import bits_moved, instructions, spills, widths
 from qalora_plugin.core.words import codes_per_period
 from qalora_plugin.kernels.triton import dequantize
 
-PACKED = {"qweight": "*i32", "qzeros": "*i32", "scales": "*fp16", "offsets": "*fp32"}
-SIZES = {"N": "i32", "group_size": "i32", "zero_shift": "i32"}
+PACKED = {"qweight": "*i32", "zeros": "*u8", "scales": "*fp16", "offsets": "*fp32"}
+SIZES = {"N": "i32", "group_size": "i32"}
 TURING, AMPERE, ADA, HOPPER, BLACKWELL, CONSUMER_BLACKWELL = 75, 80, 89, 90, 100, 120
 
 
@@ -43,8 +43,8 @@ for bits, periods in ((2, 2), (3, 1), (4, 4), (4, 8), (8, 8)):
     assert not any(name.startswith(("LDS", "STS", "BAR")) for name in names), bits  # nothing goes between threads
     assert widths(names, "STG") == {128}, bits
     assert bits_moved(names, "STG") == 16 * weights, bits
-    # Every packed word once; a column's scale (16 bits), word of zero-points (32; at 3 bits two) and offset (32).
-    terms = columns * (16 + (64 if bits == 3 else 32) + 32)
+    # Every packed word once; a column's scale (16 bits), zero-point (8) and offset (32).
+    terms = columns * (16 + 8 + 32)
     assert bits_moved(names, "LDG") <= bits * weights + terms, bits
     assert len(names) <= 7 * weights, (
         bits

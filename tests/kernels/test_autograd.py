@@ -6,20 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.layers import adapter_for, make_layer, reference_weight
+from support.layers import adapter_for, assert_close, column_groups, delta, make_layer, reference_weight
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qalora_plugin.core import reference
-from qalora_plugin.kernels import dequant
-from qalora_plugin.kernels.autograd import pool
+from qalora_plugin.kernels import hardware, workspace
+from qalora_plugin.kernels.pooling import pool
 from qalora_plugin.kernels.unpacking import dequantized
 
 # Relative to the largest value of the reference. bf16 rounds the weight and every output once.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
-
-
-def assert_close(found, expected, dtype):
-    assert (found.double() - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
 
 
 layers = st.tuples(
@@ -40,7 +36,7 @@ def test_dequantise_is_the_definition(shape):
     layer = make_layer(in_features, out_features, bits, group_size, fmt, act_order, offsets)
     expected = reference_weight(layer)
     assert torch.equal(layer.dense_weight(torch.float64), expected)
-    assert_close(layer.dense_weight(torch.float32), expected, torch.float32)
+    assert_close(layer.dense_weight(torch.float32), expected, TOLERANCE[torch.float32])
 
 
 @given(layers, st.sampled_from(list(TOLERANCE)), st.integers(1, 5))
@@ -50,24 +46,24 @@ def test_forward_and_backward(shape, dtype, tokens):
     layer = make_layer(in_features, out_features, bits, group_size, fmt, act_order, offsets, bias=True)
     x = torch.randn(2, tokens, in_features, dtype=dtype, requires_grad=True)
     lora_a, lora_b = adapter_for(layer, 4, torch.float64 if dtype == torch.float64 else torch.float32)
-    y = layer(x, lora_a, lora_b, 0.5)
+    y = layer(x, delta(lora_a, lora_b, 0.5))
     assert y.dtype == dtype
     dy = torch.randn_like(y)
     found = torch.autograd.grad(y, (x, lora_a, lora_b), dy)
 
     x64, a64, b64 = (t.detach().double().requires_grad_() for t in (x, lora_a, lora_b))
     weight, bias = reference_weight(layer), layer.bias.double()
-    y64 = reference.adapter_linear(x64, weight, layer.g_idx, a64, b64, 0.5, bias)
+    y64 = reference.adapter_linear(x64, weight, column_groups(layer), a64, b64, 0.5, bias)
     expected = torch.autograd.grad(y64, (x64, a64, b64), dy.double())
     for pair in zip((y, *found), (y64, *expected), strict=True):
-        assert_close(*pair, dtype)
+        assert_close(*pair, TOLERANCE[dtype])
 
 
 def test_gradcheck():
     layer = make_layer(64, 32, 4, 32, act_order=True)
     x = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
     lora_a, lora_b = adapter_for(layer, 2, torch.float64)
-    assert torch.autograd.gradcheck(lambda *inputs: layer(inputs[0], *inputs[1:], 0.7), (x, lora_a, lora_b))
+    assert torch.autograd.gradcheck(lambda x, a, b: layer(x, delta(a, b, 0.7)), (x, lora_a, lora_b))
 
 
 def test_saves_only_the_pooled_input():
@@ -77,15 +73,15 @@ def test_saves_only_the_pooled_input():
     lora_a, lora_b = adapter_for(layer, 4, torch.float32)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
-        layer(x, lora_a, lora_b)
+        layer(x, delta(lora_a, lora_b))
     assert sorted(saved) == sorted([(10, 8), (4, 8), (64, 4)])
 
 
 def test_one_scratch_for_all_layers():
     one, two = make_layer(128, 64, 4, 32), make_layer(64, 32, 4, 32, seed=3)
-    with dequantized(one.packed, torch.float32) as first:
+    with dequantized(one.quantized, torch.float32) as first:
         address = first.data_ptr()
-    with dequantized(two.packed, torch.float32) as second:
+    with dequantized(two.quantized, torch.float32) as second:
         assert second.data_ptr() == address
 
 
@@ -111,15 +107,13 @@ def test_threads_do_not_overwrite_each_others_weights(act_order):
 
 
 def test_scratch_born_in_inference_mode_serves_training():
-    from qalora_plugin.kernels import dequant
-
-    dequant._scratch.clear()
-    dequant._views.clear()
+    workspace._scratch.clear()
+    workspace._views.clear()
     layer, x = make_layer(64, 32, 4, 32), torch.randn(3, 64, requires_grad=True)
     with torch.inference_mode():
         layer(x)
     lora_a, lora_b = adapter_for(layer, 2, torch.float32)
-    layer(x, lora_a, lora_b).sum().backward()
+    layer(x, delta(lora_a, lora_b)).sum().backward()
     assert x.grad is not None
 
 
@@ -127,7 +121,7 @@ def test_autocast_decides_the_dtype():
     layer = make_layer(64, 32, 4, 32)
     lora_a, lora_b = adapter_for(layer, 2, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = layer(torch.randn(3, 64, requires_grad=True), lora_a, lora_b)
+        y = layer(torch.randn(3, 64, requires_grad=True), delta(lora_a, lora_b))
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert lora_a.grad.dtype == torch.float32
@@ -145,7 +139,7 @@ def test_non_contiguous_and_empty_inputs():
 def test_pool_is_the_sum_over_groups(act_order):
     layer = make_layer(128, 32, 4, 32, act_order=act_order)
     x = torch.randn(2, 3, 128, dtype=torch.float64)
-    torch.testing.assert_close(pool(x, layer.packed), reference.pool(x, layer.g_idx, layer.groups))
+    torch.testing.assert_close(pool(x, layer.quantized), reference.pool(x, column_groups(layer), layer.groups))
 
 
 class Products(TorchDispatchMode):
@@ -164,13 +158,13 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 @pytest.mark.parametrize("rank", [1, 4])  # the adapter's gradients factored, and through dE
 def test_where_a_cpu_only_emulates_the_dtype_float32_multiplies(monkeypatch, rank, dtype, tolerance):
-    monkeypatch.setattr(dequant, "emulates", lambda dtype: dtype.itemsize == 2)
+    monkeypatch.setattr(hardware, "emulates", lambda dtype: dtype.itemsize == 2)
     products = Products()
     layer = make_layer(256, 96, 4, 32)
     x = torch.randn(2, 5, 256).to(dtype).requires_grad_()
     lora_a, lora_b = adapter_for(layer, rank, torch.float32)
     with products:
-        y = layer(x, lora_a, lora_b, 0.5)
+        y = layer(x, delta(lora_a, lora_b, 0.5))
         dy = torch.randn_like(y)
         found = torch.autograd.grad(y, (x, lora_a, lora_b), dy)
     assert len(products.dtypes) >= 4
@@ -178,7 +172,7 @@ def test_where_a_cpu_only_emulates_the_dtype_float32_multiplies(monkeypatch, ran
     assert [t.dtype for t in (y, *found)] == [dtype, dtype, torch.float32, torch.float32]
 
     x64, a64, b64 = (t.detach().double().requires_grad_() for t in (x, lora_a, lora_b))
-    y64 = reference.adapter_linear(x64, reference_weight(layer), layer.g_idx, a64, b64, 0.5)
+    y64 = reference.adapter_linear(x64, reference_weight(layer), column_groups(layer), a64, b64, 0.5)
     expected = torch.autograd.grad(y64, (x64, a64, b64), dy.double())
     for one, other in zip((y, *found), (y64, *expected), strict=True):
         assert (one.double() - other).abs().max() <= tolerance * other.abs().max()

@@ -1,4 +1,4 @@
-"""The compiled CPU kernel against ``quant/reference.py``: every variant, its limits, and life without a compiler."""
+"""The compiled CPU kernel against ``core/reference.py``: every variant, its limits, and life without a compiler."""
 
 import itertools
 import os
@@ -11,63 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.fabricate import quantise
+from support.cpu_layers import COMPILER, adapter_for, expected_weight, filled, make_layer
+from support.layers import assert_close, column_groups, delta
 
 from qalora_plugin.core import reference
 from qalora_plugin.core.packing import pack_rows
-from qalora_plugin.formats.gptq import write_zeros
 from qalora_plugin.kernels import cpu
-from qalora_plugin.layers.linear import QuantLinear
 
 RANKS = (1, 16, 70)
 # Relative to the largest value of the float64 reference. float32 sums at most 70 products; bfloat16 is the float32
 # result rounded once, which is checked exactly below, so that its half unit is all there is to allow.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8 + 2e-6}
 
-COMPILER = os.environ.get("CXX", "c++")  # as torch looks for it; with one, a kernel that does not build must fail
 pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason="needs a C++ compiler")
-
-
-def make_layer(in_features, out_features, bits, group_size, fmt="gptq", act_order=False, offsets=None, seed=0):
-    """With scales of both signs and zeros over the whole range, as asymmetric and AutoRound bases have them."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(out_features, in_features, generator=generator)
-    weight += torch.randn(out_features, 1, generator=generator)
-    layer = QuantLinear(in_features, out_features, bits, group_size, fmt, offset_dtype=offsets)
-    for name, value in quantise(weight, bits, group_size, False, fmt, act_order, generator).items():
-        setattr(layer, name, value)
-    layer.scales[:, ::3] *= -1
-    if offsets is not None:
-        layer.offsets.normal_(0, 0.1, generator=generator)
-    return layer.finalize()
-
-
-def adapter_for(layer, rank, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    lora_a = torch.randn(rank, layer.groups, generator=generator) / rank**0.5
-    return lora_a, torch.randn(layer.out_features, rank, generator=generator)
-
-
-def filled(layer, lora_a, lora_b, dtype, scales=torch.float16, scaling=0.5):
-    # Filled with NaN: an element that is not written shows.
-    out = torch.full((layer.in_features, layer.out_features), float("nan"), dtype=dtype)
-    packed = layer.packed._replace(scales=layer.scales.to(scales))
-    cpu.fill(packed, lora_a, lora_b, scaling, out)
-    return out
-
-
-def expected_weight(layer, lora_a, lora_b, scales=torch.float16, scaling=0.5):
-    offsets = None if layer.offsets is None else layer.offsets.double()
-    if lora_a is not None:
-        added = reference.adapter_offsets(lora_a, lora_b, scaling)
-        offsets = added if offsets is None else offsets + added
-    return reference.dequantize(
-        layer.qweight, layer.qzeros, layer.scales.to(scales), layer.g_idx, layer.bits, layer.checkpoint_format, offsets
-    )
-
-
-def assert_close(found, expected, tolerance):
-    assert (found.double() - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 @pytest.mark.parametrize("out_features", [32, 1000, 1024, 2816])  # below, not a multiple of, and at the strip
@@ -117,7 +73,7 @@ def test_extreme_codes_and_zeros():
         top = 2**bits
         codes, zeros = torch.arange(256) % top, torch.arange(256) % top
         layer.qweight = pack_rows(codes[:, None].expand(256, 256).contiguous(), bits)
-        layer.qzeros = write_zeros(zeros[None].contiguous(), bits, fmt)
+        layer.zeros = zeros[None].to(torch.uint8)
         layer.scales.fill_(1)
         difference = (codes[:, None] - zeros[None]).float()
         assert torch.equal(filled(layer, None, None, torch.float32), difference)
@@ -152,7 +108,10 @@ def test_threads_do_not_change_a_bit(dtype):
 
 def test_takes_what_it_can_and_leaves_the_rest():
     def takes(in_features, out_features, bits, group_size, dtype=torch.bfloat16, **options):
-        return cpu.takes(make_layer(in_features, out_features, bits, group_size, **options).packed, dtype)
+        return (
+            cpu.why_not_fill(make_layer(in_features, out_features, bits, group_size, **options).quantized, dtype)
+            is None
+        )
 
     assert all(takes(512, 512, bits, group) for bits in (2, 4, 8) for group in (32, 128, -1))
     assert takes(512, 512, 4, 32, torch.float32)
@@ -162,8 +121,8 @@ def test_takes_what_it_can_and_leaves_the_rest():
     assert not takes(512, 512, 4, 32, act_order=True)
     assert not takes(512, 480, 4, 32)  # fewer than 2^18 weights
     assert not takes(528, 512, 2, 8)  # a word of sixteen codes spans two groups
-    assert not cpu.takes(PackedWeight(*(t.to("meta") if isinstance(t, torch.Tensor) else t for t in make_layer(
-        512, 512, 4, 32).packed)), torch.float32)  # fmt: skip
+    meta = make_layer(512, 512, 4, 32).to("meta").quantized
+    assert cpu.why_not_fill(meta, torch.float32) == "it is on meta"
 
 
 @pytest.mark.parametrize("offsets", [None, torch.float16])
@@ -172,16 +131,16 @@ def test_large_layer_forward_and_backward(dtype, tolerance, offsets):
     """Through the module, as a model runs it; bfloat16 inputs are the same in the reference."""
     torch.manual_seed(0)
     layer = make_layer(512, 1024, 4, 32, offsets=offsets)
-    assert cpu.takes(layer.packed, dtype)
+    assert cpu.why_not_fill(layer.quantized, dtype) is None
     x = torch.randn(2, 24, 512, dtype=dtype, requires_grad=True)
     lora_a, lora_b = (t.requires_grad_() for t in adapter_for(layer, 16))
-    y = layer(x, lora_a, lora_b, 0.5)
+    y = layer(x, delta(lora_a, lora_b, 0.5))
     assert y.dtype == dtype
     dy = torch.randn_like(y)
     found = torch.autograd.grad(y, (x, lora_a, lora_b), dy)
 
     x64, a64, b64 = (t.detach().double().requires_grad_() for t in (x, lora_a, lora_b))
-    y64 = reference.adapter_linear(x64, expected_weight(layer, None, None), layer.g_idx, a64, b64, 0.5)
+    y64 = reference.adapter_linear(x64, expected_weight(layer, None, None), column_groups(layer), a64, b64, 0.5)
     expected = torch.autograd.grad(y64, (x64, a64, b64), dy.double())
     for pair in zip((y, *found), (y64, *expected), strict=True):
         assert_close(*pair, tolerance)
@@ -194,14 +153,15 @@ class Keep(logging.Handler):
     def emit(self, record): records.append(record.getMessage())
 logging.getLogger("qalora_plugin").addHandler(Keep())
 import torch
-from test_cpu import adapter_for, assert_close, expected_weight, make_layer
+from support.cpu_layers import adapter_for, expected_weight, make_layer
+from support.layers import assert_close, delta
 from qalora_plugin.kernels import cpu
 assert cpu.library() is None
 for seed in range(2):  # the second layer does not try, and does not warn, again
     layer = make_layer(512, 512, 4, 32, seed=seed)
-    assert not cpu.takes(layer.packed, torch.float32)
+    assert cpu.why_not_fill(layer.quantized, torch.float32)
     x, (lora_a, lora_b) = torch.randn(8, 512, requires_grad=True), adapter_for(layer, 16)
-    y = layer(x, lora_a.requires_grad_(), lora_b.requires_grad_(), 0.5)
+    y = layer(x, delta(lora_a.requires_grad_(), lora_b.requires_grad_(), 0.5))
     y.sum().backward()
     weight = expected_weight(layer, lora_a.detach(), lora_b.detach())
     assert_close(y.detach(), x.detach().double() @ weight, 2e-6)

@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 import torch
-from test_cpu import COMPILER, adapter_for, filled, make_layer
+from support.cpu_layers import COMPILER, adapter_for, filled, make_layer
+from support.layers import delta
 
 from qalora_plugin.kernels import cpu
 
@@ -36,8 +37,8 @@ def assert_products(layer, tokens, rank=None, scaling=0.5):
     weight = filled(layer, *adapter, torch.bfloat16, scaling=scaling).double()
     for count in tokens:
         x, dy = draw(count, layer.in_features), draw(count, layer.out_features, seed=1)
-        assert_rounded(cpu.matmul(x, layer.packed, *adapter, scaling), x.double() @ weight)
-        assert_rounded(cpu.matmul_transposed(dy, layer.packed, *adapter, scaling), dy.double() @ weight.t())
+        assert_rounded(cpu.matmul(x, layer.quantized, delta(*adapter, scaling)), x.double() @ weight)
+        assert_rounded(cpu.matmul_transposed(dy, layer.quantized, delta(*adapter, scaling)), dy.double() @ weight.t())
 
 
 @pytest.mark.parametrize("fmt", ["gptq", "gptq_v2"])
@@ -68,15 +69,15 @@ def test_any_number_of_tokens_and_any_rank(rank):
 
 def test_no_tokens():
     layer = make_layer(64, 32, 4, 32)
-    assert cpu.matmul(draw(0, 64), layer.packed, None, None, 1.0).shape == (0, 32)
-    assert cpu.matmul_transposed(draw(2, 0, 32), layer.packed, None, None, 1.0).shape == (2, 0, 64)
+    assert cpu.matmul(draw(0, 64), layer.quantized, None).shape == (0, 32)
+    assert cpu.matmul_transposed(draw(2, 0, 32), layer.quantized, None).shape == (2, 0, 64)
 
 
 def test_batches_and_strides():
     layer = make_layer(128, 96, 4, 32)
     x, weight = draw(3, 5, 256)[..., ::2], filled(layer, None, None, torch.bfloat16).double()
     assert not x.is_contiguous()
-    assert_rounded(cpu.matmul(x, layer.packed, None, None, 1.0), x.double() @ weight)
+    assert_rounded(cpu.matmul(x, layer.quantized, None), x.double() @ weight)
     assert_rounded(cpu.pool(x, 4), x.double().unflatten(-1, (4, 32)).sum(-1))
 
 
@@ -118,8 +119,8 @@ def test_threads_do_not_change_a_bit():
         for number in (1, 2, 7):
             torch.set_num_threads(number)
             products = (
-                cpu.matmul(x, layer.packed, *adapter, 0.5),
-                cpu.matmul_transposed(dy, layer.packed, *adapter, 0.5),
+                cpu.matmul(x, layer.quantized, delta(*adapter, 0.5)),
+                cpu.matmul_transposed(dy, layer.quantized, delta(*adapter, 0.5)),
             )
             results.append((*products, cpu.pool(x, 16), cpu.offset_gradient(draw(900, 16), dy)))
     finally:
@@ -132,16 +133,18 @@ def test_a_diverged_adapter_is_not_hidden():
     layer = make_layer(128, 32, 4, 32)
     lora_a, lora_b = adapter_for(layer, 2)
     lora_a[:, 1] = float("nan")
-    assert cpu.matmul(draw(3, 128), layer.packed, lora_a, lora_b, 1.0).isnan().all()
-    dx = cpu.matmul_transposed(draw(3, 32), layer.packed, lora_a, lora_b, 1.0).view(3, 4, 32)
+    assert cpu.matmul(draw(3, 128), layer.quantized, delta(lora_a, lora_b)).isnan().all()
+    dx = cpu.matmul_transposed(draw(3, 32), layer.quantized, delta(lora_a, lora_b)).view(3, 4, 32)
     assert dx[:, 1].isnan().all()
     assert dx[:, [0, 2, 3]].isfinite().all()
 
 
 def test_only_large_bfloat16_layers():
     layer = make_layer(512, 512, 4, 32)
-    assert cpu.multiplies(layer.packed, torch.bfloat16) == (cpu.library().qalora_bfloat16() == 1)  # else there is AMX
-    assert not cpu.multiplies(layer.packed, torch.float32)
-    assert not cpu.multiplies(layer.packed, torch.float16)
-    assert not cpu.multiplies(make_layer(512, 480, 4, 32).packed, torch.bfloat16)
-    assert not cpu.multiplies(make_layer(512, 512, 4, 32, act_order=True).packed, torch.bfloat16)
+    assert (cpu.why_not_multiply(layer.quantized, torch.bfloat16) is None) == (
+        cpu.library().qalora_bfloat16() == 1
+    )  # else there is AMX
+    assert cpu.why_not_multiply(layer.quantized, torch.float32)
+    assert cpu.why_not_multiply(layer.quantized, torch.float16)
+    assert cpu.why_not_multiply(make_layer(512, 480, 4, 32).quantized, torch.bfloat16)
+    assert cpu.why_not_multiply(make_layer(512, 512, 4, 32, act_order=True).quantized, torch.bfloat16)

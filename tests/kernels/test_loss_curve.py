@@ -78,7 +78,7 @@ def test_loss_curve_is_the_references(wide_base, batches, expected, dtype, monke
     compiled = {
         name.rsplit(".", 1)[-1]
         for name, layer in model.named_modules()
-        if isinstance(layer, QALoraLayer) and cpu.takes(layer.base_layer.packed, dtype)
+        if isinstance(layer, QALoraLayer) and cpu.why_not_fill(layer.base_layer.quantized, dtype) is None
     }
     assert compiled == {"gate_proj", "up_proj", "down_proj"}
     reference, noise = expected

@@ -78,10 +78,11 @@ def test_compiled_layer_follows_a_change_of_shape():
 @pytest.mark.parametrize("wants_adapter", [None, False, True])  # None: there is no adapter
 def test_ops_pass_opcheck(wants_adapter, wants_dx):
     """torch's own check of a custom op: its schema, its fake tensors, and no output that aliases an input."""
-    layer, checks = make_quant_linear(64, 32, 0), ("test_schema", "test_faketensor")
+    weight, checks = make_quant_linear(64, 32, 0).quantized, ("test_schema", "test_faketensor")
+    stored = (weight.tensors, weight.bits, weight.group_size)
     adapter = (None, None) if wants_adapter is None else (torch.randn(2, 2), torch.randn(32, 2))
-    arguments = (torch.randn(3, 64), *adapter, 0.5, bool(wants_adapter), *layer.packed)
+    arguments = (torch.randn(3, 64), *adapter, 0.5, bool(wants_adapter), *stored)
     torch.library.opcheck(torch.ops.qalora.linear.default, arguments, test_utils=checks)
     y, pooled = torch.ops.qalora.linear(*arguments)
-    arguments = (torch.randn_like(y), pooled, *adapter, 0.5, wants_dx, bool(wants_adapter), *layer.packed)
+    arguments = (torch.randn_like(y), pooled, *adapter, 0.5, wants_dx, bool(wants_adapter), *stored)
     torch.library.opcheck(torch.ops.qalora.linear_backward.default, arguments, test_utils=checks)

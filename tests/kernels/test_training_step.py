@@ -14,10 +14,12 @@ from transformers import Trainer, TrainingArguments
 
 from qalora_plugin import add_adapter, load_adapter, load_base
 from qalora_plugin.core import reference
+from qalora_plugin.core.delta import OffsetDelta
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.integrations.peft.adapter import QALoraConfig, QALoraLayer
 from qalora_plugin.kernels import cpu
 from qalora_plugin.kernels.autograd import _adapter_gradients
+from qalora_plugin.kernels.unpacking import UnpackAndMultiply
 
 REFERENCE = 5e-5  # float32 against a float64 model; its RMSNorms are float32, as transformers writes them
 
@@ -129,15 +131,13 @@ def test_dropout_path_with_a_fixed_mask_is_the_reference(names, act_order):
     parameters = [side[name].weight for name in names for side in (layer.lora_A, layer.lora_B)]
     found = torch.autograd.grad(y, (x, *parameters), dy)
 
-    weight = reference.dequantize(
-        base.qweight, base.qzeros, base.scales, base.g_idx, base.bits, base.checkpoint_format, base.offsets
-    )
+    weight = reference.dequantize(base.quantized)
     x64, *doubles = (t.detach().double().requires_grad_() for t in (x, *parameters))
     torch.manual_seed(7)
     y64 = x64 @ weight
     for i, name in enumerate(names):
         kept = F.dropout(torch.ones(5, 64), p).double()
-        pooled = reference.pool(x64 * kept, base.g_idx, base.groups)
+        pooled = reference.pool(x64 * kept, reference.column_groups(base.quantized), base.groups)
         y64 = y64 + layer.scaling[name] * pooled @ doubles[2 * i].t() @ doubles[2 * i + 1].t()
     expected = torch.autograd.grad(y64, (x64, *doubles), dy.double())
     for one, other in zip((y, *found), (y64, *expected), strict=True):
@@ -146,7 +146,7 @@ def test_dropout_path_with_a_fixed_mask_is_the_reference(names, act_order):
     layer.eval()
     y64 = x64 @ weight
     for i, name in enumerate(names):
-        pooled = reference.pool(x64, base.g_idx, base.groups)
+        pooled = reference.pool(x64, reference.column_groups(base.quantized), base.groups)
         y64 = y64 + layer.scaling[name] * pooled @ doubles[2 * i].t() @ doubles[2 * i + 1].t()
     assert (layer(x) - y64).abs().max() <= EAGER * y64.abs().max()
 
@@ -170,7 +170,7 @@ def test_both_ways_to_the_adapters_gradients(groups, rank, dtype, tolerance, ada
 
     dy, pooled = draw(96, 80), draw(96, groups)
     lora_a, lora_b = draw(rank, groups, dtype=adapter_dtype), draw(80, rank, dtype=adapter_dtype)
-    found = _adapter_gradients(dy, pooled, lora_a, lora_b, 0.5)
+    found = _adapter_gradients(dy, pooled, OffsetDelta(lora_a, lora_b, 0.5), UnpackAndMultiply())
     dy, pooled, a, b = (t.double() for t in (dy, pooled, lora_a, lora_b))
     expected = 0.5 * (dy @ b).t() @ pooled, 0.5 * dy.t() @ (pooled @ a.t())
     if torch.bfloat16 in (dtype, adapter_dtype):

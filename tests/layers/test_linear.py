@@ -1,32 +1,33 @@
 import pytest
 import torch
+from support.layers import make_layer
 
 from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.layers.linear import QuantLinear
 
 
 def test_group_size_must_divide_k():
     with pytest.raises(QALoraError, match="group size 48 does not divide in_features 128"):
-        QuantLinear(128, 64, 4, 48)
+        QuantLinear(GroupwiseSpec("layer", 128, 64, 4, 48))
 
 
 def test_sizes_must_pack():
     with pytest.raises(QALoraError, match="multiples of 8"):
-        QuantLinear(128, 60, 4, 32)
-
-
-def test_uneven_act_order_is_refused():
-    layer = QuantLinear(64, 32, 4, 32)
-    layer.g_idx = torch.zeros(64, dtype=torch.int32)
-    with pytest.raises(QALoraError, match="exactly 32 columns"):
-        layer.finalize()
+        QuantLinear(GroupwiseSpec("layer", 128, 60, 4, 32))
 
 
 def test_nothing_trains_and_nothing_is_a_parameter():
-    layer = QuantLinear(64, 32, 4, 32, bias=True, offset_dtype=torch.float16)
+    layer = make_layer(64, 32, 4, 32, act_order=True, bias=True, offsets=True)
     assert not list(layer.parameters())
-    assert set(layer.state_dict()) == {"qweight", "qzeros", "scales", "g_idx", "bias", "offsets"}
+    assert set(layer.state_dict()) == {"qweight", "zeros", "scales", "g_idx", "bias", "offsets"}
 
 
-def test_group_of_minus_one_is_all_of_k():
-    assert QuantLinear(64, 32, 4, -1).groups == 1
+def test_a_layer_moves_with_all_its_tensors():
+    layer = make_layer(64, 32, 4, 32, act_order=True, bias=True, offsets=True).to("meta")
+    assert all(tensor.is_meta for tensor in (*layer.quantized.tensors, layer.bias))
+
+
+def test_a_layer_of_one_group():
+    assert make_layer(64, 32, 4, -1).groups == 1
+    assert make_layer(64, 32, 4, -1)(torch.ones(2, 64)).shape == (2, 32)

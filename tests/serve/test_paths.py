@@ -150,9 +150,6 @@ def test_machete_with_float_zeros(dtype, group_size):
     layer, shape = nn.Module(), {"input_dim": 0, "output_dim": 1, "weight_loader": print}
     layer.qweight = PackedvLLMParameter(data=pack_rows(codes, 4).cuda(), packed_dim=0, packed_factor=8, **shape)
     layer.scales = GroupQuantScaleParameter(data=scales.cuda(), **shape)
-    layer.qzeros = PackedvLLMParameter(
-        data=torch.zeros(groups, 16, dtype=torch.int32).cuda(), packed_dim=1, packed_factor=8, **shape
-    )
     assert isinstance(kernel, FloatZeroKernel)
     kernel.hand_over(layer, zeros.cuda(), 4, offsets.cuda())
     x = torch.randn(5, 1024, generator=generator).to(dtype)

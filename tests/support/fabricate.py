@@ -56,14 +56,15 @@ def make_base(
     dense: tuple[str, ...] = (),
     store_g_idx: bool = True,
     hidden: int = 64,
+    layers: int = 2,
     seed: int = 0,
 ) -> Path:
-    """Write a two-layer Llama base. ``dense``: substrings of module names that are left in 16 bit."""
+    """Write a Llama base. ``dense``: substrings of module names that are left in 16 bit."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=128, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, attention_bias=bias, mlp_bias=bias, initializer_range=0.2,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        vocab_size=128, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, attention_bias=bias, mlp_bias=bias,
+        initializer_range=0.2, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     model = LlamaForCausalLM(config).half()
     if bias:

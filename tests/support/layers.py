@@ -54,6 +54,10 @@ def reference_weight(layer):
     return reference.dequantize(layer.quantized)
 
 
+def column_groups(layer):
+    return reference.column_groups(layer.quantized)
+
+
 def adapter_for(layer, rank, dtype=torch.float32, seed=1):
     generator = torch.Generator().manual_seed(seed)
     lora_a = torch.randn(rank, layer.groups, generator=generator, dtype=torch.float64).to(dtype)

@@ -1,6 +1,5 @@
-"""Merged checkpoints without an adapter: a fabricated base plus random offsets, laid out as ``merging.py`` does it."""
+"""Merged checkpoints without an adapter: a fabricated base plus random offsets, written as a merge writes them."""
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -8,10 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.fabricate import make_base, quantise
 
-from qalora_plugin.checkpoint.fingerprint import fingerprint
-from qalora_plugin.checkpoint.folder import INDEX_NAME, Checkpoint
-from qalora_plugin.formats.gptq import is_act_order, is_symmetric, quantized_modules
-from qalora_plugin.formats.qalora import NEEDS_QALORA, WEIGHTS_KEY
+from qalora_plugin.conversion.writer import ShardWriter, write_config, write_index
+from qalora_plugin.formats.opened import QuantizedCheckpoint
 
 HIDDEN = 256  # four heads of 64: vLLM's CPU attention wants 32 or more
 ALL = ("proj", "lm_head")
@@ -42,33 +39,29 @@ def add_offsets(
     base: Path, merged: Path, targets: tuple[str, ...] = ALL, offset_dtype: torch.dtype = torch.float16
 ) -> Path:
     """Write ``merged``, ``base`` with random offsets for the linears whose names hold one of ``targets``."""
-    checkpoint = Checkpoint.open(base)
-    modules = quantized_modules(checkpoint)
+    source = QuantizedCheckpoint.open(base)
+    files = source.files
     merged.mkdir()
-    weights, offsets = "model-00001-of-00001.safetensors", "offsets.safetensors"
+    weights = "model-00001-of-00001.safetensors"
     (merged / weights).hardlink_to(base / "model.safetensors")
     generator = torch.Generator().manual_seed(1)
-    tensors = {}
-    for name, module in modules.items():
+    writer = ShardWriter(merged, "offsets")
+    for name, spec in source.specs.items():
         if any(target in name for target in targets):
-            step = checkpoint.tensor(f"{name}.scales").float()
-            shift = 2 ** (module.bits - 5) * torch.randn(module.groups, module.out_features, generator=generator)
-            tensors[f"{name}.offsets"] = (step * shift).to(offset_dtype)
-    save_file(tensors, merged / offsets, metadata={"format": "pt"})
-    weight_map = dict.fromkeys(checkpoint.tensors, weights) | dict.fromkeys(tensors, offsets)
-    write_json(merged / INDEX_NAME, {"metadata": {}, "weight_map": weight_map})
-    quantization = checkpoint.quantization | {
+            step = files.tensor(f"{name}.scales").float()
+            shift = 2 ** (spec.bits - 5) * torch.randn(spec.groups, spec.out_features, generator=generator)
+            writer.add(f"{name}.offsets", (step * shift).to(offset_dtype))
+    write_index(merged, dict.fromkeys(files.tensors, weights) | writer.finish(), 0)
+    quantization = files.quantization | {
         "quant_method": "qalora",
-        "desc_act": any(is_act_order(checkpoint, module) for module in modules.values()),
-        "sym": all(is_symmetric(checkpoint, module) for module in modules.values()),
+        "desc_act": source.act_order,
+        "sym": source.symmetric,
         "offset_dtype": str(offset_dtype).removeprefix("torch."),
         "base_model": str(base),
-        "base_fingerprint": fingerprint(checkpoint),
-        "adapter": "sha256:" + hashlib.sha256((merged / offsets).read_bytes()).hexdigest(),
-        "format_version": 1,
+        "base_fingerprint": source.fingerprint(),
+        "adapter": "none",
     }
-    stated = {"quantization_config": quantization, WEIGHTS_KEY: NEEDS_QALORA}
-    write_json(merged / "config.json", checkpoint.config | stated)
+    write_config(merged, files.config, quantization)
     for path in base.glob("tokenizer*"):
         (merged / path.name).hardlink_to(path)
     return merged

@@ -3,6 +3,7 @@
 import torch
 from safetensors.torch import save_file
 from support.fabricate import quantise
+from support.layers import read_stored
 
 from qalora_plugin.core import reference
 from vllm_ext.config import QALoraConfig
@@ -27,9 +28,7 @@ def linear_tensors(n, seed, sym, checkpoint_format, group_size, bits=4, order_se
 
 def expected(x, tensors, checkpoint_format, bits=4):
     """float64, from the stored tensors."""
-    names = ("qweight", "qzeros", "scales", "g_idx")
-    offsets = tensors.get("offsets")
-    weight = reference.dequantize(*(tensors[name] for name in names), bits, checkpoint_format, offsets)
+    weight = reference.dequantize(read_stored(tensors, bits, checkpoint_format))
     return x.double() @ weight + tensors["bias"].double()
 
 

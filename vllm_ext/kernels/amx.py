@@ -109,7 +109,7 @@ def _layer(words: Tensor, groups: int) -> nn.Module:
     for parameter in (layer.qweight, layer.scales):
         parameter.input_dim, parameter.output_dim = 0, 1
     layer.qweight.packed_dim = 0
-    layer.qzeros = layer.bias = None
+    layer.bias = None
     return layer
 
 

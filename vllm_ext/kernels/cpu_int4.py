@@ -55,7 +55,6 @@ class Int4PackKernel:
             pack(unpack_rows(layer.qweight.data, bits), columns_of_a_block()), requires_grad=False
         )
         layer.scales = nn.Parameter(pairs, requires_grad=False)
-        layer.qzeros = None
 
     def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``[..., K] → [..., N]``."""

@@ -1,11 +1,10 @@
 """vLLM's own mixed-precision kernels, for the first term ``x·[scales·(q − zeros)]``: find one, hand it the weights."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.kernels.linear import MPLinearKernel, choose_mp_linear_kernel
 from vllm.model_executor.kernels.linear.mixed_precision.machete import MacheteLinearKernel
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.parameter import PackedvLLMParameter
 from vllm.platforms import current_platform
 from vllm.scalar_type import scalar_types
@@ -21,7 +20,7 @@ _WEIGHT_TYPES = {
     (8, False): scalar_types.uint8b128,
     (8, True): scalar_types.uint8,
 }
-_PARAMETERS = {"w_q_param_name": "qweight", "w_s_param_name": "scales", "w_zp_param_name": "qzeros"}
+_PARAMETERS = {"w_q_param_name": "qweight", "w_s_param_name": "scales", "w_zp_param_name": "zero_points"}
 
 
 class NoKernel(Exception):
@@ -39,7 +38,7 @@ class FloatZeroKernel(MacheteLinearKernel):
     def hand_over(self, layer: nn.Module, zeros: Tensor, bits: int, offsets: Tensor) -> None:
         """Give ``layer``'s loaded weights to Machete. zeros: uint8 ``[G, N]``. offsets: ``[G, N]``."""
         hand_over(self, layer, zeros, bits)
-        layer.qzeros.data.copy_(float_zeros(layer.scales.data, zeros, offsets))
+        layer.zero_points.data.copy_(float_zeros(layer.scales.data, zeros, offsets))
 
 
 def float_zeros(scales: Tensor, zeros: Tensor, offsets: Tensor) -> Tensor:
@@ -107,7 +106,7 @@ def hand_over(kernel: MPLinearKernel, layer: nn.Module, zeros: Tensor, bits: int
     """Give ``layer``'s loaded weights to ``kernel``, which repacks them. zeros: true zero-points, uint8 ``[G, N]``."""
     layer.scales.data = layer.scales.data.to(kernel.config.act_type)
     if kernel.config.zero_points:
-        layer.qzeros = kernel_zeros(zeros, bits, layer.qzeros.weight_loader)
+        layer.zero_points = kernel_zeros(zeros, bits)
     kernel.process_weights_after_loading(layer)
 
 
@@ -116,7 +115,7 @@ def moved_zeros(scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
     return scales.float() * ((1 << (bits - 1)) - zeros.float())
 
 
-def kernel_zeros(zeros: Tensor, bits: int, weight_loader: Callable) -> PackedvLLMParameter:
+def kernel_zeros(zeros: Tensor, bits: int) -> PackedvLLMParameter:
     """Zero-points ``[G, N]`` as kernels expect them: int32 ``[N·b/32, G]``, packed along N, without GPTQ's minus one.
 
     vLLM's AWQ and compressed-tensors layers store them so; Marlin and Conch rely on it, others look at ``output_dim``.
@@ -127,5 +126,5 @@ def kernel_zeros(zeros: Tensor, bits: int, weight_loader: Callable) -> PackedvLL
         output_dim=0,
         packed_dim=0,
         packed_factor=32 // bits,
-        weight_loader=weight_loader,
+        weight_loader=default_weight_loader,
     )

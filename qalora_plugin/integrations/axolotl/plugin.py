@@ -36,12 +36,12 @@ class QALoraPlugin(BasePlugin):
         try:
             from qalora_plugin.conversion import merging
             from qalora_plugin.integrations.axolotl import preflight
-            from qalora_plugin.integrations.peft import adapter
+            from qalora_plugin.integrations.peft import loading
         except ImportError as error:  # as an ImportError it would be swallowed
             raise QALoraError(
                 f"qalora_plugin cannot be imported: {error}. Install the package into this environment: pip install ."
             ) from error
-        del adapter, merging
+        del loading, merging
         if cfg.get("merge_lora"):
             cfg["merge_method"] = "legacy"  # the only path of `axolotl merge-lora` that asks the model itself
         for key in _FOLDERS:
@@ -82,7 +82,8 @@ class QALoraPlugin(BasePlugin):
         from axolotl.loaders.adapter import _build_peft_lora_config  # maps every lora_* and peft_* key
         from peft import get_peft_model
 
-        from qalora_plugin.integrations.peft.adapter import bind_config, load_adapter
+        from qalora_plugin.integrations.peft.binding import bind_config
+        from qalora_plugin.integrations.peft.loading import load_adapter
 
         if cfg.lora_model_dir and not config_only:
             peft_model = load_adapter(model, cfg.lora_model_dir, is_trainable=not inference)

@@ -5,51 +5,28 @@ On disk it is a PEFT adapter folder whose ``peft_type`` is ``QALORA``. Stock PEF
 would scale it wrongly. In memory the type is ``LORA``, so everything that PEFT does for LoRA works.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.tuners_utils import _check_lora_target_modules_mamba, check_target_module_exists
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from qalora_plugin.checkpoint.adapter_folder import (
-    ADAPTER_FORMAT,
-    PEFT_TYPE,
-    POOLING,
-    AdapterFolder,
-    check_config_patterns,
-    check_pooling,
-)
-from qalora_plugin.checkpoint.folder import Checkpoint
+from qalora_plugin.checkpoint.adapter_folder import CANNOT_MERGE, PEFT_TYPE, AdapterFolder, check_pooling
 from qalora_plugin.checkpoint.hub import is_local
-from qalora_plugin.checkpoint.module_names import shorten
 from qalora_plugin.core.delta import OffsetDelta
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.integrations.peft.conversion import leave_alone
-from qalora_plugin.integrations.transformers.naming import destinations
 from qalora_plugin.kernels.pooling import pool
-from qalora_plugin.layers.linear import QuantLinear, ReadableQuantLinear
+from qalora_plugin.layers.linear import QuantLinear
 
-logger = logging.getLogger(__name__)
-
-_DENSE_LAYERS = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)  # PEFT's
 _MUST_BE_UNSET = {
-    "use_dora": "DoRA scales whole columns, which no group-wise offset can express",
+    **CANNOT_MERGE,
     "use_qalora": "it is PEFT's own pooling, scaled differently; this adapter pools already",
-    "modules_to_save": "a dense copy of a layer cannot be merged into an INT4 base",
-    "target_parameters": "only linear layers have quantisation groups",
-    "layer_replication": "a merged checkpoint has the base's layers",
-    "trainable_token_indices": "embeddings are not quantised, so changes to them cannot be merged",
-    "lora_bias": "the merged checkpoint keeps the base's biases",
-    "fan_in_fan_out": "GPTQ linears have one orientation",
 }
 
 
@@ -197,21 +174,6 @@ class QALoraLayer(nn.Module, LoraLayer):
         return "qalora." + super().__repr__()
 
 
-def add_adapter(model: PreTrainedModel, config: LoraConfig | None = None, **lora_kwargs: Any) -> PeftModel:
-    """Wrap a model loaded by :func:`load_base` with a trainable pooled adapter.
-
-    Args:
-        model: from :func:`load_base`.
-        config: a ``LoraConfig`` (or :class:`QALoraConfig`); or pass its fields as ``lora_kwargs``
-            (``r``, ``lora_alpha``, ``target_modules="all-linear"`` …).
-
-    Raises:
-        QALoraError: an option that cannot be merged, or targets that are not quantised.
-    """
-    config = config or QALoraConfig(**{"task_type": "CAUSAL_LM", **lora_kwargs})
-    return get_peft_model(model, bind_config(model, config))
-
-
 def require_adapters(model: nn.Module, wanted: set[str]) -> None:
     """Refuse a base model whose adapter is not on exactly the linears ``wanted``, by their names in it."""
     found = {name for name, module in model.named_modules() if isinstance(module, QALoraLayer)}
@@ -220,126 +182,3 @@ def require_adapters(model: nn.Module, wanted: set[str]) -> None:
             f"PEFT put the adapter on {len(found)} linears, expected {len(wanted)}; {different[0]} differs. This "
             "version of PEFT changes which layers an adapter is for: use one that is listed in the README."
         )
-
-
-def bind_config(model: PreTrainedModel, config: LoraConfig) -> QALoraConfig:
-    """``config`` as a :class:`QALoraConfig` that names the base of ``model`` and targets only its quantised linears."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-    if not layers or not hasattr(quantizer, "base_fingerprint"):
-        raise QALoraError(
-            f"this {type(model).__name__} was not loaded by qalora_plugin.load_base: it has no packed GPTQ linear. "
-            "Load the base with load_base(path), then add the adapter."
-        )
-    fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
-    for name in ("peft_type", "runtime_config", "qalora"):
-        fields.pop(name, None)
-    _require_own_embeddings(model, quantizer.checkpoint)
-    bound = QALoraConfig(**fields)
-    check_config_patterns(vars(bound), list(layers), "the adapter's config")  # what no merge would read later
-    targets = _restrict_to_quantised(model, bound, layers)
-    group_sizes = {layers[name].group_size for name in targets}
-    bound.qalora = {
-        "format_version": ADAPTER_FORMAT,
-        "pooling": POOLING,
-        "group_size": group_sizes.pop() if len(group_sizes) == 1 else None,
-        "base_fingerprint": quantizer.base_fingerprint(),
-        "model_class": type(model).__name__,
-    }
-    if names := shorten({name: quantizer.names[name] for name in targets}):
-        bound.qalora["names"] = names
-    return bound
-
-
-def _require_own_embeddings(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Refuse embeddings that were resized for new tokens: PEFT would save them, and a merge could not hold them."""
-    embeddings = model.get_input_embeddings()
-    names = {f"{name}.weight" for name, module in model.named_modules() if module is embeddings}
-    keys = (key for key, place in destinations(model, checkpoint.tensors).items() if place.name in names)
-    stored = checkpoint.tensors.get(next(keys, None))
-    if stored and stored.shape[0] != len(embeddings.weight):
-        raise QALoraError(
-            f"the embeddings were resized from {stored.shape[0]} to {len(embeddings.weight)} tokens, but a merged "
-            "checkpoint has the base's. Use tokens that the base's tokenizer has already, for padding, too."
-        )
-
-
-def _restrict_to_quantised(model: PreTrainedModel, config: QALoraConfig, layers: dict[str, QuantLinear]) -> list[str]:
-    """Exclude what the target patterns match besides, saying so; returns the quantised linears that get an adapter."""
-    every = config.target_modules == "all-linear"
-    if every:
-        head = model.get_output_embeddings()
-        config.target_modules = {_pattern(name) for name, layer in layers.items() if layer is not head}
-    matched = {
-        name
-        for name, module in model.named_modules()
-        if name and (every or isinstance(module, (*_DENSE_LAYERS, QuantLinear)))
-        and check_target_module_exists(config, name)
-    }  # fmt: skip
-    barred = {name for name in layers if name in matched and _is_barred(config, model, name, layers[name])}
-    quantised = [name for name in layers if name in matched - barred]
-    dense = matched - set(layers)
-    if not quantised:
-        found = sorted(dense) or sorted(barred)
-        raise QALoraError(
-            f"target_modules {config.target_modules!r} match no quantised linear of this base that can have an adapter "
-            f"(they match {', '.join(found[:3]) or 'nothing'}). Quantised here are: "
-            f"{', '.join(sorted({name.rsplit('.', 1)[-1] for name in layers}))}."
-        )
-    excluded = sorted(dense | barred)
-    if excluded and isinstance(config.exclude_modules, str):
-        raise QALoraError(
-            f"the targets also match layers that cannot have an adapter ({', '.join(excluded[:3])}). "
-            "Give the excluded modules as a list instead of a pattern, or name the targets more narrowly."
-        )
-    if excluded:
-        config.exclude_modules = sorted({*(config.exclude_modules or ()), *excluded})
-    if dense:
-        logger.warning("%d targeted layers are left dense by this base and get no adapter: %s", *_counted(dense))
-    if barred:
-        logger.warning(
-            "%d targeted linears get no adapter, because fused Mamba kernels would leave it out: %s", *_counted(barred)
-        )
-    return quantised
-
-
-def _pattern(name: str) -> str:
-    """What targets a linear: its last name, unless that is a number, as every layer's is."""
-    leaf = name.rsplit(".", 1)[-1]
-    return name if leaf.isdigit() else leaf
-
-
-def _is_barred(config: QALoraConfig, model: PreTrainedModel, name: str, layer: QuantLinear) -> bool:
-    """True for a linear that a fused Mamba kernel computes instead, without its adapter; PEFT refuses some of them."""
-    if isinstance(layer, ReadableQuantLinear):
-        return True
-    try:
-        _check_lora_target_modules_mamba(config, model, name.rsplit(".", 1)[-1])
-    except ValueError:
-        return True
-    return False
-
-
-def _counted(names: set[str]) -> tuple[int, str]:
-    listed = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
-    return len(names), f"{listed} ({min(names)} …)"
-
-
-def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool = False, **kwargs: Any) -> PeftModel:
-    """Put a saved adapter on a model loaded by :func:`load_base`.
-
-    Raises:
-        QALoraError: no adapter of ours, or one of another base.
-    """
-    adapter = AdapterFolder.open(folder)
-    found = model.hf_quantizer.base_fingerprint(adapter.base_fingerprint)
-    adapter.require_base(found, str(model.hf_quantizer.checkpoint.folder))
-    wanted = set(adapter.keys.values())
-    if missing := sorted(wanted - set(model.hf_quantizer.names)):
-        raise QALoraError(
-            f"the adapter {folder} was trained on a {adapter.model_class or 'model of another class'}, whose "
-            f"{missing[0]} this {type(model).__name__} does not have. Load the base as that class."
-        )
-    peft_model = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable, **kwargs)
-    require_adapters(peft_model.get_base_model(), wanted)
-    return peft_model

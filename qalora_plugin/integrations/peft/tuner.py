@@ -14,7 +14,8 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from qalora_plugin.integrations.peft.adapter import QALoraConfig, QALoraLayer, bind_config, require_adapters
+from qalora_plugin.integrations.peft.adapter import QALoraConfig, QALoraLayer, require_adapters
+from qalora_plugin.integrations.peft.binding import bind_config
 from qalora_plugin.layers.linear import QuantLinear
 
 

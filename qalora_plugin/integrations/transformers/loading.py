@@ -34,9 +34,10 @@ from qalora_plugin.integrations.transformers.dense_parts import (
     restore_dtypes,
 )
 from qalora_plugin.integrations.transformers.placing import place_linears, require_every_tensor
-from qalora_plugin.integrations.transformers.stored_tensors import adopt_stored
+from qalora_plugin.integrations.transformers.stored_tensors import adopt_stored, as_stored
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 
@@ -90,6 +91,16 @@ class QALoraHfQuantizer(HfQuantizer):
         if find_spec("peft"):
             from qalora_plugin.integrations.peft import tuner  # noqa: F401 (PEFT, and so TRL, then puts our adapters on this model)
         return model
+
+    def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, "Tensor"], dict[str, str]]:
+        """What ``save_pretrained`` writes: the packed linears as they were loaded."""
+        state = model.state_dict()
+        for name, stored in self.names.items():
+            layer = model.get_submodule(name)
+            for part in layer.state_dict():
+                del state[f"{name}.{part}"]
+            state |= as_stored(layer, name, self.opened.specs[stored], self.opened.format)
+        return state, {}
 
     def _lift_guard(self, config):
         """Take out of the model's config what keeps a merged checkpoint from loading where this package is not."""

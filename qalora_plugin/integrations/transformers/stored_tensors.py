@@ -1,10 +1,8 @@
 """A packed linear while transformers fills it, and when it saves it: its tensors are then those on disk.
 
 transformers loads and saves by names. So a new layer starts with the checkpoint's tensors as its buffers, on the meta
-device; once they are loaded, the format makes a weight of them; in a ``state_dict`` they have names as on disk again.
+device; once they are loaded, the format makes a weight of them, and when the model is saved, these of it again.
 """
-
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,7 +22,7 @@ def expect_stored(layer: QuantLinear, spec: GroupwiseSpec, fmt: CheckpointFormat
 
 
 def adopt_stored(layer: QuantLinear, spec: GroupwiseSpec, fmt: CheckpointFormat) -> None:
-    """Make the weight of the loaded buffers, and have ``state_dict`` give them back as they were stored."""
+    """Make the weight of the loaded buffers."""
     stored = {f"{spec.name}.{part}": layer.get_buffer(part) for part in fmt.parts(spec)}
     bias = stored.get(f"{spec.name}.bias")
     weight = fmt.read(spec, stored.__getitem__)
@@ -33,12 +31,8 @@ def adopt_stored(layer: QuantLinear, spec: GroupwiseSpec, fmt: CheckpointFormat)
             delattr(layer, part)
     layer.set_weight(weight, bias)
 
-    layer.register_state_dict_post_hook(partial(_as_stored, spec=spec, fmt=fmt))
 
-
-def _as_stored(
-    layer: QuantLinear, state: dict[str, Tensor], prefix: str, _: dict, spec: GroupwiseSpec, fmt: CheckpointFormat
-) -> None:
-    for part in _WEIGHT:
-        state.pop(f"{prefix}{part}", None)
-    state.update(fmt.write(prefix.removesuffix("."), layer.quantized, g_idx=spec.has_g_idx))
+def as_stored(layer: QuantLinear, name: str, spec: GroupwiseSpec, fmt: CheckpointFormat) -> dict[str, Tensor]:
+    """The tensors of ``layer``, called ``name``, as they were loaded."""
+    bias = {} if layer.bias is None else {f"{name}.bias": layer.bias}
+    return fmt.write(name, layer.quantized, g_idx=spec.has_g_idx) | bias

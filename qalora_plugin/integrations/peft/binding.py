@@ -1,0 +1,136 @@
+"""A ``LoraConfig`` made ours: bound to the base of a loaded model, and aimed at its quantized linears alone."""
+
+import logging
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba, check_target_module_exists
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from qalora_plugin.checkpoint.adapter_folder import (
+    ADAPTER_FORMAT,
+    POOLING,
+    check_config_patterns,
+)
+from qalora_plugin.checkpoint.folder import Checkpoint
+from qalora_plugin.checkpoint.module_names import shorten
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.integrations.peft.adapter import QALoraConfig
+from qalora_plugin.integrations.transformers.naming import destinations
+from qalora_plugin.layers.linear import QuantLinear, ReadableQuantLinear
+
+logger = logging.getLogger(__name__)
+
+_DENSE_LAYERS = (
+    nn.Linear,
+    Conv1D,
+    nn.Embedding,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.MultiheadAttention,
+)  # PEFT's
+
+
+def bind_config(model: PreTrainedModel, config: LoraConfig) -> QALoraConfig:
+    """``config`` as a :class:`QALoraConfig` that names the base of ``model`` and targets only its quantised linears."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    if not layers or not hasattr(quantizer, "base_fingerprint"):
+        raise QALoraError(
+            f"this {type(model).__name__} was not loaded by qalora_plugin.load_base: it has no packed GPTQ linear. "
+            "Load the base with load_base(path), then add the adapter."
+        )
+    fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    for name in ("peft_type", "runtime_config", "qalora"):
+        fields.pop(name, None)
+    _require_own_embeddings(model, quantizer.checkpoint)
+    bound = QALoraConfig(**fields)
+    check_config_patterns(vars(bound), list(layers), "the adapter's config")  # what no merge would read later
+    targets = _restrict_to_quantized(model, bound, layers)
+    group_sizes = {layers[name].group_size for name in targets}
+    bound.qalora = {
+        "format_version": ADAPTER_FORMAT,
+        "pooling": POOLING,
+        "group_size": group_sizes.pop() if len(group_sizes) == 1 else None,
+        "base_fingerprint": quantizer.base_fingerprint(),
+        "model_class": type(model).__name__,
+    }
+    if names := shorten({name: quantizer.names[name] for name in targets}):
+        bound.qalora["names"] = names
+    return bound
+
+
+def _require_own_embeddings(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Refuse embeddings that were resized for new tokens: PEFT would save them, and a merge could not hold them."""
+    embeddings = model.get_input_embeddings()
+    names = {f"{name}.weight" for name, module in model.named_modules() if module is embeddings}
+    keys = (key for key, place in destinations(model, checkpoint.tensors).items() if place.name in names)
+    stored = checkpoint.tensors.get(next(keys, None))
+    if stored and stored.shape[0] != len(embeddings.weight):
+        raise QALoraError(
+            f"the embeddings were resized from {stored.shape[0]} to {len(embeddings.weight)} tokens, but a merged "
+            "checkpoint has the base's. Use tokens that the base's tokenizer has already, for padding, too."
+        )
+
+
+def _restrict_to_quantized(model: PreTrainedModel, config: QALoraConfig, layers: dict[str, QuantLinear]) -> list[str]:
+    """Exclude what the target patterns match besides, saying so; returns the quantised linears that get an adapter."""
+    every = config.target_modules == "all-linear"
+    if every:
+        head = model.get_output_embeddings()
+        config.target_modules = {_pattern(name) for name, layer in layers.items() if layer is not head}
+    matched = {
+        name
+        for name, module in model.named_modules()
+        if name and (every or isinstance(module, (*_DENSE_LAYERS, QuantLinear)))
+        and check_target_module_exists(config, name)
+    }  # fmt: skip
+    barred = {name for name in layers if name in matched and _is_barred(config, model, name, layers[name])}
+    quantised = [name for name in layers if name in matched - barred]
+    dense = matched - set(layers)
+    if not quantised:
+        found = sorted(dense) or sorted(barred)
+        raise QALoraError(
+            f"target_modules {config.target_modules!r} match no quantised linear of this base that can have an adapter "
+            f"(they match {', '.join(found[:3]) or 'nothing'}). Quantised here are: "
+            f"{', '.join(sorted({name.rsplit('.', 1)[-1] for name in layers}))}."
+        )
+    excluded = sorted(dense | barred)
+    if excluded and isinstance(config.exclude_modules, str):
+        raise QALoraError(
+            f"the targets also match layers that cannot have an adapter ({', '.join(excluded[:3])}). "
+            "Give the excluded modules as a list instead of a pattern, or name the targets more narrowly."
+        )
+    if excluded:
+        config.exclude_modules = sorted({*(config.exclude_modules or ()), *excluded})
+    if dense:
+        logger.warning("%d targeted layers are left dense by this base and get no adapter: %s", *_counted(dense))
+    if barred:
+        logger.warning(
+            "%d targeted linears get no adapter, because fused Mamba kernels would leave it out: %s", *_counted(barred)
+        )
+    return quantised
+
+
+def _pattern(name: str) -> str:
+    """What targets a linear: its last name, unless that is a number, as every layer's is."""
+    leaf = name.rsplit(".", 1)[-1]
+    return name if leaf.isdigit() else leaf
+
+
+def _is_barred(config: QALoraConfig, model: PreTrainedModel, name: str, layer: QuantLinear) -> bool:
+    """True for a linear that a fused Mamba kernel computes instead, without its adapter; PEFT refuses some of them."""
+    if isinstance(layer, ReadableQuantLinear):
+        return True
+    try:
+        _check_lora_target_modules_mamba(config, model, name.rsplit(".", 1)[-1])
+    except ValueError:
+        return True
+    return False
+
+
+def _counted(names: set[str]) -> tuple[int, str]:
+    listed = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
+    return len(names), f"{listed} ({min(names)} …)"

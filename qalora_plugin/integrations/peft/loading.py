@@ -1,0 +1,49 @@
+"""New adapters on a loaded base, and saved ones."""
+
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from qalora_plugin.checkpoint.adapter_folder import (
+    AdapterFolder,
+)
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.integrations.peft.adapter import QALoraConfig, require_adapters
+from qalora_plugin.integrations.peft.binding import bind_config
+
+
+def add_adapter(model: PreTrainedModel, config: LoraConfig | None = None, **lora_kwargs: Any) -> PeftModel:
+    """Wrap a model loaded by :func:`load_base` with a trainable pooled adapter.
+
+    Args:
+        model: from :func:`load_base`.
+        config: a ``LoraConfig`` (or :class:`QALoraConfig`); or pass its fields as ``lora_kwargs``
+            (``r``, ``lora_alpha``, ``target_modules="all-linear"`` …).
+
+    Raises:
+        QALoraError: an option that cannot be merged, or targets that are not quantised.
+    """
+    config = config or QALoraConfig(**{"task_type": "CAUSAL_LM", **lora_kwargs})
+    return get_peft_model(model, bind_config(model, config))
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool = False, **kwargs: Any) -> PeftModel:
+    """Put a saved adapter on a model loaded by :func:`load_base`.
+
+    Raises:
+        QALoraError: no adapter of ours, or one of another base.
+    """
+    adapter = AdapterFolder.open(folder)
+    found = model.hf_quantizer.base_fingerprint(adapter.base_fingerprint)
+    adapter.require_base(found, str(model.hf_quantizer.checkpoint.folder))
+    wanted = set(adapter.keys.values())
+    if missing := sorted(wanted - set(model.hf_quantizer.names)):
+        raise QALoraError(
+            f"the adapter {folder} was trained on a {adapter.model_class or 'model of another class'}, whose "
+            f"{missing[0]} this {type(model).__name__} does not have. Load the base as that class."
+        )
+    peft_model = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable, **kwargs)
+    require_adapters(peft_model.get_base_model(), wanted)
+    return peft_model
