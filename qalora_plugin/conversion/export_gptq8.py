@@ -65,6 +65,9 @@ class Gptq8Export:
         """‖w8 − w'‖ / ‖offsets‖, the share of the adapter's effect on the weights; None without offsets."""
         return (self.error / self.offsets) ** 0.5 if self.offsets else None
 
+    def summary(self) -> list[str]:
+        return [f"{self.folder}: {self.modules} linears, 8 bit, group size {self.group_size}", str(self)]
+
     def __str__(self) -> str:
         share = "" if self.lost_of_offsets is None else f", {self.lost_of_offsets:.2%} of what the offsets add"
         return f"rounding to 8 bits loses {self.lost_of_weights:.2%} of the weights{share}"

@@ -44,6 +44,13 @@ class MlxExport:
     nbytes: int = 0
     largest_error: float = 0.0
 
+    def summary(self) -> list[str]:
+        return [
+            f"{self.folder}: {self.modules} linears, {self.nbytes / 1e6:.1f} MB; no weight is off by more than "
+            f"{self.largest_error:.1g} of a step",
+            f"mlx_lm.generate --model {self.folder} --prompt …",
+        ]
+
 
 @os_errors_in_one_line()
 def export_mlx(
@@ -58,7 +65,7 @@ def export_mlx(
     Args:
         merged: a merged folder, or a base: whatever is in GPTQ's layout, with or without offsets.
         out: the new folder; complete or absent, whatever happens.
-        dtype: of scales and biases: ``"float32"``, or ``"float16"``, smaller and faster, and rounded.
+        dtype: of scales and biases: ``"float32"``, or ``"float16"`` or ``"bfloat16"``, smaller and faster, and rounded.
 
     Raises:
         Unsupported: act-order, groups that MLX has not, experts; nothing is written then.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GROUP_SIZES = (128, 64, 32)
-DTYPES = ("float32", "float16")
+DTYPES = ("float32", "float16", "bfloat16")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -29,7 +29,7 @@ class Mlx:
     """How linears are written.
 
     Attributes:
-        dtype: of scales and biases, ``"float32"`` or ``"float16"``.
+        dtype: of scales and biases, one of :data:`DTYPES`.
     """
 
     def __init__(self, dtype: str = "float32"):

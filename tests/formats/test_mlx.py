@@ -38,7 +38,7 @@ def test_biases_are_rounded_once():
     layer = make_layer(128, 32, 4, 32, offsets=True)
     weight = layer.quantized
     exact = weight.offsets.double() - weight.scales.double() * weight.zeros.double()
-    for dtype in ("float32", "float16"):
+    for dtype in ("float32", "float16", "bfloat16"):
         written = Mlx(dtype).write("layer", weight)
         stored = getattr(torch, dtype)
         assert torch.equal(written["layer.biases"], exact.t().to(stored))
@@ -82,7 +82,7 @@ def test_beyond_the_dtype():
     ):
         Mlx("float16").write("layer", huge)
     assert Mlx().write("layer", huge)
-    with pytest.raises(QALoraError, match="dtype is 'int8', expected one of float32, float16"):
+    with pytest.raises(QALoraError, match="dtype is 'int8', expected one of float32, float16, bfloat16"):
         Mlx("int8")
 
 
