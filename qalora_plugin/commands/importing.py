@@ -1,12 +1,16 @@
 """`qalora import FORMAT SRC OUT`: what was quantized, or trained, elsewhere. Not one code is changed."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qalora_plugin.commands.summary import print_summary
 from qalora_plugin.core.errors import QALoraError
+
+if TYPE_CHECKING:
+    from qalora_plugin.formats.awq import Awq
+    from qalora_plugin.formats.compressed_tensors import CompressedTensors
 
 app = typer.Typer(no_args_is_help=True)
 Out = Annotated[Path, typer.Argument(help="New folder.")]
@@ -33,23 +37,27 @@ def gguf(
 @app.command()
 def awq(src: Source, out: Out) -> None:
     """An AWQ checkpoint (gemm) as a GPTQ base."""
-    _packed("awq", src, out)
+    from qalora_plugin.formats.awq import Awq
+
+    _packed(Awq, src, out)
 
 
 @app.command("compressed-tensors")
 def compressed_tensors(src: Source, out: Out) -> None:
-    """A compressed-tensors checkpoint (pack-quantized, 4 or 8 bits) as a GPTQ base."""
-    _packed("compressed-tensors", src, out)
+    """A compressed-tensors checkpoint (pack-quantized) as a GPTQ base."""
+    from qalora_plugin.formats.compressed_tensors import CompressedTensors
+
+    _packed(CompressedTensors, src, out)
 
 
-def _packed(method: str, src: str, out: Path) -> None:
+def _packed(kind: "type[Awq] | type[CompressedTensors]", src: str, out: Path) -> None:
     from qalora_plugin.checkpoint.folder import Checkpoint
 
-    found = Checkpoint.open(src).method
-    if found != method:
+    files = Checkpoint.open(src)
+    if not kind.detect(files.quantization):
+        found = "dense" if files.method is None else f"quantized by {files.method}"
         raise QALoraError(
-            f"{src} is {'dense' if found is None else f'quantized by {found}'}, expected quant_method {method!r}. "
-            "See what it is: qalora inspect FOLDER."
+            f"{src} is {found}, expected quant_method {kind.method!r}. See what it is: qalora inspect FOLDER."
         )
     from qalora_plugin.conversion.import_packed import import_packed
 

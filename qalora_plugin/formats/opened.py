@@ -12,11 +12,12 @@ from qalora_plugin.checkpoint.fingerprint import fingerprint
 from qalora_plugin.checkpoint.folder import Checkpoint
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.weight import GroupwiseSpec, GroupwiseWeight
+from qalora_plugin.formats.autoround import AutoRound
 from qalora_plugin.formats.base import CheckpointFormat
 from qalora_plugin.formats.gptq import Gptq, column_groups, is_act_order
 from qalora_plugin.formats.qalora import QALora
 
-BASES: Mapping[str, type[Gptq]] = {Gptq.method: Gptq, QALora.method: QALora}  # what an adapter can go onto
+BASES: Mapping[str, type[Gptq]] = {kind.method: kind for kind in (Gptq, AutoRound, QALora)}  # what adapters go onto
 _MAKE_ONE = "Make a GPTQ checkpoint of the original 16-bit model: qalora quantize MODEL OUT."
 _IMPORTS = {"awq": "awq", "compressed-tensors": "compressed-tensors"}
 

@@ -135,6 +135,7 @@ def mlx_export(sample: Sample) -> Converted:
     """Dequantized by mlx."""
     import mlx.core as mx
     import numpy as np
+
     from qalora_plugin.conversion.export_mlx import export_mlx
 
     out = sample.folder / "mlx"
@@ -143,9 +144,9 @@ def mlx_export(sample: Sample) -> Converted:
     for file in sorted(out.glob("*.safetensors")):
         tensors |= mx.load(str(file))
     found = {}
-    for name, spec in sample.opened.specs.items():
+    for name, spec in sample.opened.specs.items():  # a group larger than MLX has is several
         words, scales, biases = (tensors[f"{name}.{part}"] for part in ("weight", "scales", "biases"))
-        dense = mx.dequantize(words, scales, biases, group_size=spec.group_size, bits=spec.bits)
+        dense = mx.dequantize(words, scales, biases, group_size=spec.in_features // scales.shape[1], bits=spec.bits)
         found[name] = torch.from_numpy(np.array(dense.astype(mx.float32))).t().double()
     return found, sample.merged_weights, sample.base_weights
 
@@ -161,6 +162,7 @@ def gptq8_export(sample: Sample) -> Converted:
 def compressed_tensors_import(sample: Sample) -> Converted:
     """Packed by compressed-tensors."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
     from qalora_plugin.conversion.import_packed import import_packed
 
     case, opened = sample.case, sample.opened
@@ -173,7 +175,7 @@ def compressed_tensors_import(sample: Sample) -> Converted:
         tensors[f"{name}.weight_zero_point"] = pack_to_int32(zeros, case.bits, packed_dim=0)
         tensors[f"{name}.weight_scale"] = weight.scales.t().contiguous()
         tensors[f"{name}.weight_shape"] = torch.tensor([spec.out_features, spec.in_features])
-        if case.act_order:
+        if weight.g_idx is not None:
             tensors[f"{name}.weight_g_idx"] = weight.g_idx
     scheme = {
         "num_bits": case.bits, "type": "int", "symmetric": False, "dynamic": False,
@@ -250,12 +252,12 @@ ROWS = [
     Row("import", "peft", "an adapter trained with PEFT's `use_qalora`, pooling as many columns as a group has", peft),
     Row("import", "official", "an adapter of the official repository, likewise", official_adapter),
     Row("import", "official", "its merged checkpoint with float zero-points, the base given", official_merge),
-]
-WAITING = [  # for their conversions: append them to ROWS
-    Row("export", "gguf", "a merged checkpoint for llama.cpp and Ollama; 8 bits become F16", gguf_export),
     Row("export", "mlx", "a merged checkpoint for MLX, scales and biases in float32", mlx_export),
     Row("export", "gptq8", "a merged checkpoint as symmetric 8-bit GPTQ, quantized again", gptq8_export),
     Row("import", "gguf", "a llama.cpp model whose linears have one type", gguf_import, cases=TYPES),
     Row("import", "awq", "an AWQ checkpoint (gemm)", awq_import, lambda case: case.bits == 4 and not case.act_order),
     Row("import", "compressed-tensors", "a pack-quantized checkpoint, asymmetric", compressed_tensors_import),
+]
+WAITING = [  # for its conversion: append it to ROWS
+    Row("export", "gguf", "a merged checkpoint for llama.cpp and Ollama; 8 bits become F16", gguf_export),
 ]

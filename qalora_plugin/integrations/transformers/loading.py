@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qalora_plugin.checkpoint.folder import INDEX_NAME, SINGLE_NAME, read_config, weights_name
 from qalora_plugin.checkpoint.hub import is_local, resolve
 from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.formats.autoround import AutoRound
 from qalora_plugin.formats.gptq import Gptq
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.formats.qalora import WEIGHTS_KEY, QALora
@@ -181,8 +182,8 @@ def config_overrides(folder: Path) -> dict[str, Any]:
 
 
 def trainable(quantization: dict[str, Any]) -> dict[str, Any]:
-    """The override for a ``quantization_config`` of a GPTQ base, ``{}`` for others."""
-    if quantization.get("quant_method") != Gptq.method:
+    """The override for a ``quantization_config`` of a base in GPTQ's layout, ``{}`` for others."""
+    if quantization.get("quant_method") not in (Gptq.method, AutoRound.method):
         return {}
     return {"quantization_config": quantization | {"quant_method": TRAINABLE_GPTQ}}
 
