@@ -85,6 +85,16 @@ def encode_q4_1(codes: np.ndarray, scales: np.ndarray, minima: np.ndarray) -> np
     return blocks.reshape(rows, -1)
 
 
+def encode_q4_0(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Codes ``[N, K]`` (0 … 15, their zero-point 8), scales float16 ``[N, K/32]`` → uint8 ``[N, K/32·18]``."""
+    rows = len(codes)
+    groups = codes.reshape(rows, -1, 32)
+    blocks = np.empty((rows, groups.shape[1], 18), np.uint8)
+    blocks[..., 0:2] = _bytes(scales)
+    blocks[..., 2:] = groups[..., :16] | groups[..., 16:] << 4
+    return blocks.reshape(rows, -1)
+
+
 def encode_q8_0(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Signed codes int8 ``[N, K]``, scales float16 ``[N, K/32]`` → uint8 ``[N, K/32·34]``."""
     rows = len(codes)
