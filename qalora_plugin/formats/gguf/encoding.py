@@ -49,15 +49,16 @@ def type_of(spec: GroupwiseSpec, symmetric: bool, eight_bit: str) -> str:
     Raises:
         Unsupported: its groups do not consist of whole blocks.
     """
-    if spec.group_size % BLOCK:
+    plain = symmetric and spec.offset_dtype is None and spec.scale_dtype == "float16"
+    whole = spec.group_size % BLOCK == 0
+    if spec.bits == 8:
+        return "Q8_0" if plain and whole else eight_bit
+    if not whole:
         raise Unsupported(
             f"{spec.name} has groups of {spec.group_size} columns, and a block of GGUF has {BLOCK}: a group must be a "
             f"multiple of {BLOCK}.",
             "Serve it with vLLM or transformers, or quantize the base again with groups of 32, 64 or 128.",
         )
-    plain = symmetric and spec.offset_dtype is None and spec.scale_dtype == "float16"
-    if spec.bits == 8:
-        return "Q8_0" if plain else eight_bit
     return "Q4_0" if plain and spec.bits == 4 else "Q4_1"
 
 
@@ -70,6 +71,8 @@ def encode(weight: GroupwiseWeight, kind: str, symmetric: bool, order: np.ndarra
     Raises:
         OverflowError: a value that float16 cannot hold.
     """
+    import torch
+
     affine = to_affine(weight)
     if order is not None:
         affine = Affine(*(part[order] for part in affine))
@@ -78,10 +81,9 @@ def encode(weight: GroupwiseWeight, kind: str, symmetric: bool, order: np.ndarra
         scales, minima = _half(affine.scales), _half(affine.minima)
         packed = encode_q4_1(affine.codes, scales.repeat(blocks, 1), minima.repeat(blocks, 1))
         return packed, _step_loss(affine, scales, minima, (1 << weight.bits) - 1)
-    exact = symmetric and weight.offsets is None
-    if exact and kind == "Q4_0":
+    if kind == "Q4_0":
         return encode_q4_0(affine.codes, _half(affine.scales).repeat(blocks, 1)), Loss()
-    if exact and kind == "Q8_0" and (affine.scales == affine.scales.astype(np.float16)).all():
+    if kind == "Q8_0" and symmetric and weight.offsets is None and blocks and weight.scales.dtype == torch.float16:
         return encode_q8_0((affine.codes ^ 0x80).view(np.int8), _half(affine.scales).repeat(blocks, 1)), Loss()
     return _dense_rows(affine, weight.group_size, kind)
 
