@@ -36,7 +36,13 @@ CHOICES = {"f16": "F16", "q8_0": "Q8_0"}
 _EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 _RECOMPUTED = "rotary_emb.inv_freq"  # stored by old versions of transformers
 _FILE_TYPES = {"Q4_0": "MOSTLY_Q4_0", "Q4_1": "MOSTLY_Q4_1", "Q8_0": "MOSTLY_Q8_0", "F16": "MOSTLY_F16"}
-_NOT_COPIED = ("general.architecture", "general.file_type", "general.quantization_version", "general.alignment", "split.")
+_NOT_COPIED = (
+    "general.architecture",
+    "general.file_type",
+    "general.quantization_version",
+    "general.alignment",
+    "split.",
+)
 
 
 @dataclass
@@ -119,7 +125,9 @@ def export_gguf(
     extra = _copy_metadata(writer, Path(like), plan) if like else _make_metadata(writer, source, config, architecture)
     types = Counter(tensor.type for tensor in plan)
     _add_file_type(writer, Counter(tensor.type for tensor in plan if tensor.module))
-    require_space(next(place for place in out.parents if place.exists()), sum(tensor.nbytes for tensor in plan) + (64 << 20))
+    require_space(
+        next(place for place in out.parents if place.exists()), sum(tensor.nbytes for tensor in plan) + (64 << 20)
+    )
 
     result = GgufExport(out, 0, dict(types))
     with new_file(out) as path:
@@ -241,7 +249,9 @@ def _write(
     for name, factors in extra.items():
         writer.add_tensor_info(name, factors.shape, factors.dtype, factors.nbytes)
     for tensor in plan:
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kinds[tensor.type])
+        writer.add_tensor_info(
+            tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kinds[tensor.type]
+        )
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

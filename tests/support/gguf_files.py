@@ -26,7 +26,10 @@ ARCHITECTURES = {
     "qwen2": ("qwen2", {"tie_word_embeddings": False}),
     "qwen3": ("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
     "gemma2": ("gemma2", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64}),
-    "gemma3": ("gemma3_text", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64, "num_hidden_layers": 6}),
+    "gemma3": (
+        "gemma3_text",
+        {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64, "num_hidden_layers": 6},
+    ),
     "phi3": ("phi3", {"tie_word_embeddings": False}),
 }
 _K_QUANTS = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}  # where the float16 scales of a block lie
@@ -73,7 +76,9 @@ def make_sentencepiece(prefix: bool = True) -> PreTrainedTokenizerFast:
     return _wrapped(tokenizer, bos=True, unk_token="<unk>")
 
 
-def write_gguf(path: Path, model, tokenizer, types: dict[str, str] | str, embeddings: str = "F16", seed: int = 0) -> Path:
+def write_gguf(
+    path: Path, model, tokenizer, types: dict[str, str] | str, embeddings: str = "F16", seed: int = 0
+) -> Path:
     """Write ``model`` as GGUF, and put what the blocks hold back into it: it is then what the file says.
 
     Args:
@@ -100,7 +105,9 @@ def write_gguf(path: Path, model, tokenizer, types: dict[str, str] | str, embedd
             values = values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
         if name.endswith("norm.weight") and architecture.startswith("gemma"):
             values = values + 1
-        kind = "F32" if values.ndim == 1 else next(types[part] for part in sorted(types, reverse=True) if part in stored)
+        kind = (
+            "F32" if values.ndim == 1 else next(types[part] for part in sorted(types, reverse=True) if part in stored)
+        )
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
             kind = embeddings
         data = quantized(values, kind, generator)
@@ -117,6 +124,36 @@ def write_gguf(path: Path, model, tokenizer, types: dict[str, str] | str, embedd
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def rewritten(file: Path, target: Path, change) -> Path:
+    """A copy of a GGUF file, edited: ``change(fields, tensors)``, key → [value, types] and name → [data, type]."""
+    reader = gguf.GGUFReader(file)
+    fields = {key: [f.contents(), f.types] for key, f in reader.fields.items() if not key.startswith("GGUF.")}
+    tensors = {tensor.name: [np.array(tensor.data), tensor.tensor_type] for tensor in reader.tensors}
+    change(fields, tensors)
+    writer = gguf.GGUFWriter(target, fields.pop("general.architecture")[0])
+    for key, (value, types) in fields.items():
+        writer.add_key_value(key, value, types[0], sub_type=types[-1] if len(types) > 1 else None)
+    for name, (data, kind) in tensors.items():
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def in_float32(file: Path, target: Path) -> Path:
+    """A copy of a GGUF file whose weights are what its blocks hold, in float32: llama.cpp then rounds no activations."""
+
+    def dequantize(_fields, tensors):
+        for tensor in tensors.values():
+            data, kind = tensor
+            if kind != gguf.GGMLQuantizationType.F32:
+                tensor[:] = [gguf.quants.dequantize(data, kind), gguf.GGMLQuantizationType.F32]
+
+    return rewritten(file, target, dequantize)
 
 
 def quantized(values: np.ndarray, kind: str, generator: np.random.Generator) -> np.ndarray:

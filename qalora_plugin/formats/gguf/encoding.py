@@ -104,9 +104,7 @@ def encode_dense(tensor: "Tensor", kind: str, shift: int, order: np.ndarray | No
         return tensor.contiguous().numpy(), Loss()
     if kind == "F32":
         return (tensor.float() + shift).numpy(), Loss()
-    parts = [
-        _rounded(tensor[start : start + _ROWS].double().numpy(), kind) for start in range(0, len(tensor), _ROWS)
-    ]
+    parts = [_rounded(tensor[start : start + _ROWS].double().numpy(), kind) for start in range(0, len(tensor), _ROWS)]
     return np.concatenate([data for data, _ in parts]), Loss(dense=max(loss for _, loss in parts))
 
 

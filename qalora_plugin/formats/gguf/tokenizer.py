@@ -15,7 +15,7 @@ from qalora_plugin.formats.gguf.reading import GgufFile
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CONTROL, _USER_DEFINED = 3, 4  # gguf.TokenType
+_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # gguf.TokenType
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _SPACE = "▁"  # SentencePiece's
 _PASS_ONE = "Pass the original model's tokenizer: tokenizer=FOLDER_OR_ID."
@@ -47,6 +47,10 @@ def rebuild_tokenizer(file: GgufFile) -> "PreTrainedTokenizerBase":
     from transformers import PreTrainedTokenizerFast
 
     kind, tokens = file.value("tokenizer.ggml.model", str), _tokens(file)
+    types = _types(file)
+    while types and types[-1] == _UNUSED:  # they only fill the embedding up
+        types.pop()
+    tokens = tokens[: len(types)]
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if kind not in builders:
         raise QALoraError(f"{file.path}: its vocabulary is of kind {short(kind)}, expected gpt2 or llama. {_PASS_ONE}")
@@ -164,8 +168,8 @@ def _byte_level(file: GgufFile, tokens: list[str]) -> dict[str, Any]:
 
 def _sentencepiece(file: GgufFile, tokens: list[str]) -> dict[str, Any]:
     scores = file.value("tokenizer.ggml.scores", list)
-    if len(scores) != len(tokens):
-        raise QALoraError(f"{file.path} has {len(tokens)} tokens and {len(scores)} scores of them. {_PASS_ONE}")
+    if len(scores) != len(_tokens(file)):
+        raise QALoraError(f"{file.path} has {len(_tokens(file))} tokens, {len(scores)} scores of them. {_PASS_ONE}")
     space = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     prefix = file.value("tokenizer.ggml.add_space_prefix", bool, True)
     normalizers = [{"type": "Prepend", "prepend": _SPACE}] * prefix + [space]
@@ -199,9 +203,7 @@ def _bpe(tokens: list[str], merges: list[list[str]], **settings: Any) -> dict[st
 
 def _merges(tokens: list[str], scores: list[float], types: list[int]) -> list[list[str]]:
     """Every way to put two tokens together that gives a third, best score first, as SentencePiece merges."""
-    ordinary = {
-        token: score for token, score, kind in zip(tokens, scores, types, strict=True) if kind in (1, _USER_DEFINED)
-    }
+    ordinary = {token: score for token, score, kind in zip(tokens, scores, types) if kind in (1, _USER_DEFINED)}
     merges = [
         (-score, [token[:at], token[at:]])
         for token, score in ordinary.items()
