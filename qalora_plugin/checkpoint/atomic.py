@@ -62,6 +62,19 @@ def new_folder(out: Path, flush: bool = True) -> Iterator[Path]:
     Raises:
         QALoraError: ``out`` exists, another process is writing it, or the system refuses (permissions, a full disk …).
     """
+    with _new(out, flush, _rename_new) as work:
+        yield work
+
+
+@contextmanager
+def new_file(out: Path) -> Iterator[Path]:
+    """Yield a path to write a file to; on success it is renamed to ``out``, on error removed: as :func:`new_folder`."""
+    with _new(out, True, _rename_file) as work:
+        yield work / out.name
+
+
+@contextmanager
+def _new(out: Path, flush: bool, rename: Callable[[int, int, Path], None]) -> Iterator[Path]:
     require_absent(out)
     with os_errors_in_one_line(), Termination() as termination:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +84,7 @@ def new_folder(out: Path, flush: bool = True) -> Iterator[Path]:
             with _work_folder(parent, out) as (work, handle), termination.interrupts():
                 yield work
                 _finish(work, handle, flush)
-                _rename_new(handle, parent, out)
+                rename(handle, parent, out)
                 if flush:
                     os.fsync(parent)
         except BaseException as error:
@@ -202,6 +215,16 @@ def _rename_new(handle: int, parent: int, out: Path) -> None:
         if error.errno != errno.ENOTEMPTY:
             raise
         raise QALoraError(f"another process wrote into {out} in the meantime. Nothing was kept.") from None
+
+
+def _rename_file(handle: int, parent: int, out: Path) -> None:
+    """Rename the finished file to ``out``, which must not exist."""
+    source = f"{_FOLDER}/{out.name}"
+    try:
+        if not _renameat2(handle, source, parent, out.name):
+            os.link(source, out.name, src_dir_fd=handle, dst_dir_fd=parent)  # fails if there is anything
+    except FileExistsError:
+        raise QALoraError(f"the output {out} was made by another process in the meantime. Nothing was kept.") from None
 
 
 def _renameat2(source_folder: int, source: str, target_folder: int, target: str) -> bool:

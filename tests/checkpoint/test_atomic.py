@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qalora_plugin.checkpoint import atomic
-from qalora_plugin.checkpoint.atomic import new_folder
+from qalora_plugin.checkpoint.atomic import new_file, new_folder
 from qalora_plugin.conversion.lora import export_lora
 from qalora_plugin.conversion.merging import merge
 from qalora_plugin.core.errors import QALoraError
@@ -210,3 +210,23 @@ def test_stress():
     done = subprocess.run([sys.executable, script, "--kills", "30", "--races", "30"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert re.search(r"raced: .* 0 half, 0 mixed, 0 foreign, 0 errors, 0 left over", done.stdout)
+
+
+def test_a_new_file_is_complete_or_absent(tmp_path):
+    out = tmp_path / "model.gguf"
+    with pytest.raises(RuntimeError), new_file(out) as path:
+        path.write_bytes(b"half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+    with new_file(out) as path:
+        path.write_bytes(b"whole")
+        assert not out.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"] and out.read_bytes() == b"whole"
+
+    with pytest.raises(QALoraError, match="exists"), new_file(out):
+        pass
+    with pytest.raises(QALoraError, match="by another process"), new_file(other := tmp_path / "other.gguf") as path:
+        path.write_bytes(b"ours")
+        other.write_bytes(b"theirs")
+    assert other.read_bytes() == b"theirs"
