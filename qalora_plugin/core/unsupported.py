@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from qalora_plugin.checkpoint.adapter_folder import CANNOT_MERGE  # what adapters that are imported are held to, too
 from qalora_plugin.core.errors import QALoraError
 
 
@@ -30,20 +29,26 @@ _TABLE = (
     # what a LoRA would do otherwise
     _Refusal("the fused LoRA kernels would bypass the pooling", _KERNELS),
     _Refusal("it is PEFT's own pooling, scaled differently; this adapter pools already", peft=("use_qalora",)),
-    _Refusal(CANNOT_MERGE["fan_in_fan_out"], ("lora_fan_in_fan_out",), ("fan_in_fan_out",)),
+    _Refusal("GPTQ linears have one orientation", ("lora_fan_in_fan_out",), ("fan_in_fan_out",)),
     # what a merged checkpoint could not hold
-    _Refusal(CANNOT_MERGE["use_dora"], ("peft_use_dora",), ("use_dora",)),
-    _Refusal(CANNOT_MERGE["modules_to_save"], ("lora_modules_to_save",), ("modules_to_save",)),
-    _Refusal(CANNOT_MERGE["target_parameters"], ("lora_target_parameters",), ("target_parameters",)),
-    _Refusal(CANNOT_MERGE["layer_replication"], ("peft_layer_replication",), ("layer_replication",)),
     _Refusal(
-        CANNOT_MERGE["trainable_token_indices"],
+        "DoRA scales whole columns, which no group-wise offset can express", ("peft_use_dora",), ("use_dora",)
+    ),
+    _Refusal(
+        "a dense copy of a layer cannot be merged into an INT4 base", ("lora_modules_to_save",), ("modules_to_save",)
+    ),
+    _Refusal("only linear layers have quantisation groups", ("lora_target_parameters",), ("target_parameters",)),
+    _Refusal("a merged checkpoint has the base's layers", ("peft_layer_replication",), ("layer_replication",)),
+    _Refusal(
+        "embeddings are not quantised, so changes to them cannot be merged",
         ("peft_trainable_token_indices",),
         ("trainable_token_indices",),
     ),
-    _Refusal(CANNOT_MERGE["lora_bias"], ("lora_bias",), ("bias", "lora_bias"), allowed=("none",)),
+    _Refusal("a merged checkpoint keeps the base's biases", ("lora_bias",), ("bias", "lora_bias"), allowed=("none",)),
     _Refusal("base weights that train cannot be merged", ("unfrozen_parameters",)),
-    _Refusal("it rewrites embeddings, which a merged checkpoint takes from the base", ("fix_untrained_tokens",)),
+    _Refusal(
+        "it rewrites embeddings, which a merged checkpoint takes from the base", ("fix_untrained_tokens",)
+    ),
     _Refusal("its score head is dense and trains, which cannot be merged", ("reward_model", "process_reward_model")),
     # what would change the base
     _Refusal(
@@ -57,7 +62,9 @@ _TABLE = (
     _Refusal("it merges into the base while training, which stays packed", ("relora",)),
     _Refusal("random weights have no quantised base to be merged into", ("reinit_weights",)),
     _Refusal("the base is quantised already", ("qat",)),
-    _Refusal("the base is GPTQ already; bitsandbytes would quantise it twice", ("load_in_4bit", "load_in_8bit")),
+    _Refusal(
+        "the base is GPTQ already; bitsandbytes would quantise it twice", ("load_in_4bit", "load_in_8bit")
+    ),
     _Refusal("it loads bitsandbytes weights, and the base is GPTQ", ("qlora_sharded_model_loading",)),
     # other ways to run
     _Refusal(
@@ -71,7 +78,7 @@ _TABLE = (
         ("trl.use_vllm",),
         instead="Set trl.use_vllm: false.",
     ),
-)
+)  # fmt: skip
 
 
 def refuse_axolotl_keys(cfg: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from qalora_plugin.conversion.export_gptq8 import add_logit_change
 from qalora_plugin.eval.logits import full_precision
-from qalora_plugin.eval.tokens import default_texts, tokenise
+from qalora_plugin.eval.tokens import default_texts, tokenize
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def measure_requantized(
     if sequences is None:
         from transformers import AutoTokenizer
 
-        sequences = tokenise(AutoTokenizer.from_pretrained(merged), default_texts(), tokens)
+        sequences = tokenize(AutoTokenizer.from_pretrained(merged), default_texts(), tokens)
     expected, found = _logits(merged, sequences), _logits(export, sequences)
     log_p, log_q = expected.double().log_softmax(-1), found.double().log_softmax(-1)
     change = LogitChange(

@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from support.fabricate import make_adapter, make_base, quantise
+from support.fabricate import make_adapter, make_base, quantize
 from support.gguf_files import ARCHITECTURES, in_float32, make_model, make_tokenizer, rewritten, write_gguf
 from support.llama_cpp import LlamaCpp, log_probabilities
 
@@ -45,7 +45,7 @@ def gptq_base(folder, tokenizer, bits=4, group_size=32, sym=False, act_order=Fal
     tensors = {}
     for name, tensor in model.state_dict().items():
         if name.endswith("proj.weight"):
-            stored = quantise(tensor, bits, group_size, sym, "gptq_v2", act_order, torch.Generator().manual_seed(0))
+            stored = quantize(tensor, bits, group_size, sym, "gptq_v2", act_order, torch.Generator().manual_seed(0))
             tensors |= {f"{name[:-6]}{part}": value for part, value in stored.items()}
         elif name != "lm_head.weight":
             tensors[name] = tensor.to(dtype or torch.float16)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from families.architectures import build
 from safetensors.torch import load_file, save_file
-from support.fabricate import make_adapter, make_base, make_tokenizer, quantise
+from support.fabricate import make_adapter, make_base, make_tokenizer, quantize
 from support.scoring import text_tokens
 from transformers import AutoModelForCausalLM
 
@@ -91,7 +91,7 @@ def test_tied_embeddings(tmp_path):
 def test_a_quantized_head_that_is_tied(tmp_path):
     base = make_base(tmp_path / "base")
     tensors = load_file(base / "model.safetensors")
-    parts = quantise(tensors.pop("lm_head.weight"), 4, 32, False, "gptq")
+    parts = quantize(tensors.pop("lm_head.weight"), 4, 32, False, "gptq")
     save_file(tensors | {f"lm_head.{part}": t.contiguous() for part, t in parts.items()}, base / "model.safetensors")
     folder = export_mlx(base, tmp_path / "mlx", progress=False).folder
     assert (by_mlx(folder) - by_transformers(base, load_base)).abs().max() <= EXACT
@@ -111,7 +111,7 @@ def base_of(model, folder):
     for name, tensor in load_file(folder / "model.safetensors").items():
         parts = name.split(".")
         linear = parts[-2].endswith("proj") and parts[-1] == "weight"
-        made = quantise(tensor, 4, 32, False, "gptq") if linear else {"weight": tensor}
+        made = quantize(tensor, 4, 32, False, "gptq") if linear else {"weight": tensor}
         tensors |= {".".join([*parts[:-1], part]) if linear else name: t.contiguous() for part, t in made.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     edit(

@@ -89,7 +89,9 @@ def test_a_chat_template_and_added_tokens_come_along(tmp_path):
     rebuilt = rebuild_tokenizer(GgufFile.open(file))
     assert rebuilt.chat_template == tokenizer.chat_template
     with LlamaCpp(file) as model:
-        assert model.tokenize("a qalora b") == tokenizer("a qalora b")["input_ids"] == rebuilt("a qalora b")["input_ids"]
+        assert (
+            model.tokenize("a qalora b") == tokenizer("a qalora b")["input_ids"] == rebuilt("a qalora b")["input_ids"]
+        )
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import zipfile
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.fabricate import make_adapter, make_base, quantise
+from support.fabricate import make_adapter, make_base, quantize
 from support.other_formats import ROOT, make_awq, make_packed, shapes_of
 
 from qalora_plugin import load_base
@@ -57,7 +57,7 @@ def with_own_settings(folder):
     generator = torch.Generator().manual_seed(0)
     for name, (k, n) in shapes_of(base).items():
         if name.endswith("down_proj"):
-            parts = quantise(torch.randn(n, k, generator=generator) * 0.2, 8, 64, False, "gptq")
+            parts = quantize(torch.randn(n, k, generator=generator) * 0.2, 8, 64, False, "gptq")
             tensors |= {f"{name}.{part}": tensor.contiguous() for part, tensor in parts.items()}
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     return edit(
