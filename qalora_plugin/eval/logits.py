@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
+from qalora_plugin.core.delta import OffsetDelta
 from qalora_plugin.core.reference import adapter_offsets
 
 
@@ -59,15 +60,21 @@ def compare_logits(
 
 
 def exact_offsets(model: nn.Module) -> dict[str, Tensor]:
-    """``α/R·(B·A)ᵀ`` [G, N] of every adapted linear of a PEFT model, in float32: what its merge stores rounded."""
+    """``α/R·(B·A)ᵀ`` [G, N] of every adapted linear of a PEFT model ([E, G, N] of experts), in float32: what its merge
+    stores rounded."""
     from qalora_plugin.integrations.peft.adapter import QALoraLayer
+    from qalora_plugin.layers.experts import unstacked
 
     offsets = {}
     for name, layer in model.named_modules():
         if isinstance(layer, QALoraLayer):
             (active,) = layer.active_adapters
             lora_a, lora_b = (part[active].weight.detach().cpu() for part in (layer.lora_A, layer.lora_B))
-            exact = adapter_offsets(lora_a, lora_b, layer.scaling[active])
+            if lora_b.ndim == 3:
+                deltas = unstacked(OffsetDelta(lora_a, lora_b, layer.scaling[active]))
+                exact = torch.stack([adapter_offsets(*delta) for delta in deltas])
+            else:
+                exact = adapter_offsets(lora_a, lora_b, layer.scaling[active])
             if (before := layer.get_base_layer().offsets) is not None:
                 exact += before.cpu()
             offsets[name.removeprefix("base_model.model.")] = exact.float()
