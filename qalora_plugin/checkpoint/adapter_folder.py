@@ -198,7 +198,10 @@ class AdapterFolder:
 
     def _info(self, module: str, part: str) -> TensorInfo:
         """Where A or B of one linear lies: of an expert, within the stacked tensor."""
-        info, number = self.tensors[f"base_model.model.{self.keys[module]}.lora_{part}.weight"], self.experts.get(module)
+        info, number = (
+            self.tensors[f"base_model.model.{self.keys[module]}.lora_{part}.weight"],
+            self.experts.get(module),
+        )
         if number is None or len(info.shape) == 2:  # one A for all experts
             return info
         size = (info.end - info.start) // info.shape[0]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
 from qalora_plugin.core.delta import OffsetDelta
 from qalora_plugin.core.reference import adapter_offsets
+from qalora_plugin.eval.routing import recorded, replayed
 
 
 def compare_logits(
@@ -20,7 +21,7 @@ def compare_logits(
     """How far the merged checkpoint's logits are from those of base + adapter; keys as in ``VerifyReport``.
 
     The merged model runs twice: with its offsets as stored, then with those of the other dtype. So one of the two has
-    them exact, and one rounded to float16.
+    them exact, and one rounded to float16. Its experts follow the routing of base + adapter (:mod:`.routing`).
     """
     from qalora_plugin.integrations.peft.loading import load_adapter
     from qalora_plugin.integrations.transformers.loading import load_base, load_model
@@ -28,27 +29,32 @@ def compare_logits(
     with full_precision():
         options = {"model_class": adapter.model_class, "dtype": dtype}
         model = load_adapter(load_base(base, **options), adapter.folder)
-        expected = list(_logits(model, sequences, device))
+        with recorded(model) as routing:
+            expected = list(_logits(model, sequences, device))
         offsets = exact_offsets(model)
         del model
         gc.collect()
         model = load_model(merged, **options)
         largest = max(logits.abs().max().item() for logits in expected)
         tokens, agree, kl, stored, again = 0, 0, 0.0, 0.0, 0.0
-        for p, q in zip(expected, _logits(model, sequences, device), strict=True):
-            log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
-            tokens += len(p)
-            stored = _larger(stored, p - q)
-            kl += (log_p.exp() * (log_p - log_q)).sum().item()
-            agree += (p.argmax(-1) == q.argmax(-1)).sum().item()
+        with replayed(model, routing) as flips:
+            for p, q in zip(expected, _logits(model, sequences, device), strict=True):
+                log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+                tokens += len(p)
+                stored = _larger(stored, p - q)
+                kl += (log_p.exp() * (log_p - log_q)).sum().item()
+                agree += (p.argmax(-1) == q.argmax(-1)).sum().item()
         stored_exactly = False
         for name, exact in offsets.items():
             layer = model.get_submodule(name)
             stored_exactly = layer.offsets.dtype == torch.float32
             layer.offsets = exact.to(model.device, torch.float16 if stored_exactly else torch.float32)
-        for p, q in zip(expected, _logits(model, sequences, device), strict=True):
-            again = _larger(again, p - q)
-    error, sensitivity = (stored, again) if stored_exactly else (again, stored)
+        with replayed(model, routing) as flips_again:
+            for p, q in zip(expected, _logits(model, sequences, device), strict=True):
+                again = _larger(again, p - q)
+    (error, flipped), (sensitivity, by_rounding) = (
+        ((stored, flips), (again, flips_again)) if stored_exactly else ((again, flips_again), (stored, flips))
+    )
     return {
         "tokens": tokens,
         "logit_difference": stored / largest,
@@ -56,6 +62,9 @@ def compare_logits(
         "logit_sensitivity": sensitivity / largest,
         "kl_mean": kl / tokens,
         "top1_agreement": agree / tokens,
+        "router_choices": routing.choices,
+        "router_flips": flipped.count,
+        "router_flips_by_rounding": by_rounding.count,
     }
 
 

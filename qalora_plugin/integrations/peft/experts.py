@@ -47,7 +47,9 @@ class QALoraExpertsLayer(QALoraLayer):
         """``[S, K] → [S, N]``; x is sorted by expert, ``counts`` are the rows of each."""
         base = self.get_base_layer()
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
-        deltas = [OffsetDelta(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]) for name in active]
+        deltas = [
+            OffsetDelta(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]) for name in active
+        ]
         if not active:
             return base(x, counts)
         if len(active) == 1 and not self._drops(active[0]):
