@@ -222,8 +222,8 @@ def _stored_names(name: str, shapes: list[tuple[int, ...]], path: Path) -> dict[
     fits = len(lora_b) == 3 and 0 not in lora_b and (len(lora_a) == 2 or (len(lora_a) == 3 and lora_a[0] == experts))
     if not fits or experts > _MOST_EXPERTS:
         raise QALoraError(
-            f"{path}: A {lora_a} and B {lora_b} of {name} are not those of a layer's experts. The adapter is damaged or "
-            "was edited: save it again."
+            f"{path}: A {lora_a} and B {lora_b} of {name} are not those of a layer's experts. The adapter is damaged "
+            "or was edited: save it again."
         )
     parent, _, leaf = name.rpartition(".")
     return {f"{parent}.{i}.{leaf}": i for i in range(experts)}

@@ -9,7 +9,7 @@ more than the few choices that a tie explains.
 
 import inspect
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -69,7 +69,7 @@ def replayed(model: nn.Module, routing: Routing) -> Iterator[Flips]:
 
 
 @contextmanager
-def _at_experts(model: nn.Module, act) -> Iterator[None]:
+def _at_experts(model: nn.Module, act: Callable[[str, Tensor, Tensor], tuple | None]) -> Iterator[None]:
     """Call ``act(name, index, weights)`` before every experts module; what it returns takes their place."""
     handles = []
     for name, module in model.named_modules():
@@ -77,9 +77,9 @@ def _at_experts(model: nn.Module, act) -> Iterator[None]:
         if not {"top_k_index", "top_k_weights"} <= set(signature.parameters):
             continue
 
-        def before(module, args, kwargs, name=name.removeprefix(_WRAPPED), signature=signature):
+        def before(module, args, kwargs, name=name, signature=signature):
             given = signature.bind(module, *args, **kwargs)
-            found = act(name, given.arguments["top_k_index"], given.arguments["top_k_weights"])
+            found = act(name.removeprefix(_WRAPPED), given.arguments["top_k_index"], given.arguments["top_k_weights"])
             if found is None:
                 return None
             given.arguments["top_k_index"], given.arguments["top_k_weights"] = found

@@ -56,10 +56,11 @@ class QALoraExpertsLayer(QALoraLayer):
             return base(x, counts, deltas[0])
         y = base(x, counts)
         for name, delta in zip(active, deltas, strict=True):
-            factors, parts = list(unstacked(delta)), []
+            by_expert, parts = list(unstacked(delta)), []
             for i, part in routed(self.lora_dropout[name](x), counts):
-                pooled = pool(part, base.expert(i)).to(factors[i].lora_a.dtype)
-                parts.append(nn.functional.linear(nn.functional.linear(pooled, factors[i].lora_a), factors[i].lora_b))
+                lora_a, lora_b, _ = by_expert[i]
+                pooled = pool(part, base.expert(i)).to(lora_a.dtype)
+                parts.append(nn.functional.linear(nn.functional.linear(pooled, lora_a), lora_b))
             if parts:
                 y = y + (torch.cat(parts) * delta.scaling).to(y.dtype)
         return y
