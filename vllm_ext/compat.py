@@ -72,3 +72,18 @@ def load_every_tensor():
     from vllm.model_executor.models.utils import WeightsMapper
 
     return WeightsMapper()
+
+
+def is_experts(layer: Any) -> bool:
+    """Whether a layer holds a mixture-of-experts layer's experts."""
+    return type(layer).__name__ in ("RoutedExperts", "FusedMoE")
+
+
+def experts_problem(layer: Any) -> str | None:
+    """Why quantized experts in this layer cannot be served; None if they can."""
+    if type(layer).__name__ == "RoutedExperts":
+        return None
+    return (
+        "qalora serves quantized experts on vLLM 0.32 or newer, where they are a layer of their own (RoutedExperts). "
+        "Update it (pip install 'vllm>=0.32')."
+    )
