@@ -67,11 +67,15 @@ def silence_unpacked_zeros() -> None:
         logger.addFilter(is_news)
 
 
-def load_every_tensor():
-    """A weight mapper that drops nothing: ``g_idx``, which vLLM would drop, is needed to serve act-order."""
+def load_every_tensor(renamed: dict[str, str]):
+    """A weight mapper that drops nothing: ``g_idx``, which vLLM would drop, is needed to serve act-order.
+
+    Args:
+        renamed: parts of tensors' names → what they become.
+    """
     from vllm.model_executor.models.utils import WeightsMapper
 
-    return WeightsMapper()
+    return WeightsMapper(orig_to_new_substr=renamed)
 
 
 def is_experts(layer: Any) -> bool:

@@ -36,6 +36,8 @@ REFUSED = {
     "BloomForCausalLM": "vLLM reorders the rows of query_key_value while loading, but packed rows run along the input",
     "MiniCPM3ForCausalLM": "vLLM builds q_a_proj without a name, so nothing tells that it is quantised",
 }
+# GPTQModel 7.6 saves Mixtral under transformers 5's names, of which vLLM's class knows the last parts only.
+RENAMED = {"MixtralForCausalLM": {".mlp.": ".block_sparse_moe."}}
 DRAFT_PREFIX = "draft_model."  # what vLLM puts before every name of a model that drafts for another
 
 
@@ -56,6 +58,7 @@ class QALoraConfig(QuantizationConfig):
         self.forced_path, self.timed_path = self.quantization.get(PATH_KEY), self.quantization.get(TIMED_KEY)
         self.modules: dict[str, GroupwiseSpec] = {}
         self.weights: set[str] = set()
+        self.renamed: dict[str, str] = {}  # parts of tensors' names, before vLLM's own rules
 
     def __repr__(self) -> str:
         keys = ("quant_method", "bits", "group_size", "desc_act", "sym", "offset_dtype")
@@ -104,6 +107,7 @@ class QALoraConfig(QuantizationConfig):
                 cannot take packed weights.
         """
         for name in getattr(hf_config, "architectures", None) or ():
+            self.renamed |= RENAMED.get(name, {})
             if name in REFUSED:
                 raise QALoraError(
                     f"vLLM cannot serve a quantised {name}: {REFUSED[name]}. Serve it with transformers, or serve the "
@@ -123,6 +127,13 @@ class QALoraConfig(QuantizationConfig):
         self.modules = self.format.specs(tensors, model_name)
         self.weights = {name.removesuffix(".weight") for name in tensors if name.endswith(".weight")}
         self._require_offsets(Path(model_name))
+        self.modules = {self._rename(name): module for name, module in self.modules.items()}
+        self.weights = {self._rename(name) for name in self.weights}
+
+    def _rename(self, name: str) -> str:
+        for part, theirs in self.renamed.items():
+            name = name.replace(part, theirs)
+        return name
 
     def _require_offsets(self, folder: Path) -> None:
         """Refuse a merged checkpoint whose offsets are not there: it would be served as its base."""
@@ -147,7 +158,8 @@ class QALoraConfig(QuantizationConfig):
         self.modules = {name.removesuffix(".qweight"): module for name, module in modules.items()}
         self.weights = {name.removesuffix(".weight") for name in weights}
 
-    get_checkpoint_weight_mapper = staticmethod(load_every_tensor)
+    def get_checkpoint_weight_mapper(self):
+        return load_every_tensor(self.renamed)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if is_experts(layer):
