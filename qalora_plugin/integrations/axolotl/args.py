@@ -38,7 +38,7 @@ _REFUSED = {
 }
 _PARALLEL = {
     "tensor_parallel_size": "packed weights cannot be split over ranks while training",
-    "expert_parallel_size": "mixture-of-experts layers are not trained yet",
+    "expert_parallel_size": "packed experts cannot be spread over ranks while training",
 }
 _STARTS_FROM_THE_BASE = ("dpo", "ipo", "kto")  # Axolotl 0.19, loaders/model.py: hands TRL a config, not an adapter
 _REQUIRED = ("base_model", "lora_r", "lora_alpha")
@@ -62,6 +62,9 @@ class QALoraBlock(BaseModel):
     )
     copy_base: bool = Field(
         default=False, description="Copy the base's shards into the merged checkpoint even where a hard link would do."
+    )
+    shared_a: bool = Field(
+        default=False, description="One A for all experts of a mixture-of-experts layer, instead of one each."
     )
     verify: bool = Field(
         default=True, description="After merging, compare base + adapter with the merged checkpoint and report."
