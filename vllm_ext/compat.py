@@ -67,8 +67,27 @@ def silence_unpacked_zeros() -> None:
         logger.addFilter(is_news)
 
 
-def load_every_tensor() -> Any:
-    """A weight mapper that drops nothing: ``g_idx``, which vLLM would drop, is needed to serve act-order."""
+def load_every_tensor(renamed: dict[str, str]) -> Any:
+    """A weight mapper that drops nothing: ``g_idx``, which vLLM would drop, is needed to serve act-order.
+
+    Args:
+        renamed: parts of tensors' names → what they become.
+    """
     from vllm.model_executor.models.utils import WeightsMapper
 
-    return WeightsMapper()
+    return WeightsMapper(orig_to_new_substr=renamed)
+
+
+def is_experts(layer: Any) -> bool:
+    """Whether a layer holds a mixture-of-experts layer's experts."""
+    return type(layer).__name__ in ("RoutedExperts", "FusedMoE")
+
+
+def experts_problem(layer: Any) -> str | None:
+    """Why quantized experts in this layer cannot be served; None if they can."""
+    if type(layer).__name__ == "RoutedExperts":
+        return None
+    return (
+        "qalora serves quantized experts on vLLM 0.32 or newer, where they are a layer of their own (RoutedExperts). "
+        "Update it (pip install 'vllm>=0.32')."
+    )

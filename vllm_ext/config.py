@@ -25,7 +25,7 @@ from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.gptq import Gptq
 from qalora_plugin.formats.opened import BASES
 from qalora_plugin.formats.qalora import QALora
-from vllm_ext.compat import load_every_tensor
+from vllm_ext.compat import experts_problem, is_experts, load_every_tensor
 from vllm_ext.kernels.select import PATH_KEY, TIMED_KEY, forced_path, timed_path
 from vllm_ext.linear import QALoraLinearMethod
 
@@ -36,6 +36,8 @@ REFUSED = {
     "BloomForCausalLM": "vLLM reorders the rows of query_key_value while loading, but packed rows run along the input",
     "MiniCPM3ForCausalLM": "vLLM builds q_a_proj without a name, so nothing tells that it is quantised",
 }
+# GPTQModel 7.6 saves Mixtral under transformers 5's names, of which vLLM's class knows the last parts only.
+RENAMED = {"MixtralForCausalLM": {".mlp.": ".block_sparse_moe."}}
 DRAFT_PREFIX = "draft_model."  # what vLLM puts before every name of a model that drafts for another
 
 
@@ -56,6 +58,7 @@ class QALoraConfig(QuantizationConfig):
         self.forced_path, self.timed_path = self.quantization.get(PATH_KEY), self.quantization.get(TIMED_KEY)
         self.modules: dict[str, GroupwiseSpec] = {}
         self.weights: set[str] = set()
+        self.renamed: dict[str, str] = {}  # parts of tensors' names, before vLLM's own rules
 
     def __repr__(self) -> str:
         keys = ("quant_method", "bits", "group_size", "desc_act", "sym", "offset_dtype")
@@ -102,10 +105,11 @@ class QALoraConfig(QuantizationConfig):
         """Read the headers of the checkpoint (a folder or a Hub id) and hold them against the config.
 
         Raises:
-            QALoraError: another ``format_version``, no, missing or damaged tensors, quantised experts, or a model class
-                that cannot take packed weights.
+            QALoraError: another ``format_version``, no, missing or damaged tensors, or a model class that
+                cannot take packed weights.
         """
         for name in getattr(hf_config, "architectures", None) or ():
+            self.renamed |= RENAMED.get(name, {})
             if name in REFUSED:
                 raise QALoraError(
                     f"vLLM cannot serve a quantised {name}: {REFUSED[name]}. Serve it with transformers, or serve the "
@@ -123,15 +127,15 @@ class QALoraConfig(QuantizationConfig):
                 "Check that the download is complete; from object storage (s3://, gs://) download the folder first."
             )
         self.modules = self.format.specs(tensors, model_name)
-        experts = next((name for name in self.modules if ".experts." in name), None)
-        if experts:
-            raise QALoraError(
-                f"{model_name} quantises mixture-of-experts layers ({experts}), which qalora cannot serve yet: vLLM "
-                "runs experts fused, where offsets have no place. Serve a model whose experts are not quantised, or a "
-                "dense architecture."
-            )
         self.weights = {name.removesuffix(".weight") for name in tensors if name.endswith(".weight")}
         self._require_offsets(Path(model_name))
+        self.modules = {self._rename(name): module for name, module in self.modules.items()}
+        self.weights = {self._rename(name) for name in self.weights}
+
+    def _rename(self, name: str) -> str:
+        for part, theirs in self.renamed.items():
+            name = name.replace(part, theirs)
+        return name
 
     def _require_offsets(self, folder: Path) -> None:
         """Refuse a merged checkpoint whose offsets are not there: it would be served as its base."""
@@ -156,15 +160,39 @@ class QALoraConfig(QuantizationConfig):
         self.modules = {name.removesuffix(".qweight"): module for name, module in modules.items()}
         self.weights = {name.removesuffix(".weight") for name in weights}
 
-    get_checkpoint_weight_mapper = staticmethod(load_every_tensor)
+    def get_checkpoint_weight_mapper(self):
+        return load_every_tensor(self.renamed)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if is_experts(layer):
+            return self._experts_method(layer, prefix)
         if not isinstance(layer, (LinearBase, ParallelLMHead)):
             return None
         if parts := self._parts(prefix):
             symmetric = self.quantization.get("sym", True)
             return QALoraLinearMethod(prefix, parts, self.format, self.forced_path, symmetric, self.timed_path)
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+    def _experts_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        prefix = prefix.removeprefix(DRAFT_PREFIX)
+        head = prefix.removesuffix(".routed_experts") + "."
+        found = {name.removeprefix(head): spec for name, spec in self.modules.items() if name.startswith(head)}
+        if not found:
+            stored = next((name for name in self.modules if ".experts." in name), None)
+            if stored and not any(name.startswith(head) for name in self.weights):
+                raise QALoraError(
+                    f"the checkpoint's experts are named like {stored}, which vLLM does not find as {prefix}. Serve it "
+                    "with transformers, or save the base under the names that vLLM expects."
+                )
+            return None
+        if problem := experts_problem(layer):
+            raise QALoraError(problem)
+        from vllm_ext.moe import QALoraMoEMethod  # of the versions that have such layers
+
+        symmetric = self.quantization.get("sym", True)
+        return QALoraMoEMethod(
+            layer.moe_config, prefix, found, self.format, self.forced_path, self.timed_path, symmetric
+        )
 
     def _parts(self, prefix: str) -> list[GroupwiseSpec]:
         """Checkpoint modules behind a vLLM linear: one, several where vLLM fuses (q, k, v), none if it is dense."""

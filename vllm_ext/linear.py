@@ -90,15 +90,13 @@ class QALoraLinearMethod(LinearMethodBase):
         Raises:
             QALoraError: the layer does not fit the checkpoint, or its share would split a group or a packed word.
         """
-        k, n = input_size_per_partition, sum(output_partition_sizes)
-        self.shape, self.full_shape = (k, n), (input_size, output_size)
-        self.output_sizes, self.act_dtype = output_partition_sizes, params_dtype
-        # One group over all of K: its scale, zero and offset hold for every rank's share of K, so each rank keeps them.
-        self.one_group = self.group_size == self.in_features
-        self.columns_of_group = k if self.one_group else self.group_size
-        self._check_sizes()
+        is_split = input_size_per_partition < input_size
+        self.take_share(
+            (input_size, output_size), input_size_per_partition, output_partition_sizes, params_dtype,
+            layer.tp_rank if is_split else 0,
+        )  # fmt: skip
+        k, n = self.shape
         groups, factor = k // self.columns_of_group, Fraction(32, self.bits)
-        self.first_group = layer.tp_rank * groups if k < input_size and not self.one_group else 0
         is_head = isinstance(layer, ParallelLMHead)
         loader = vocabulary_loader(layer) if is_head else extra_weight_attrs["weight_loader"]
 
@@ -120,8 +118,24 @@ class QALoraLinearMethod(LinearMethodBase):
         if self.offset_dtype is not None:
             register("offsets", self.offset_dtype)
         if self.has_g_idx:
-            g_idx = self._in_order().repeat(len(output_partition_sizes), 1)  # stays so with --load-format dummy
+            g_idx = self.in_order().repeat(len(output_partition_sizes), 1)  # stays so with --load-format dummy
             layer.register_parameter("g_idx", BasevLLMParameter(data=g_idx, weight_loader=load_g_idx))
+
+    def take_share(
+        self, full_shape: tuple[int, int], k: int, outputs: list[int], act_dtype: torch.dtype, rank: int
+    ) -> None:
+        """Be this rank's part of a layer ``(K, N)``: k input columns, and as many outputs of each fused part.
+
+        Raises:
+            QALoraError: the layer does not fit the checkpoint, or its share would split a group or a packed word.
+        """
+        self.shape, self.full_shape = (k, sum(outputs)), full_shape
+        self.output_sizes, self.act_dtype = outputs, act_dtype
+        # One group over all of K: its scale, zero and offset hold for every rank's share of K, so each rank keeps them.
+        self.one_group = self.group_size == self.in_features
+        self.columns_of_group = k if self.one_group else self.group_size
+        self._check_sizes()
+        self.first_group = rank * (k // self.columns_of_group) if k < full_shape[0] and not self.one_group else 0
 
     def _check_sizes(self) -> None:
         k, full_k = self.shape[0], self.full_shape[0]
@@ -205,7 +219,7 @@ class QALoraLinearMethod(LinearMethodBase):
             if self.offset_dtype is not None and part.offset_dtype is None:
                 layer.offsets.data[:, start : start + n] = 0
             if self.has_g_idx and not part.has_g_idx:
-                layer.g_idx.data[row] = self._in_order().to(layer.g_idx.device)
+                layer.g_idx.data[row] = self.in_order().to(layer.g_idx.device)
 
     def _require_finite(self, layer: Layer) -> None:
         """Refuse NaN and Inf, which would make every answer of the server worthless; the tensor is named."""
@@ -220,7 +234,7 @@ class QALoraLinearMethod(LinearMethodBase):
                 "training diverged: make the base, or the merge, again."
             )
 
-    def _in_order(self) -> Tensor:
+    def in_order(self) -> Tensor:
         """``g_idx`` [K] of this rank's share without act-order."""
         return torch.arange(self.shape[0], dtype=torch.int32) // self.columns_of_group + self.first_group
 
@@ -237,7 +251,7 @@ class QALoraLinearMethod(LinearMethodBase):
 
     def _group_order(self, g_idx: Tensor) -> Tensor | None:
         """Columns of x sorted by group, ``[S, K]``: S = 1 if the fused parts agree. None if they are in order."""
-        in_order = self._in_order().to(g_idx.device)
+        in_order = self.in_order().to(g_idx.device)
         order = torch.argsort(g_idx, dim=1, stable=True)
         if not (g_idx.gather(1, order) == in_order).all():
             if self.shape[0] < self.in_features:

@@ -61,12 +61,12 @@ def _runs_triton(tensor: Tensor) -> bool:
 _LIBRARY = torch.library.Library("qalora", "FRAGMENT")  # the ops live as long as it does
 
 
-def _define(name: str, function: Callable, fake: Callable, mutates: tuple[str, ...] = ()) -> None:
+def define(name: str, function: Callable, fake: Callable, mutates: tuple[str, ...] = ()) -> None:
     """``torch.ops.qalora.<name>``, opaque to torch.compile. (``torch.library.custom_op`` costs more at every call.)"""
     _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=mutates))
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qalora::{name}", fake, lib=_LIBRARY)
 
 
-_define("add_offsets", _add_offsets, _add_offsets_fake, mutates=("y",))
-_define("int4_linear", cpu_int4.int4_linear, cpu_int4.int4_linear_fake)
+define("add_offsets", _add_offsets, _add_offsets_fake, mutates=("y",))
+define("int4_linear", cpu_int4.int4_linear, cpu_int4.int4_linear_fake)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ PEFT_TYPE = "QALORA"
 ADAPTER_FORMAT = 1
 POOLING = "sum"
 _LARGEST_ALPHA = 1e9
+_MOST_EXPERTS = 1 << 13  # of a layer
 _FLOATS = ("F16", "BF16", "F32", "F64")
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
 
@@ -52,13 +53,15 @@ class AdapterFolder:
         folder: where it lies.
         config: content of ``adapter_config.json``.
         keys: the adapted linears, name in the base checkpoint → name in the model that was trained, which the file's
-            names are made of.
+            names are made of. Experts, which are one module in the model, are a linear each.
+        experts: the number of those linears that are experts.
         tensors: what the weights file holds, by the file's own names.
     """
 
     folder: Path
     config: dict
     keys: dict[str, str]
+    experts: dict[str, int]
     tensors: dict[str, TensorInfo]
 
     @classmethod
@@ -122,10 +125,15 @@ class AdapterFolder:
         prefixes = config["qalora"].get("names") or {}
         if not isinstance(prefixes, dict) or not all(isinstance(part, str) for part in prefixes.values()):
             raise QALoraError(f"{folder / CONFIG_NAME}: qalora.names is no mapping of names to names. Save it again.")
-        keys = {stored_name(module, prefixes): module for module in sorted(found)}
-        if len(keys) < len(found):
+        keys, experts, linears = {}, {}, 0
+        for module in sorted(found):
+            names = _stored_names(stored_name(module, prefixes), _shapes(module, tensors), folder / WEIGHTS_NAME)
+            keys |= dict.fromkeys(names, module)
+            experts |= {name: number for name, number in names.items() if number is not None}
+            linears += len(names)
+        if len(keys) < linears:
             raise QALoraError(f"{folder / CONFIG_NAME}: qalora.names gives two linears one name. Save it again.")
-        return cls(folder, config, dict(sorted(keys.items())), tensors)
+        return cls(folder, config, dict(sorted(keys.items())), experts, tensors)
 
     @property
     def modules(self) -> list[str]:
@@ -185,7 +193,7 @@ class AdapterFolder:
                 raise QALoraError(f"{self.folder} adapts {name}, which the base does not quantise. Use its own base.")
             rank = self.rank(name)
             for part, expected in (("A", (rank, spec.groups)), ("B", (spec.out_features, rank))):
-                found = self.tensors[self._key(name, part)].shape
+                found = self._info(name, part).shape
                 if found != expected:
                     raise QALoraError(
                         f"{self.folder}: lora_{part} of {name} is {found}, expected {expected} (rank {rank}, "
@@ -195,13 +203,42 @@ class AdapterFolder:
 
     def factors(self, module: str) -> tuple[np.ndarray, np.ndarray]:
         """A ``[R, G]`` and B ``[N, R]`` of one linear, as stored (bfloat16 as float32)."""
-        lora_a, lora_b = (read_array(self.folder, self.tensors[self._key(module, part)]) for part in "AB")
+        lora_a, lora_b = (read_array(self.folder, self._info(module, part)) for part in "AB")
         if not (all_finite(lora_a) and all_finite(lora_b)):
             raise QALoraError(f"{self.folder}: the adapter of {module} holds NaN or Inf. The training diverged.")
         return lora_a, lora_b
 
-    def _key(self, module: str, part: str) -> str:
-        return f"base_model.model.{self.keys[module]}.lora_{part}.weight"
+    def _info(self, module: str, part: str) -> TensorInfo:
+        """Where A or B of one linear lies: of an expert, within the stacked tensor."""
+        info, number = (
+            self.tensors[f"base_model.model.{self.keys[module]}.lora_{part}.weight"],
+            self.experts.get(module),
+        )
+        if number is None or len(info.shape) == 2:  # one A for all experts
+            return info
+        size = (info.end - info.start) // info.shape[0]
+        start = info.start + number * size
+        return replace(info, shape=info.shape[1:], start=start, end=start + size)
+
+
+def _shapes(module: str, tensors: dict[str, TensorInfo]) -> list[tuple[int, ...]]:
+    return [tensors[f"base_model.model.{module}.lora_{part}.weight"].shape for part in "AB"]
+
+
+def _stored_names(name: str, shapes: list[tuple[int, ...]], path: Path) -> dict[str, int | None]:
+    """The linears on disk that a module's A and B are for, and which expert each is: one, unless B is stacked."""
+    lora_a, lora_b = shapes
+    if len(lora_b) < 3:
+        return {name: None}
+    experts = lora_b[0]
+    fits = len(lora_b) == 3 and 0 not in lora_b and (len(lora_a) == 2 or (len(lora_a) == 3 and lora_a[0] == experts))
+    if not fits or experts > _MOST_EXPERTS:
+        raise QALoraError(
+            f"{path}: A {lora_a} and B {lora_b} of {name} are not those of a layer's experts. The adapter is damaged "
+            "or was edited: save it again."
+        )
+    parent, _, leaf = name.rpartition(".")
+    return {f"{parent}.{i}.{leaf}": i for i in range(experts)}
 
 
 def _check_config(config: dict, path: Path) -> None:

@@ -58,6 +58,11 @@ def export_lora(
     out = expanded(out)
     require_absent(out)
     opened = AdapterFolder.open(adapter)
+    if opened.experts:
+        raise QALoraError(
+            f"the adapter {opened.folder} is on the experts of a mixture-of-experts model ({next(iter(opened.experts))}"
+            "), which neither stock PEFT nor vLLM read as a LoRA a linear. Merge it: qalora merge."
+        )
     base = base or opened.config.get("base_model_name_or_path")
     if not base:
         raise QALoraError(f"the adapter {opened.folder} does not name its base. Pass it: --base BASE.")

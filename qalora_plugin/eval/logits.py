@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
+from qalora_plugin.core.delta import OffsetDelta
 from qalora_plugin.core.reference import adapter_offsets
+from qalora_plugin.eval.routing import recorded, replayed
 
 
 def compare_logits(
@@ -19,7 +21,7 @@ def compare_logits(
     """How far the merged checkpoint's logits are from those of base + adapter; keys as in ``VerifyReport``.
 
     The merged model runs twice: with its offsets as stored, then with those of the other dtype. So one of the two has
-    them exact, and one rounded to float16.
+    them exact, and one rounded to float16. Its experts follow the routing of base + adapter (:mod:`.routing`).
     """
     from qalora_plugin.integrations.peft.loading import load_adapter
     from qalora_plugin.integrations.transformers.loading import load_base, load_model
@@ -27,27 +29,32 @@ def compare_logits(
     with full_precision():
         options: dict[str, Any] = {"model_class": adapter.model_class, "dtype": dtype}
         model: Any = load_adapter(load_base(base, **options), adapter.folder)
-        expected = list(_logits(model, sequences, device))
+        with recorded(model) as routing:
+            expected = list(_logits(model, sequences, device))
         offsets = exact_offsets(model)
         del model
         gc.collect()
         model = load_model(merged, **options)
         largest = max(logits.abs().max().item() for logits in expected)
         tokens, agree, kl, stored, again = 0, 0.0, 0.0, 0.0, 0.0
-        for p, q in zip(expected, _logits(model, sequences, device), strict=True):
-            log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
-            tokens += len(p)
-            stored = _larger(stored, p - q)
-            kl += (log_p.exp() * (log_p - log_q)).sum().item()
-            agree += (p.argmax(-1) == q.argmax(-1)).sum().item()
+        with replayed(model, routing) as flips:
+            for p, q in zip(expected, _logits(model, sequences, device), strict=True):
+                log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+                tokens += len(p)
+                stored = _larger(stored, p - q)
+                kl += (log_p.exp() * (log_p - log_q)).sum().item()
+                agree += (p.argmax(-1) == q.argmax(-1)).sum().item()
         stored_exactly = False
         for name, exact in offsets.items():
             layer = model.get_submodule(name)
             stored_exactly = layer.offsets.dtype == torch.float32
             layer.offsets = exact.to(model.device, torch.float16 if stored_exactly else torch.float32)
-        for p, q in zip(expected, _logits(model, sequences, device), strict=True):
-            again = _larger(again, p - q)
-    error, sensitivity = (stored, again) if stored_exactly else (again, stored)
+        with replayed(model, routing) as flips_again:
+            for p, q in zip(expected, _logits(model, sequences, device), strict=True):
+                again = _larger(again, p - q)
+    (error, flipped), (sensitivity, by_rounding) = (
+        ((stored, flips), (again, flips_again)) if stored_exactly else ((again, flips_again), (stored, flips))
+    )
     return {
         "tokens": tokens,
         "logit_difference": stored / largest,
@@ -55,19 +62,28 @@ def compare_logits(
         "logit_sensitivity": sensitivity / largest,
         "kl_mean": kl / tokens,
         "top1_agreement": agree / tokens,
+        "router_choices": routing.choices,
+        "router_flips": flipped.count,
+        "router_flips_by_rounding": by_rounding.count,
     }
 
 
 def exact_offsets(model: nn.Module) -> dict[str, Tensor]:
-    """``α/R·(B·A)ᵀ`` [G, N] of every adapted linear of a PEFT model, in float32: what its merge stores rounded."""
+    """``α/R·(B·A)ᵀ`` [G, N] of every adapted linear of a PEFT model ([E, G, N] of experts), in float32: what its merge
+    stores rounded."""
     from qalora_plugin.integrations.peft.adapter import QALoraLayer
+    from qalora_plugin.layers.experts import unstacked
 
     offsets = {}
     for name, layer in model.named_modules():
         if isinstance(layer, QALoraLayer):
             (active,) = layer.active_adapters
             lora_a, lora_b = (part[active].weight.detach().cpu() for part in (layer.lora_A, layer.lora_B))
-            exact = adapter_offsets(lora_a, lora_b, layer.scaling[active])
+            if lora_b.ndim == 3:
+                deltas = unstacked(OffsetDelta(lora_a, lora_b, layer.scaling[active]))
+                exact = torch.stack([adapter_offsets(*delta) for delta in deltas])
+            else:
+                exact = adapter_offsets(lora_a, lora_b, layer.scaling[active])
             base: Any = layer.get_base_layer()
             if base.offsets is not None:
                 exact += base.offsets.cpu()

@@ -43,6 +43,8 @@ WEIGHT_BARS = {"float32": 1e-6, "float16": 1e-3}
 # Largest difference of a logit that no rounding explains / largest logit, in float32. Or, where a model amplifies every
 # error, a share of what rounding its offsets to float16 does to it: what float32 sums do was at most 0.007 of that.
 LOGIT_BAR, LOGIT_SHARE = 1e-4, 0.05
+# Choices of experts that near ties explain: at an error of 1e-6, one in some ten thousand.
+FEW_FLIPS, FLIP_SHARE = 2, 1e-3
 _NOISE = 2.0**-48  # of float64 sums, relative
 _COLUMNS = 512  # output columns of a weight that are compared at a time
 
@@ -78,6 +80,12 @@ class VerifyReport:
     offset_dtype: str
     base_bytes: int
     merged_new_bytes: int
+    router_choices: int = 0
+    """Of experts, in a mixture-of-experts model: tokens times layers."""
+    router_flips: int = 0
+    """Those of them that the merged model, its offsets exact, makes differently; it then follows base + adapter."""
+    router_flips_by_rounding: int = 0
+    """The same with its offsets rounded to float16."""
 
     @property
     def logit_bar(self) -> float:
@@ -101,6 +109,11 @@ class VerifyReport:
         if self.dtype == "float32" and not self.logit_error <= self.logit_bar:
             found.append(
                 f"logits differ by {self.logit_error:.3g} where nothing is rounded: the models do not compute the same"
+            )
+        if self.dtype == "float32" and self.router_flips > max(FEW_FLIPS, FLIP_SHARE * self.router_choices):
+            found.append(
+                f"{self.router_flips} of {self.router_choices} choices of experts differ where nothing is rounded: the "
+                "models do not compute the same"
             )
         return found
 
@@ -127,9 +140,16 @@ class VerifyReport:
                                    f"top-1 agreement {self.top1_agreement:.2%}"),
             ("size", f"{self.base_bytes / 1e6:.1f} MB base + {self.merged_new_bytes / 1e6:.1f} MB offsets"
                      f" ({self.offset_dtype}), {self.merged_new_bytes / self.base_bytes:.1%}"),
+            *self._routing(),
             *(("FAILED", failure) for failure in self.failures),
         )  # fmt: skip
         print_facts(f"qalora verify: {'PASSED' if self.passed else 'FAILED'}", rows)
+
+    def _routing(self) -> list[tuple[str, str]]:
+        if not self.router_choices:
+            return []
+        flips = f"{self.router_flips} of {self.router_choices} flip at near ties, {self.router_flips_by_rounding} by"
+        return [("choices of experts", f"{flips} the rounding; logits are compared at the same choices")]
 
 
 @os_errors_in_one_line()

@@ -222,7 +222,8 @@ def test_a_new_file_is_complete_or_absent(tmp_path):
     with new_file(out) as path:
         path.write_bytes(b"whole")
         assert not out.exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"] and out.read_bytes() == b"whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+    assert out.read_bytes() == b"whole"
 
     with pytest.raises(QALoraError, match="exists"), new_file(out):
         pass

@@ -88,7 +88,7 @@ TEXT: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 32, "head_dim": 4},
     "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
@@ -112,7 +112,10 @@ VISION_LANGUAGE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # With the experts quantised as well, as GPTQModel does by default.
 EXPERTS = ", experts quantised"
-QUANTIZED_EXPERTS = ("deepseek_v2", "mixtral", "olmoe", "qwen3_moe")
+QUANTIZED_EXPERTS = (
+    "deepseek_v2", "deepseek_v3", "dots1", "flex_olmo", "glm4_moe", "hunyuan_v1_moe", "lfm2_moe", "minimax", "mixtral",
+    "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next",
+)  # fmt: skip
 
 
 def build(name: str, **changes: Any) -> PreTrainedModel:

@@ -31,6 +31,7 @@ class Base:
 
     Attributes:
         linears: name in the model → name on disk, of the quantised linears.
+        experts: projections of stacked experts, name in the model → names on disk, in order, where quantised.
         turned: those of them, by the name on disk, whose dense weight is ``[K, N]`` (GPT-2's ``Conv1D``).
     """
 
@@ -38,6 +39,7 @@ class Base:
     dense: Path
     linears: dict[str, str]
     turned: set[str]
+    experts: dict[str, list[str]]
 
 
 def is_to_be_quantized(name: str, module: nn.Module) -> bool:
@@ -71,9 +73,8 @@ def make_base_of(model: PreTrainedModel, folder: Path, quantize_experts: bool = 
             linears[name] = on_disk.removesuffix(".weight")
             if isinstance(module, Conv1D):
                 turned.add(linears[name])
-    chosen = set(linears.values())
-    if quantize_experts:
-        chosen |= {name.removesuffix(".weight") for name in stored if ".experts." in name and name.endswith(".weight")}
+    experts = stacked_experts(model, by_value) if quantize_experts else {}
+    chosen = {*linears.values(), *(name for names in experts.values() for name in names)}
     tensors, dense = {}, {}
     for name, tensor in stored.items():
         module = name.removesuffix(".weight")
@@ -95,7 +96,18 @@ def make_base_of(model: PreTrainedModel, folder: Path, quantize_experts: bool = 
     config.dtype, config.quantization_config = "float16", dict(QUANTIZATION)
     config.save_pretrained(folder / "base")
     del config.quantization_config
-    return Base(folder / "base", folder / "dense", linears, turned)
+    return Base(folder / "base", folder / "dense", linears, turned, experts)
+
+
+def stacked_experts(model: PreTrainedModel, by_value: dict[tuple, str]) -> dict[str, list[str]]:
+    found = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "gate_up_proj") and module.gate_up_proj.ndim == 3:
+            gate, up = module.gate_up_proj.detach().chunk(2, dim=1)
+            parts = {"gate_proj": gate, "up_proj": up, "down_proj": module.down_proj.detach()}
+            for leaf, weights in parts.items():
+                found[f"{name}.{leaf}"] = [by_value[_key(weight)].removesuffix(".weight") for weight in weights]
+    return found
 
 
 def fold_into_dense(base: Base, adapter: Path, out: Path, scaling: float) -> Path:
@@ -106,6 +118,11 @@ def fold_into_dense(base: Base, adapter: Path, out: Path, scaling: float) -> Pat
         if parts[0] is not None:
             added = scaling * reference.adapter_offsets(*parts, 1.0).repeat_interleave(GROUP, 0)  # [K, N]
             weights[f"{on_disk}.weight"] += added if on_disk in base.turned else added.t()
+    for name, on_disk in base.experts.items():
+        lora_a, lora_b = (factors[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+        for i, one in enumerate(on_disk):
+            added = scaling * reference.adapter_offsets(lora_a[i], lora_b[i], 1.0).repeat_interleave(GROUP, 0)
+            weights[f"{one}.weight"] += added.t()
     out.mkdir()
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     for path in base.dense.glob("*.json"):

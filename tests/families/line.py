@@ -41,7 +41,8 @@ def run_line(base: Base, work: Path) -> Outcome:
     twin = load_model(base.dense, dtype=torch.float32).eval()
     model = load_base(base.folder, dtype=torch.float32).eval()
     packed = [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
-    assert set(packed) == set(base.linears), set(packed) ^ set(base.linears)
+    wanted = {*base.linears, *base.experts}
+    assert set(packed) == wanted, set(packed) ^ wanted
     difference = relative(logits(model, tokens), logits(twin, tokens))
 
     peft_model = add_adapter(model, r=RANK, lora_alpha=ALPHA, target_modules="all-linear").train()
@@ -72,8 +73,8 @@ def run_line(base: Base, work: Path) -> Outcome:
     assert report.passed, report.json()
     assert max(difference, trained) <= TOLERANCE, (difference, trained)
     return Outcome(
-        quantized=len(packed),
-        adapted=len(adapted),
+        quantized=sum(len(base.experts.get(name, "1")) for name in packed),
+        adapted=sum(len(base.experts.get(name, "1")) for name in adapted),
         base=difference,
         trained=trained,
         merged=report.logit_difference,

@@ -126,15 +126,6 @@ def test_other_layers_that_targets_match_are_left_out_aloud(base, caplog):
     assert adapted(model) == {f"model.layers.{i}.self_attn.q_proj" for i in range(2)}
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
-def test_quantized_experts_are_refused_as_such(tmp_path, name):
-    base = make_base_of(build(name), tmp_path, quantize_experts=True)
-    with pytest.raises(
-        QALoraError, match=r"quantises model.layers.0\..*experts.0.* Quantised experts are not supported yet"
-    ):
-        load_base(base.folder)
-
-
 def test_a_missing_vision_layer_is_not_called_an_expert(tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -203,7 +203,7 @@ def _bpe(tokens: list[str], merges: list[list[str]], **settings: Any) -> dict[st
 
 def _merges(tokens: list[str], scores: list[float], types: list[int]) -> list[list[str]]:
     """Every way to put two tokens together that gives a third, best score first, as SentencePiece merges."""
-    ordinary = {token: score for token, score, kind in zip(tokens, scores, types) if kind in (1, _USER_DEFINED)}
+    ordinary = {token: score for token, score, kind in zip(tokens, scores, types, strict=False) if kind in (1, _USER_DEFINED)}
     merges = [
         (-score, [token[:at], token[at:]])
         for token, score in ordinary.items()

@@ -34,6 +34,9 @@ class QALoraBlock(BaseModel):
     copy_base: bool = Field(
         default=False, description="Copy the base's shards into the merged checkpoint even where a hard link would do."
     )
+    shared_a: bool = Field(
+        default=False, description="One A for all experts of a mixture-of-experts layer, instead of one each."
+    )
     verify: bool = Field(
         default=True, description="After merging, compare base + adapter with the merged checkpoint and report."
     )

@@ -90,6 +90,7 @@ class QALoraPlugin(BasePlugin):
             config = peft_model.peft_config["default"]
         else:
             config = bind_config(model, _build_peft_lora_config(model, cfg))
+            config.shared_a = cfg.qalora.shared_a
             if config_only:
                 return None, config
             options = {"autocast_adapter_dtype": cfg.peft_autocast_adapter_dtype}

@@ -23,6 +23,7 @@ from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.unsupported import refuse_peft_fields
 from qalora_plugin.integrations.peft.conversion import leave_alone
 from qalora_plugin.kernels.pooling import pool
+from qalora_plugin.layers.experts import QuantExpertLinear
 from qalora_plugin.layers.linear import QuantLinear
 
 
@@ -34,11 +35,13 @@ class QALoraConfig(LoraConfig):
         qalora: ``format_version``, ``pooling`` (``"sum"``), ``group_size`` (None if it differs between layers) and
             ``base_fingerprint``; ``model_class`` that was trained and, where it names its layers other than the
             checkpoint does, ``names``: prefixes in the model → prefixes on disk. Filled by :func:`bind_config`.
+        shared_a: one A for all experts of a mixture-of-experts layer, instead of one each. Saves memory.
     """
 
     qalora: dict[str, Any] | None = field(
         default=None, metadata={"help": "What the adapter was trained on: pooling, group size, base fingerprint."}
     )
+    shared_a: bool = field(default=False, metadata={"help": "One A for all experts of a layer, instead of one each."})
 
     def __post_init__(self) -> None:
         if self.qalora is not None:
@@ -47,7 +50,9 @@ class QALoraConfig(LoraConfig):
         refuse_peft_fields(self)
         if self.qalora is not None:
             check_pooling(self.qalora, "this adapter")
-        self._register_custom_module({QuantLinear: QALoraLayer})
+        from qalora_plugin.integrations.peft.experts import QALoraExpertsLayer  # a subclass of the layer below
+
+        self._register_custom_module({QuantExpertLinear: QALoraExpertsLayer, QuantLinear: QALoraLayer})
 
     def to_dict(self) -> dict:
         """As saved: ``peft_type`` is ``QALORA``.

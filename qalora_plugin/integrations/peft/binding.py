@@ -48,6 +48,7 @@ def bind_config(model: PreTrainedModel, config: LoraConfig) -> QALoraConfig:
         fields.pop(name, None)
     _require_own_embeddings(model, quantizer.checkpoint)
     bound = QALoraConfig(**fields)
+    _name_as_in_model(bound, quantizer.names)
     check_config_patterns(vars(bound), list(layers), "the adapter's config")  # what no merge would read later
     targets = _restrict_to_quantized(model, bound, layers)
     group_sizes = {layers[name].group_size for name in targets}
@@ -61,6 +62,16 @@ def bind_config(model: PreTrainedModel, config: LoraConfig) -> QALoraConfig:
     if names := shorten({name: quantizer.names[name] for name in targets}):
         bound.qalora["names"] = names
     return bound
+
+
+def _name_as_in_model(config: QALoraConfig, names: dict[str, str]) -> None:
+    """Take last names on disk for those in the model: Mixtral's experts are ``w1`` there, here ``gate_proj``."""
+    leaves = {stored.rpartition(".")[2]: name.rpartition(".")[2] for name, stored in names.items()}
+    known = {name.rpartition(".")[2] for name in names}
+    for field in ("target_modules", "exclude_modules"):
+        wanted = getattr(config, field)
+        if wanted and not isinstance(wanted, str):
+            setattr(config, field, {name if name in known else leaves.get(name, name) for name in wanted})
 
 
 def _require_own_embeddings(model: PreTrainedModel, checkpoint: Checkpoint) -> None:

@@ -33,7 +33,9 @@ from qalora_plugin.integrations.transformers.dense_parts import (
     remove_stand_in,
     restore_dtypes,
 )
+from qalora_plugin.integrations.transformers.naming import destinations
 from qalora_plugin.integrations.transformers.placing import place_linears, require_every_tensor
+from qalora_plugin.integrations.transformers.placing_experts import place_experts, read_experts
 from qalora_plugin.integrations.transformers.stored_tensors import adopt_stored, as_stored
 from qalora_plugin.layers.linear import QuantLinear
 
@@ -58,7 +60,8 @@ class QALoraHfQuantizer(HfQuantizer):
 
     Attributes:
         checkpoint: what the model is loaded from.
-        names: the packed linears, name in the model → name on disk.
+        names: the packed linears, name in the model → name on disk. Of experts, which are one module in the model, the
+            name on disk but for their numbers.
     """
 
     requires_calibration = True  # quantising is GPTQModel's job (`qalora quantize`), never done while loading
@@ -73,22 +76,30 @@ class QALoraHfQuantizer(HfQuantizer):
         self.opened = QuantizedCheckpoint.open(_folder(checkpoint_files))
         self.opened.check_values()
         self.checkpoint = self.opened.files
-        self.names = place_linears(model, self.opened)
+        found = destinations(model, [f"{name}.weight" for name in self.opened.specs])
+        self._experts = place_experts(model, self.opened, found)
+        placed = {spec.name for projection in self._experts.values() for spec in projection.specs}
+        self._linears = place_linears(model, self.opened, found, placed)
+        self.names = self._linears | {name: projection.stored for name, projection in self._experts.items()}
         self._model, self._dtypes = model, dense_dtypes(model)
-        for name in self.names:
+        for name in self._linears:
             add_stand_in(cast(QuantLinear, model.get_submodule(name)))
 
     def update_weight_conversions(self, weight_conversions: list) -> list:
         """Called with the rules by which tensors are about to be renamed: hold the packed linears against them."""
-        require_every_tensor(self._model, self.checkpoint, self.names, weight_conversions)
+        require_every_tensor(self._model, self.checkpoint, self._linears, weight_conversions)
         return super().update_weight_conversions(weight_conversions)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         restore_dtypes(model, self._dtypes)
-        for name, stored in self.names.items():
+        for name, stored in self._linears.items():
             layer = cast(QuantLinear, model.get_submodule(name))
             remove_stand_in(layer)
             adopt_stored(layer, self.opened.specs[stored], self.opened.format)
+        for name, projection in self._experts.items():
+            read_experts(model.get_submodule(name), projection, self.opened)
+        for name in self.names:
+            layer = model.get_submodule(name)
             layer.base_fingerprint = self.base_fingerprint
         del self._model, self._dtypes
         if find_spec("peft"):

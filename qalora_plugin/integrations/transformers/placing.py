@@ -23,8 +23,14 @@ _PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
 _PLAIN_CLASSES = ("FalconLinear",)
 
 
-def place_linears(model: "PreTrainedModel", checkpoint: QuantizedCheckpoint) -> dict[str, str]:
+def place_linears(
+    model: "PreTrainedModel", checkpoint: QuantizedCheckpoint, found: dict[str, Destination], placed: set[str]
+) -> dict[str, str]:
     """Replace the linears that the checkpoint quantises; buffers are on the meta device, for the loader to fill.
+
+    Args:
+        found: where the ``weight`` of each would go.
+        placed: names on disk of those that have their place already: experts.
 
     Returns:
         Name in the model → name on disk, of every replaced linear. GPT-2's ``Conv1D`` is one of them: GPTQ stores
@@ -34,10 +40,11 @@ def place_linears(model: "PreTrainedModel", checkpoint: QuantizedCheckpoint) -> 
         QALoraError: a quantised linear that is none of the model's, or that its class would not use as a linear.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-    found = destinations(model, [f"{name}.weight" for name in checkpoint.specs])
     tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
     names = {}
     for stored, spec in checkpoint.specs.items():
+        if stored in placed:
+            continue
         destination = found[f"{stored}.weight"]
         name = destination.name.removesuffix(".weight")
         linear = linears.get(name)
@@ -87,8 +94,8 @@ def _why_no_linear(model: "PreTrainedModel", stored: str, destination: Destinati
     experts = ".".join(parts[: parts.index("experts") + 1]) if "experts" in parts else None
     if experts and experts in dict(model.named_modules()):
         return (
-            f"{head}holds the experts of a mixture-of-experts layer stacked ({experts}). Quantised experts are not "
-            "supported yet: leave the experts dense when quantising, or use an architecture without experts."
+            f"{head}holds the experts of a mixture-of-experts layer in a way ({experts}) that packed ones do not fit "
+            "into. Leave the experts dense when quantising."
         )
     if destination.converted:
         return (

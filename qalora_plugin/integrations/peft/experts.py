@@ -1,0 +1,66 @@
+"""The adapter on packed experts: one A and B for each, held by PEFT as two stacked parameters a projection.
+
+They are saved as ``…experts.gate_proj.lora_A.weight`` ``[E, R, G]`` and ``lora_B.weight`` ``[E, N, R]``.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qalora_plugin.core.delta import OffsetDelta
+from qalora_plugin.integrations.peft.adapter import QALoraConfig, QALoraLayer
+from qalora_plugin.kernels.pooling import pool
+from qalora_plugin.layers.experts import routed, unstacked
+
+
+class StackedFactors(nn.Module):
+    """A or B of all experts, under the name that PEFT gives a linear's."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+class QALoraExpertsLayer(QALoraLayer):
+    """:class:`QALoraLayer` over a :class:`~qalora_plugin.layers.experts.QuantExpertLinear`: A ``[E, R, G]`` (``[R, G]``
+    with ``shared_a``), B ``[E, N, R]``."""
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: QALoraConfig, **kwargs: Any) -> None:
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        one_a, one_b = self.lora_A[adapter_name], self.lora_B[adapter_name]
+        initial_a, initial_b = [], []
+        for _ in range(self.get_base_layer().experts):  # each as PEFT initializes one
+            if config.init_lora_weights is False:
+                one_a.reset_parameters()
+                one_b.reset_parameters()
+            else:
+                self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+            initial_a.append(one_a.weight.detach().clone())
+            initial_b.append(one_b.weight.detach().clone())
+        shared = config.shared_a
+        self.lora_A[adapter_name] = StackedFactors(initial_a[0] if shared else torch.stack(initial_a))
+        self.lora_B[adapter_name] = StackedFactors(torch.stack(initial_b))
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)  # what requires a gradient
+
+    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
+        """``[S, K] → [S, N]``; x is sorted by expert, ``counts`` are the rows of each."""
+        base = self.get_base_layer()
+        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
+        deltas = [
+            OffsetDelta(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]) for name in active
+        ]
+        if not active:
+            return base(x, counts)
+        if len(active) == 1 and not self._drops(active[0]):
+            return base(x, counts, deltas[0])
+        y = base(x, counts)
+        for name, delta in zip(active, deltas, strict=True):
+            by_expert, parts = list(unstacked(delta)), []
+            for i, part in routed(self.lora_dropout[name](x), counts):
+                lora_a, lora_b, _ = by_expert[i]
+                pooled = pool(part, base.expert(i)).to(lora_a.dtype)
+                parts.append(nn.functional.linear(nn.functional.linear(pooled, lora_a), lora_b))
+            if parts:
+                y = y + (torch.cat(parts) * delta.scaling).to(y.dtype)
+        return y

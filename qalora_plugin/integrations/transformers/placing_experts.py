@@ -1,0 +1,191 @@
+"""Quantized experts of a checkpoint → the module that transformers 5 stacks them in, replaced by a packed one.
+
+On disk every expert is a linear of its own: ``…experts.E.{gate,up,down}_proj`` as GPTQModel writes all models, or with
+the older names of Mixtral and its like, ``…experts.E.{w1,w3,w2}``. transformers would fuse dense ones into two tensors
+while loading. Packed ones are kept away from that: its loader is told to leave them, and :func:`read_experts` takes
+them from disk, expert by expert.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.core.weight import GroupwiseSpec
+from qalora_plugin.formats.base import CheckpointFormat
+from qalora_plugin.formats.gptq import is_act_order
+from qalora_plugin.formats.opened import QuantizedCheckpoint
+from qalora_plugin.integrations.transformers.naming import Destination, is_ignored
+from qalora_plugin.layers.experts import QuantExpertLinear, QuantExperts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_ROLES = {
+    "gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj",
+    "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj",
+}  # fmt: skip
+_NAME = re.compile(r"(?P<parent>(?:.+\.)?experts)\.(?P<expert>\d{1,5})\.(?P<leaf>\w+)")
+_PARTS = r"\.experts\.\d+\.\w+\.(qweight|qzeros|scales|g_idx|offsets)$"
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One projection of all experts of a layer.
+
+    Attributes:
+        leaf: its name on disk. specs: of every expert, in order.
+    """
+
+    leaf: str
+    specs: list[GroupwiseSpec]
+
+    @property
+    def stored(self) -> str:
+        """Its name on disk but for the number of the expert: ``model.layers.0.mlp.experts.w1``."""
+        return f"{self.specs[0].name.rsplit('.', 2)[0]}.{self.leaf}"
+
+
+def place_experts(
+    model: "PreTrainedModel", checkpoint: QuantizedCheckpoint, found: dict[str, Destination]
+) -> dict[str, Projection]:
+    """Replace the stacked experts that the checkpoint quantizes; buffers are on the meta device.
+
+    Args:
+        found: where the ``weight`` of each quantized linear would go.
+
+    Returns:
+        The projections by their names in the model, ``model.layers.0.mlp.experts.gate_proj`` …
+
+    Raises:
+        QALoraError: experts that are missing, unknown, dense or quantized differently; or a class that computes more
+            with them than ``down(act(gate)·up)``.
+    """
+    modules, layers = dict(model.named_modules()), {}
+    for stored, spec in checkpoint.specs.items():
+        destination = found[f"{stored}.weight"]
+        match = _NAME.fullmatch(stored)
+        path, inside, _ = destination.name.rpartition(".experts.")
+        path += ".experts"
+        if not match or not inside or not _is_stacked(modules.get(path)):
+            continue
+        if is_ignored(model, f"{stored}.weight") or is_ignored(model, destination.name):
+            continue
+        if match["leaf"] not in _ROLES:
+            raise QALoraError(
+                f"the checkpoint quantizes {stored}, but experts have {', '.join(sorted(_ROLES))}. Is config.json "
+                "another model's?"
+            )
+        by_expert = layers.setdefault(path, {}).setdefault(_ROLES[match["leaf"]], {})
+        number = int(match["expert"])
+        if number in by_expert:
+            raise QALoraError(f"{stored} and {by_expert[number].name} are the same weight of {path}. Keep one of them.")
+        by_expert[number] = spec
+    placed = {}
+    for path, roles in layers.items():
+        projections = _projections(model, path, modules[path], roles, checkpoint)
+        linears = {
+            role: QuantExpertLinear(one.specs, _act_order(one, checkpoint), device="meta")
+            for role, one in projections.items()
+        }
+        model.set_submodule(path, QuantExperts(**linears, act_fn=modules[path].act_fn))
+        placed |= {f"{path}.{role}": one for role, one in projections.items()}
+    if placed:
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), _PARTS}
+    return placed
+
+
+def read_experts(layer: QuantExpertLinear, projection: Projection, checkpoint: QuantizedCheckpoint) -> None:
+    """Fill a layer from disk, and have ``state_dict`` give every expert as it was stored."""
+    if layer.qweight.is_meta:
+        raise QALoraError(
+            f"the experts {projection.stored} were given no memory: offloading them is not supported. Load the model "
+            "onto one kind of device."
+        )
+    for i, spec in enumerate(projection.specs):
+        layer.put(i, checkpoint.weight(spec.name))
+    layer.register_state_dict_post_hook(partial(_as_stored, projection=projection, fmt=checkpoint.format))
+
+
+def _as_stored(
+    layer: QuantExpertLinear, state: dict[str, Tensor], prefix: str, _: dict, projection: Projection,
+    fmt: CheckpointFormat,
+) -> None:  # fmt: skip
+    parent = prefix.removesuffix(".").rpartition(".")[0]
+    for i, spec in enumerate(projection.specs):
+        weight = layer.expert(i)
+        if spec.offset_dtype is None:
+            weight = weight._replace(offsets=None)
+        state.update(fmt.write(f"{parent}.{i}.{projection.leaf}", weight, g_idx=spec.has_g_idx))
+
+
+def _is_stacked(module: nn.Module | None) -> bool:
+    return module is not None and not isinstance(module, nn.ModuleList) and hasattr(module, "down_proj")
+
+
+def _projections(
+    model: "PreTrainedModel", path: str, module: nn.Module, roles: dict[str, dict[int, GroupwiseSpec]],
+    checkpoint: QuantizedCheckpoint,
+) -> dict[str, Projection]:  # fmt: skip
+    """Every projection with all its experts, held against each other and against the module."""
+    example = next(iter(next(iter(roles.values())).values())).name
+    parent = example.rsplit(".", 2)[0]
+    apply_gate = getattr(getattr(type(module), "_apply_gate", None), "__name__", "")
+    if (
+        apply_gate != "_default_apply_gate" or not getattr(module, "has_gate", False) or module.has_bias
+        or not module.is_concatenated
+    ):  # fmt: skip
+        raise QALoraError(
+            f"the checkpoint quantizes {example}, but the experts of {type(model).__name__} ({type(module).__name__}) "
+            "compute more than down(act(gate)·up). Leave the experts dense when quantizing."
+        )
+    experts = module.down_proj.shape[0]
+    hidden, inner = (module.down_proj.shape[axis] for axis in ((2, 1) if module.is_transposed else (1, 2)))
+    sizes = {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
+    projections = {}
+    for role, (k, n) in sizes.items():
+        by_expert = roles.get(role, {})
+        if unknown := sorted(set(by_expert) - set(range(experts))):
+            raise QALoraError(
+                f"the checkpoint quantizes {by_expert[unknown[0]].name}, but {path} has {experts} experts by "
+                "config.json. They do not belong together."
+            )
+        if missing := sorted(set(range(experts)) - set(by_expert)):
+            leaf = next(iter(by_expert.values())).name.rpartition(".")[2] if by_expert else role
+            lacking = f"{parent}.{missing[0]}.{leaf}"
+            left = "left dense" if f"{lacking}.weight" in checkpoint.files.tensors else "missing"
+            raise QALoraError(
+                f"{len(missing)} of {experts} experts of {parent} lack a quantized {role} ({lacking} is {left}): a "
+                "layer's experts must be quantized all, or none. Quantize the base again, or download it again."
+            )
+        specs = [by_expert[i] for i in range(experts)]
+        _require_alike(specs, (k, n))
+        projections[role] = Projection(specs[0].name.rpartition(".")[2], specs)
+    return projections
+
+
+def _require_alike(specs: list[GroupwiseSpec], sizes: tuple[int, int]) -> None:
+    first = specs[0]
+    for spec in specs:
+        if (spec.bits, spec.group_size) != (first.bits, first.group_size):
+            raise QALoraError(
+                f"{first.name} has {first.bits} bits and groups of {first.group_size}, {spec.name} {spec.bits} bits "
+                f"and groups of {spec.group_size}: the experts of a layer must be quantized alike. Quantize the base "
+                "again without rules of their own for single experts."
+            )
+        if (spec.in_features, spec.out_features) != sizes:
+            raise QALoraError(
+                f"{spec.name} is {spec.in_features}×{spec.out_features} in the checkpoint, but {sizes[0]}×{sizes[1]} "
+                "by config.json. They do not belong together."
+            )
+        if spec.bias_dtype:
+            raise QALoraError(f"{spec.name} has a bias, which experts have no place for. Leave the experts dense.")
+        if spec.name.rpartition(".")[2] != first.name.rpartition(".")[2]:
+            raise QALoraError(f"{first.name} and {spec.name} name one projection differently. Save the base again.")
+
+
+def _act_order(projection: Projection, checkpoint: QuantizedCheckpoint) -> bool:
+    return any(is_act_order(spec, checkpoint.files.array) for spec in projection.specs)

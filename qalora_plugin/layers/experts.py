@@ -1,0 +1,142 @@
+"""The experts of a mixture-of-experts layer: their packed weights stacked, each applied to the tokens routed to it.
+
+Drop-in for the modules that transformers 5 holds dense and stacked (``Qwen3MoeExperts``, ``MixtralExperts`` …), which
+all compute ``down(act(gate(x))·up(x))``. Tokens are sorted by expert; an expert that none is routed to costs nothing.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from qalora_plugin.core.delta import OffsetDelta
+from qalora_plugin.core.weight import GroupwiseSpec, GroupwiseWeight
+from qalora_plugin.core.words import codes_per_period, words_per_period
+from qalora_plugin.kernels.autograd import linear
+from qalora_plugin.layers.linear import QuantLinear
+
+_STACKED = ("qweight", "zeros", "scales", "offsets", "g_idx", "group_order")
+
+
+class QuantExpertLinear(QuantLinear):
+    """One projection of all experts: a :class:`QuantLinear` whose tensors have an axis of E experts in front.
+
+    ``g_idx`` and ``group_order`` are ``[E, K]``: act-order is every expert's own. The buffers are not persistent, so
+    that whoever loads a model by names leaves them alone; :meth:`put` fills them, an expert at a time.
+
+    Args:
+        specs: of every expert, in order; alike in sizes, bits and group size.
+        act_order: whether any expert's columns are out of order.
+    """
+
+    def __init__(self, specs: Sequence[GroupwiseSpec], act_order: bool = False, device: str | None = None):
+        spec = specs[0]
+        super().__init__(spec)
+        self.experts = experts = len(specs)
+        k, n, groups = spec.in_features, spec.out_features, spec.groups
+        period, words = codes_per_period(spec.bits), words_per_period(spec.bits)
+        offset_dtypes = [getattr(torch, one.offset_dtype) for one in specs if one.offset_dtype]
+        shapes = {
+            "qweight": ((k // period * words, n), torch.int32),
+            "zeros": ((groups, n), torch.uint8),
+            "scales": ((groups, n), _widest([getattr(torch, one.scale_dtype) for one in specs])),
+            "offsets": ((groups, n), _widest(offset_dtypes) if offset_dtypes else None),
+            "g_idx": ((k,), torch.int32 if act_order else None),
+            "group_order": ((k,), torch.int64 if act_order else None),
+        }
+        for name, (shape, dtype) in shapes.items():
+            empty = None if dtype is None else torch.empty(experts, *shape, dtype=dtype, device=device)
+            self.register_buffer(name, empty, persistent=False)
+
+    def put(self, expert: int, weight: GroupwiseWeight) -> None:
+        """Hold this weight as that expert's."""
+        if self.g_idx is not None and weight.g_idx is None:
+            in_order = torch.arange(self.in_features)
+            weight = weight._replace(g_idx=in_order // self.group_size, group_order=in_order)
+        for name in _STACKED:
+            buffer, tensor = getattr(self, name), getattr(weight, name)
+            if buffer is not None and tensor is None:
+                buffer[expert].zero_()  # offsets that this expert does not have
+            elif buffer is not None:
+                buffer[expert].copy_(tensor)
+
+    def expert(self, i: int) -> GroupwiseWeight:
+        """One expert's weight."""
+        weight = self.quantized.expert(i)
+        if self.g_idx is None:
+            return weight
+        return weight._replace(g_idx=self.g_idx[i], group_order=self.group_order[i])
+
+    def forward(self, x: Tensor, counts: list[int], delta: OffsetDelta | None = None) -> Tensor:
+        """``[S, K] → [S, N]``, each row by its expert.
+
+        Args:
+            x: sorted by expert. counts: rows of every expert.
+            delta: adapters of all experts, A ``[E, R, G]`` (or one for all, ``[R, G]``) and B ``[E, N, R]``.
+        """
+        deltas = [None] * self.experts if delta is None else list(unstacked(delta))
+        parts = [linear(part, self.expert(i), deltas[i]) for i, part in routed(x, counts)]
+        return torch.cat(parts) if parts else x.new_zeros(0, self.out_features)
+
+    def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A new dense ``[E, K, N]`` weight, offsets included. For tests, reports and exports."""
+        return torch.stack([self._plain(i).dense_weight(dtype) for i in range(self.experts)])
+
+    def _plain(self, i: int) -> QuantLinear:
+        spec = GroupwiseSpec("", self.in_features, self.out_features, self.bits, self.group_size)
+        return QuantLinear(spec).set_weight(self.expert(i))
+
+    def extra_repr(self) -> str:
+        return f"experts={self.experts}, {super().extra_repr()}"
+
+
+class QuantExperts(nn.Module):
+    """``Σ_e weight_e·down_e(act(gate_e(x))·up_e(x))`` over the experts e that each token is routed to.
+
+    Attributes:
+        gate_proj, up_proj, down_proj: a :class:`QuantExpertLinear` each, or an adapter around one.
+    """
+
+    def __init__(
+        self,
+        gate_proj: QuantExpertLinear,
+        up_proj: QuantExpertLinear,
+        down_proj: QuantExpertLinear,
+        act_fn: Callable[[Tensor], Tensor],
+    ):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
+        self.act_fn, self.num_experts = act_fn, gate_proj.experts
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """``[T, hidden] → [T, hidden]``; index and weights of the experts chosen: ``[T, k]``."""
+        chosen, k = top_k_index.flatten(), top_k_index.shape[-1]
+        order = chosen.argsort(stable=True)
+        counts = torch.bincount(chosen, minlength=self.num_experts).tolist()
+        x = hidden_states.index_select(0, order // k)
+        y = self.down_proj(self.act_fn(self.gate_proj(x, counts)) * self.up_proj(x, counts), counts)
+        y = y * top_k_weights.flatten()[order, None]
+        y = y.index_select(0, order.argsort()).unflatten(0, (-1, k))
+        return y.sum(1).to(hidden_states.dtype)
+
+
+def routed(x: Tensor, counts: list[int]) -> Iterator[tuple[int, Tensor]]:
+    """Each expert that has rows of x ``[S, K]``, and these."""
+    for i, part in enumerate(x.split(counts)):
+        if len(part):
+            yield i, part
+
+
+def unstacked(delta: OffsetDelta) -> Iterator[OffsetDelta]:
+    """Every expert's adapter. (``unbind``: its gradient is stacked once, not added up over slices.)"""
+    lora_b = delta.lora_b.unbind()
+    lora_a = delta.lora_a.unbind() if delta.lora_a.ndim == 3 else [delta.lora_a] * len(lora_b)
+    for a, b in zip(lora_a, lora_b, strict=True):
+        yield OffsetDelta(a, b, delta.scaling)
+
+
+def _widest(dtypes: list[torch.dtype]) -> torch.dtype:
+    widest = dtypes[0]
+    for dtype in dtypes:
+        widest = torch.promote_types(widest, dtype)
+    return widest

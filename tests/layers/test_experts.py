@@ -1,0 +1,116 @@
+"""Stacked experts against the definition, in float64, expert by expert."""
+
+import pytest
+import torch
+from support.layers import assert_close, make_layer, spec_of
+from torch.nn.functional import silu
+
+from qalora_plugin.core import reference
+from qalora_plugin.core.delta import OffsetDelta
+from qalora_plugin.layers.experts import QuantExpertLinear, QuantExperts
+
+EXPERTS, HIDDEN, INNER, RANK, TOKENS, SCALING = 5, 64, 96, 3, 11, 2.0
+
+
+def make_linear(k, n, seed, bits=4, **kind):
+    weights = [make_layer(k, n, bits, 32, seed=seed + i, **kind).quantized for i in range(EXPERTS)]
+    layer = QuantExpertLinear([spec_of(weight) for weight in weights], act_order=kind.get("act_order", False))
+    if kind.get("offsets"):
+        layer.offsets = torch.empty(EXPERTS, *weights[0].offsets.shape, dtype=torch.float16)
+    for i, weight in enumerate(weights):
+        layer.put(i, weight)
+    return layer, weights
+
+
+def dense(weights):
+    return torch.stack([reference.dequantize(weight) for weight in weights])
+
+
+@pytest.mark.parametrize("kind", [{}, {"act_order": True}, {"offsets": True}, {"bits": 3}, {"bits": 8}], ids=str)
+def test_every_expert_is_the_definition(kind):
+    layer, weights = make_linear(HIDDEN, INNER, 0, **kind)
+    counts = [3, 0, 4, 1, 0]
+    x = torch.randn(sum(counts), HIDDEN)
+    wanted = torch.cat([part.double() @ w for part, w in zip(x.split(counts), dense(weights), strict=True)])
+    assert_close(layer(x, counts), wanted, 1e-6)
+    assert_close(layer.dense_weight(), dense(weights), 1e-6)
+    assert layer(x[:0], [0] * EXPERTS).shape == (0, INNER)
+
+
+def make_experts():
+    sizes = {"gate_proj": (HIDDEN, INNER), "up_proj": (HIDDEN, INNER), "down_proj": (INNER, HIDDEN)}
+    made = {name: make_linear(*size, seed=10 * i) for i, (name, size) in enumerate(sizes.items())}
+    experts = QuantExperts(**{name: layer for name, (layer, _) in made.items()}, act_fn=silu)
+    return experts, {name: dense(weights) for name, (_, weights) in made.items()}
+
+
+def routing(k=2):
+    generator = torch.Generator().manual_seed(1)
+    chosen = torch.stack(
+        [torch.randperm(EXPERTS - 1, generator=generator)[:k] for _ in range(TOKENS)]
+    )  # the last: idle
+    return chosen, torch.rand(TOKENS, k, generator=generator)
+
+
+def defined(x, index, weights, gate, up, down):
+    """In float64, token by token."""
+    rows = []
+    for token, chosen, shares in zip(x, index, weights.double(), strict=True):
+        parts = [s * ((silu(token @ gate[e]) * (token @ up[e])) @ down[e]) for e, s in zip(chosen, shares, strict=True)]
+        rows.append(sum(parts))
+    return torch.stack(rows)
+
+
+def test_experts_are_the_definition_and_pass_gradients_on():
+    experts, weights = make_experts()
+    index, shares = routing()
+    x, exact = torch.randn(TOKENS, HIDDEN), None
+    exact = x.double().requires_grad_()
+    x.requires_grad_()
+    ours, theirs = shares.clone().requires_grad_(), shares.double().requires_grad_()
+    found = experts(x, index, ours)
+    wanted = defined(exact, index, theirs, weights["gate_proj"], weights["up_proj"], weights["down_proj"])
+    assert_close(found, wanted, 1e-6)
+    grad = torch.randn(TOKENS, HIDDEN)
+    found.backward(grad)
+    wanted.backward(grad.double())
+    assert_close(x.grad, exact.grad, 1e-5)
+    assert_close(ours.grad, theirs.grad, 1e-5)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradients_of_every_experts_adapter(shared):
+    layer, weights = make_linear(HIDDEN, INNER, 0, act_order=True)
+    counts, groups = [3, 0, 4, 1, 0], HIDDEN // 32
+    x = torch.randn(sum(counts), HIDDEN)
+    lora_a = torch.randn(*(() if shared else (EXPERTS,)), RANK, groups, requires_grad=True)
+    lora_b = torch.randn(EXPERTS, INNER, RANK, requires_grad=True)
+    exact_a, exact_b = (part.detach().double().requires_grad_() for part in (lora_a, lora_b))
+    parts = []
+    for e, part in enumerate(x.double().split(counts)):
+        g_idx = reference.column_groups(weights[e])
+        a = exact_a if shared else exact_a[e]
+        parts.append(reference.adapter_linear(part, reference.dequantize(weights[e]), g_idx, a, exact_b[e], SCALING))
+    found, wanted = layer(x, counts, OffsetDelta(lora_a, lora_b, SCALING)), torch.cat(parts)
+    assert_close(found, wanted, 1e-6)
+    grad = torch.randn_like(found)
+    found.backward(grad)
+    wanted.backward(grad.double())
+    assert_close(lora_a.grad, exact_a.grad, 1e-5)
+    assert_close(lora_b.grad, exact_b.grad, 1e-5)
+    assert not lora_b.grad[1].any()  # an idle expert
+
+
+def test_idle_experts_are_not_computed(monkeypatch):
+    layer, _ = make_linear(HIDDEN, INNER, 0)
+    asked = []
+    expert = QuantExpertLinear.expert
+    monkeypatch.setattr(QuantExpertLinear, "expert", lambda self, i: asked.append(i) or expert(self, i))
+    layer(torch.randn(4, HIDDEN), [0, 3, 0, 0, 1])
+    assert asked == [1, 4]
+
+
+def test_nothing_trains_and_nothing_is_stored_by_name():
+    layer, _ = make_linear(HIDDEN, INNER, 0, act_order=True)
+    assert not list(layer.parameters())
+    assert not layer.state_dict()  # their loader gives them the names on disk

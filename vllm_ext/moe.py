@@ -1,0 +1,252 @@
+"""The experts of a merged mixture-of-experts checkpoint in vLLM, each two linears as all others.
+
+vLLM's fused kernels take integer zero-points and have no place for offsets. So the layer runs expert by expert, those
+alone that tokens are routed to, over the kernels that its linears run on (``kernels.select``), offsets and asymmetric
+zeros included. torch.compile sees one op. It reads on the CPU which experts were chosen, which a CUDA graph cannot
+hold: on a GPU it needs ``--enforce-eager``.
+
+Written against ``RoutedExperts`` of vLLM 0.32 (``model_executor/layers/fused_moe/routed_experts.py``).
+"""
+
+from collections.abc import Callable
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe.activation import apply_moe_activation
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.platforms import current_platform
+
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.core.weight import GroupwiseSpec
+from qalora_plugin.core.words import codes_per_period, words_per_period
+from qalora_plugin.formats.gptq import Gptq
+from vllm_ext.linear import QALoraLinearMethod
+from vllm_ext.ops import define
+
+_ROLES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3", "w1": "w1", "w2": "w2", "w3": "w3"}
+_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+_PARTS = ("qweight", "qzeros", "scales", "offsets", "g_idx")
+
+
+class QALoraMoEMethod(FusedMoEMethodBase):
+    """All experts of one layer.
+
+    Args:
+        prefix: name of the layer in the vLLM model, for messages.
+        modules: the checkpoint's experts by their names in that layer, ``0.gate_proj`` …
+        fmt, forced_path, timed_path, symmetric: as :class:`~vllm_ext.linear.QALoraLinearMethod` takes them.
+
+    Raises:
+        QALoraError: experts are missing or quantized differently, or vLLM is to spread them over ranks.
+    """
+
+    def __init__(
+        self,
+        moe: FusedMoEConfig,
+        prefix: str,
+        modules: dict[str, GroupwiseSpec],
+        fmt: Gptq,
+        forced_path: str | None,
+        timed_path: str | None,
+        symmetric: bool,
+    ):
+        super().__init__(moe)
+        self.prefix, self.format = prefix, fmt
+        specs = _by_expert(modules, moe.num_experts, prefix)
+        if moe.moe_parallel_config.use_ep:
+            raise QALoraError(f"{prefix}: experts of a qalora checkpoint cannot be spread over ranks. Serve without "
+                              "--enable-expert-parallel.")  # fmt: skip
+        if not moe.is_act_and_mul or moe.has_bias or moe.activation.value not in _ACTIVATIONS:
+            raise QALoraError(
+                f"{prefix}: its experts compute more than down(act(gate)·up), or another activation "
+                f"({moe.activation.value}) than {', '.join(_ACTIVATIONS)}. Serve the merged checkpoint with "
+                "transformers."
+            )
+        if current_platform.is_cuda_alike() and not get_current_vllm_config().model_config.enforce_eager:
+            raise QALoraError(
+                f"{prefix} has quantized experts, which run expert by expert: a CUDA graph cannot hold that. Serve "
+                "with --enforce-eager."
+            )
+
+        def method(parts: list[GroupwiseSpec]) -> QALoraLinearMethod:
+            return QALoraLinearMethod(prefix, parts, fmt, forced_path, symmetric, timed_path)
+
+        self.methods = {"w13": [method([one["w1"], one["w3"]]) for one in specs],
+                        "w2": [method([one["w2"]]) for one in specs]}  # fmt: skip
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs,
+    ) -> None:
+        """Register ``w13_…`` and ``w2_…``, stacked by expert, as the checkpoint stores them, for this rank.
+
+        Raises:
+            QALoraError: the layer does not fit the checkpoint, or its share would split a group or a packed word.
+        """
+        _layers[layer.layer_name] = layer
+        inner, ranks = intermediate_size_per_partition, self.moe.tp_size
+        sizes = {"w13": (hidden_size, [inner, inner]), "w2": (inner, [hidden_size])}
+        full = {"w13": (hidden_size, 2 * inner * ranks), "w2": (inner * ranks, hidden_size)}
+        for name, (k, outputs) in sizes.items():
+            for method in self.methods[name]:
+                method.take_share(full[name], k, outputs, params_dtype, self.moe.tp_rank)
+            first, parts = self.methods[name][0], self.methods[name]
+            n, groups, bits = sum(outputs), k // first.columns_of_group, first.bits
+            offsets = [one.offset_dtype for one in parts if one.offset_dtype is not None]
+            shapes = {
+                "qweight": ((k // codes_per_period(bits) * words_per_period(bits), n), torch.int32),
+                "qzeros": ((groups, n), torch.uint8),
+                "scales": ((groups, n), _widest([one.scale_dtype for one in parts])),
+                "offsets": ((groups, n), _widest(offsets)),
+                "g_idx": ((len(outputs), k), torch.int32 if any(one.has_g_idx for one in parts) else None),
+            }
+            for part, (shape, dtype) in shapes.items():
+                if dtype is None:
+                    continue
+                data = torch.zeros(num_experts, *shape, dtype=dtype)
+                if part == "qzeros":
+                    data.fill_(1 << (bits - 1))
+                if part == "g_idx":
+                    data += first.in_order()
+                parameter = nn.Parameter(data, requires_grad=False)
+                parameter.weight_loader = self._loader(name, part)
+                layer.register_parameter(f"{name}_{part}", parameter)
+
+    def _loader(self, name: str, part: str) -> Callable:
+        """As vLLM calls it, by keyword: one tensor of one expert, of which this rank takes its share."""
+        rank = self.moe.tp_rank
+
+        def load(param, loaded_weight, weight_name="", shard_id="", expert_id=0, return_success=False):
+            target, second = param.data[expert_id], shard_id == "w3"
+            if part == "qzeros":
+                loaded_weight = self.format.true_zeros(loaded_weight, self.methods[name][expert_id].bits)
+            if part == "g_idx":
+                start = rank * target.shape[1] if loaded_weight.shape[0] > target.shape[1] else 0
+                target[int(second)].copy_(loaded_weight[start : start + target.shape[1]])
+            elif name == "w13":
+                n = target.shape[1] // 2
+                target[:, n * second : n * (second + 1)].copy_(loaded_weight[:, rank * n : (rank + 1) * n])
+            else:
+                start = rank * len(target) if len(loaded_weight) > len(target) else 0
+                target.copy_(loaded_weight[start : start + len(target)])
+            return True if return_success else None
+
+        return load
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Give every expert's kernel its weights; what was stacked is freed."""
+        layer.quantized_experts = {
+            name: [self._expert(layer, name, i) for i in range(len(methods))] for name, methods in self.methods.items()
+        }
+        for name in self.methods:
+            for part in _PARTS:
+                if getattr(layer, f"{name}_{part}", None) is not None:
+                    layer.register_parameter(f"{name}_{part}", None)
+
+    def _expert(self, layer: nn.Module, name: str, i: int) -> nn.Module:
+        """The linear ``name`` of one expert, as :class:`QALoraLinearMethod` applies it."""
+        method, linear = self.methods[name][i], nn.Module()
+        parts = {
+            "qweight": True,
+            "qzeros": True,
+            "scales": True,
+            "offsets": method.offset_dtype,
+            "g_idx": method.has_g_idx,
+        }
+        for part, there in parts.items():
+            if there:
+                data = getattr(layer, f"{name}_{part}").data[i].contiguous().clone()
+                linear.register_parameter(part, nn.Parameter(data, requires_grad=False))
+        method.process_weights_after_loading(linear)
+        return linear
+
+    def get_fused_moe_quant_config(self, layer: nn.Module) -> None:
+        return None  # for vLLM's kernels, of which none runs
+
+    def apply(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: nn.Module | None = None,
+        shared_experts_input: Tensor | None = None,
+    ) -> Tensor:
+        """``[T, hidden] → [T, hidden]``, this rank's part of the sum. Shared experts are vLLM's to run."""
+        return torch.ops.qalora.experts(x, topk_weights, topk_ids, layer.layer_name)
+
+    def run(self, layer: nn.Module, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        k, chosen = topk_ids.shape[-1], topk_ids.flatten()
+        order = chosen.argsort(stable=True)
+        counts = torch.bincount(chosen, minlength=self.moe.num_experts).tolist()
+        rows, shares = x[order // k], topk_weights.flatten()[order, None]
+        if layer.apply_router_weight_on_input:
+            rows, shares = (rows * shares).to(x.dtype), torch.ones_like(shares)
+        y = rows.new_empty(rows.shape, dtype=torch.float32)
+        w13, w2 = layer.quantized_experts["w13"], layer.quantized_experts["w2"]
+        start = 0
+        for i, count in enumerate(counts):
+            if count:
+                part = slice(start, start + count)
+                both = self.methods["w13"][i].apply(w13[i], rows[part])
+                h = both.new_empty(count, both.shape[1] // 2)
+                apply_moe_activation(layer.activation, h, both)
+                y[part] = self.methods["w2"][i].apply(w2[i], h).float() * shares[part]
+                start += count
+        return y[order.argsort()].unflatten(0, (-1, k)).sum(1).to(x.dtype)
+
+
+_layers: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()  # by name, as a compiled graph knows them
+
+
+def _experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer_name: str) -> Tensor:
+    layer = _layers[layer_name]
+    return layer.quant_method.run(layer, x, topk_weights, topk_ids)
+
+
+def _experts_fake(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer_name: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+define("experts", _experts, _experts_fake)
+
+
+def _by_expert(modules: dict[str, GroupwiseSpec], experts: int, prefix: str) -> list[dict[str, GroupwiseSpec]]:
+    found: list[dict[str, GroupwiseSpec]] = [{} for _ in range(experts)]
+    for name, spec in modules.items():
+        number, _, leaf = name.partition(".")
+        if leaf not in _ROLES or not number.isdigit() or int(number) >= experts:
+            raise QALoraError(
+                f"{spec.name} is no expert that {prefix} has ({experts} of them, each gate_proj, up_proj, down_proj or "
+                "w1, w3, w2). Does config.json belong to these weights?"
+            )
+        found[int(number)][_ROLES[leaf]] = spec
+    for i, one in enumerate(found):
+        if missing := sorted({"w1", "w2", "w3"} - set(one)):
+            raise QALoraError(
+                f"{prefix}: expert {i} lacks a quantized {missing[0]}, but a layer's experts must be quantized all, or "
+                "none. Download or quantize the checkpoint again."
+            )
+    for role in ("w1", "w2"):  # w3 is held against w1 where they become one linear
+        kinds = {(one[role].bits, one[role].group_size) for one in found}
+        if len(kinds) > 1:
+            raise QALoraError(
+                f"{prefix}: its experts are quantized differently ({sorted(kinds)}: bits, group size). Quantize the "
+                "base again with equal settings for them."
+            )
+    return found
+
+
+def _widest(dtypes: list[torch.dtype]) -> torch.dtype | None:
+    widest = dtypes[0] if dtypes else None
+    for dtype in dtypes:
+        widest = torch.promote_types(widest, dtype)
+    return widest
