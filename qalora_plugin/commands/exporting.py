@@ -56,8 +56,15 @@ def gptq8(
     merged: Merged,
     out: Out,
     group_size: Annotated[int | None, typer.Option(help="Default: the merged checkpoint's.")] = None,
+    tokens: Annotated[
+        int, typer.Option(help="Also measure what it does to the logits, on so many tokens; loads both in float32.")
+    ] = 0,
 ) -> None:
     """For stock tools: 8-bit symmetric GPTQ, quantized again. Lossy; the loss is printed."""
     from qalora_plugin.conversion.export_gptq8 import export_gptq8
 
     print_summary(export_gptq8(merged, out, group_size=group_size))
+    if tokens:
+        from qalora_plugin.eval.requantized import measure_requantized
+
+        print(f"logits: {measure_requantized(merged, out, tokens)}")

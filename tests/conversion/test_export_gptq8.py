@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.fabricate import make_adapter, make_base
 from support.other_formats import ROOT
+from typer.testing import CliRunner
 
+from qalora_plugin.commands.cli import app
 from qalora_plugin.conversion.export_gptq8 import export_gptq8
 from qalora_plugin.conversion.merging import merge
 from qalora_plugin.core.errors import QALoraError
@@ -81,6 +83,21 @@ def test_what_it_costs_is_measured_and_written_down(merged, tmp_path):
     assert f"| logits | {change} |" in (result.folder / "README.md").read_text()
     same = measure_requantized(merged, merged, sequences=[list(range(4, 40))])
     assert (same.largest, same.top1_agreement) == (0, 1)
+
+
+def test_offsets_that_are_lost(tmp_path, caplog):
+    """In 8 bits a trained adapter moves weights by less than rounding them again does."""
+    base = make_base(tmp_path / "base", bits=8)
+    merged = merge(base, make_adapter(base, tmp_path / "a", std=0.005), tmp_path / "merged", progress=False).folder
+    assert export_gptq8(merged, tmp_path / "out", progress=False).lost_of_offsets > 1
+    assert "Smaller groups lose less" in caplog.text
+
+
+def test_command_line(merged, tmp_path):
+    done = CliRunner().invoke(app, ["export", "gptq8", str(merged), str(tmp_path / "out"), "--tokens", "40"])
+    assert "14 linears, 8 bit, group size 32" in done.output
+    assert "rounding to 8 bits loses 0." in done.output
+    assert "logits: over 40 tokens they move by" in done.output
 
 
 def test_a_base_without_offsets(base, tmp_path):
