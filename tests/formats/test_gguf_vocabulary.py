@@ -1,5 +1,7 @@
 """A tokenizer crosses into GGUF and back: llama.cpp cuts every text as Hugging Face's tokenizers do."""
 
+import json
+
 import gguf
 import pytest
 from support.gguf_files import VOCABULARY, make_model, make_sentencepiece, make_tokenizer, rewritten, write_gguf
@@ -24,8 +26,6 @@ TEXTS = (
 
 def stages(name: str):
     """tokenizers' own objects for what the table writes down as JSON."""
-    import json
-
     known = pretokenizers.PRETOKENIZERS[name]
     content = json.loads(Tokenizer.from_str('{"model":{"type":"BPE","vocab":{},"merges":[]}}').to_str())
     return Tokenizer.from_str(json.dumps(content | {"pre_tokenizer": known.as_json()})).pre_tokenizer, known
@@ -89,7 +89,9 @@ def test_a_chat_template_and_added_tokens_come_along(tmp_path):
     rebuilt = rebuild_tokenizer(GgufFile.open(file))
     assert rebuilt.chat_template == tokenizer.chat_template
     with LlamaCpp(file) as model:
-        assert model.tokenize("a qalora b") == tokenizer("a qalora b")["input_ids"] == rebuilt("a qalora b")["input_ids"]
+        assert (
+            model.tokenize("a qalora b") == tokenizer("a qalora b")["input_ids"] == rebuilt("a qalora b")["input_ids"]
+        )
 
 
 @pytest.mark.parametrize(
