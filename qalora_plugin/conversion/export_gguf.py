@@ -140,8 +140,8 @@ def export_gguf(
 def _refuse_act_order(source: QuantizedCheckpoint) -> None:
     if source.act_order:
         raise Unsupported(
-            f"{source.folder} was quantized in act-order (desc_act): its groups lie all over the columns, those of GGUF "
-            "are consecutive.",
+            f"{source.folder} was quantized in act-order (desc_act): its groups lie all over the columns, those of "
+            "GGUF are consecutive.",
             "Serve it with vLLM or transformers, or quantize the base again without act-order.",
         )
 
@@ -282,8 +282,8 @@ def _say(result: GgufExport) -> None:
     logger.info("wrote %s (%.1f MB): %s", result.file, result.nbytes / 1e6, result.types)
     if total.scales:
         logger.warning(
-            "scales are rounded to float16, which GGUF's Q4_1 has: by up to %.2g of them; weights are off by up to %.2g "
-            "of a quantization step",
+            "scales are rounded to float16, which GGUF's Q4_1 has: by up to %.2g of them; weights are off by up to "
+            "%.2g of a quantization step",
             total.scales, total.largest_step,
         )  # fmt: skip
     if total.dense:

@@ -1,4 +1,4 @@
-"""A GGUF file → a base: a folder that training, merging and serving read. Not one code is changed, nothing re-quantized.
+"""A GGUF file → a base: a folder that training, merging and serving read. No code changes, nothing is re-quantized.
 
 Linears whose blocks hold codes become packed words (:mod:`qalora_plugin.formats.gguf.groupwise`); a file of symmetric
 types alone makes a plain GPTQ folder, one with minima a folder of ours with offsets. Floats stay as they are stored.
@@ -20,7 +20,6 @@ from rich.progress import track
 from qalora_plugin.checkpoint.atomic import new_folder, require_space
 from qalora_plugin.checkpoint.json_files import write_json
 from qalora_plugin.checkpoint.places import require_place
-from qalora_plugin.checkpoint.tensors import all_finite
 from qalora_plugin.conversion.writer import write_model
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 from qalora_plugin.formats.fusion import unservable
@@ -188,12 +187,11 @@ def _tensors(
         if order is not None:
             data = data[np.argsort(order)]
         if one.packed:
-            weight = to_groupwise(decode(data, one.tensor.type), one.tensor.type)
-            for values in (weight.scales, weight.offsets):
-                if values is not None and not all_finite(values.numpy()):
-                    raise QALoraError(
-                        f"{file.path}: {one.tensor.name} holds NaN or Inf. The file is damaged: download or copy it again."
-                    )
+            blocks = decode(data, one.tensor.type)
+            for values in (blocks.scales, blocks.minima):
+                if values is not None and not np.isfinite(values).all():
+                    raise _not_finite(file, one)
+            weight = to_groupwise(blocks, one.tensor.type)
             yield from written.write(one.module, weight, g_idx=result.method == Gptq.method).items()
         else:
             yield one.name, _dense(one, data, norm_shift(architecture, one.name), file, result)
@@ -208,27 +206,30 @@ def _dense(one: Placed, data: np.ndarray, shift: int, file: GgufFile, result: Gg
     elif one.tensor.type in FLOATS:
         stored = torch.from_numpy(np.array(data))
     else:
-        stored = _dequantized(one, data, result)
+        stored = _dequantized(one, data, file, result)
     if shift:
         exact = stored.double() - shift
         stored = exact.float()
         _note_loss(result, one.name, exact.numpy(), stored.numpy())
     if not torch.isfinite(stored).all():
-        raise QALoraError(
-            f"{file.path}: {one.tensor.name} holds NaN or Inf. The file is damaged: download or copy it again."
-        )
+        raise _not_finite(file, one)
     return stored
 
 
-def _dequantized(one: Placed, data: np.ndarray, result: GgufImport) -> "Tensor":
+def _not_finite(file: GgufFile, one: Placed) -> QALoraError:
+    return QALoraError(f"{file.path}: {one.tensor.name} holds NaN or Inf. It is damaged: download or copy it again.")
+
+
+def _dequantized(one: Placed, data: np.ndarray, file: GgufFile, result: GgufImport) -> "Tensor":
     import torch
 
     gguf = require_gguf()
     kind, dense = gguf.GGMLQuantizationType[one.tensor.type], torch.empty(one.tensor.shape, dtype=torch.float16)
     for start in range(0, len(data), _ROWS):
-        exact = gguf.quants.dequantize(data[start : start + _ROWS], kind)
-        if float(np.abs(exact).max()) > _LARGEST_HALF:
-            raise QALoraError(f"{one.tensor.name} holds values that float16 cannot. The file is damaged.")
+        with np.errstate(invalid="ignore", over="ignore"):
+            exact = gguf.quants.dequantize(data[start : start + _ROWS], kind)
+        if not np.abs(exact).max() <= _LARGEST_HALF:
+            raise QALoraError(f"{file.path}: {one.tensor.name} holds NaN, or more than float16 can. It is damaged.")
         half = exact.astype(np.float16)
         _note_loss(result, one.name, exact, half)
         dense[start : start + _ROWS] = torch.from_numpy(half)

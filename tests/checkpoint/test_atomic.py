@@ -214,9 +214,8 @@ def test_stress():
 
 def test_a_new_file_is_complete_or_absent(tmp_path):
     out = tmp_path / "model.gguf"
-    with pytest.raises(RuntimeError), new_file(out) as path:
-        path.write_bytes(b"half")
-        raise RuntimeError
+    with pytest.raises(RuntimeError, match=r"^half way$"):
+        half_a_file(out)
     assert list(tmp_path.iterdir()) == []
 
     with new_file(out) as path:
@@ -227,7 +226,19 @@ def test_a_new_file_is_complete_or_absent(tmp_path):
 
     with pytest.raises(QALoraError, match="exists"), new_file(out):
         pass
-    with pytest.raises(QALoraError, match="by another process"), new_file(other := tmp_path / "other.gguf") as path:
-        path.write_bytes(b"ours")
-        other.write_bytes(b"theirs")
+    other = tmp_path / "other.gguf"
+    with pytest.raises(QALoraError, match="by another process"):
+        two_files(other)
     assert other.read_bytes() == b"theirs"
+
+
+def half_a_file(out: Path) -> None:
+    with new_file(out) as path:
+        path.write_bytes(b"half")
+        raise RuntimeError("half way")
+
+
+def two_files(out: Path) -> None:
+    with new_file(out) as path:
+        path.write_bytes(b"ours")
+        out.write_bytes(b"theirs")

@@ -236,7 +236,7 @@ def test_what_gguf_cannot_hold_is_refused_before_any_work(settings, message, tok
 
 
 def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused(tmp_path):
-    with pytest.raises(Unsupported, match="has no name in llama.cpp known here. Pass a GGUF .* --like BASE.gguf"):
+    with pytest.raises(Unsupported, match=r"has no name in llama.cpp known here. Pass a GGUF .* --like BASE.gguf"):
         export_gguf(make_base(tmp_path / "base"), tmp_path / "out.gguf", progress=False)
 
 
@@ -249,7 +249,7 @@ def test_other_models_options_and_files_are_refused(tokenizer, tmp_path):
         export_gguf(base, tmp_path / "out.gguf", like=source, progress=False)
     with pytest.raises(QALoraError, match="embeddings is 'q4_0', expected one of f16, q8_0"):
         export_gguf(base, tmp_path / "out.gguf", embeddings="q4_0", progress=False)
-    with pytest.raises(QALoraError, match="like.gguf exists"):
+    with pytest.raises(QALoraError, match=r"like.gguf exists"):
         export_gguf(base, source, progress=False)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "model_type": "gpt_neox"}))

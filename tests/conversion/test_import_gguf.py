@@ -98,7 +98,7 @@ def test_as_transformers_reads_the_file(q4_1):
 
 
 def test_embeddings_are_rounded_to_float16_and_the_loss_is_said(q4_1):
-    _file, model, result = q4_1
+    _, model, result = q4_1
     stored = QuantizedCheckpoint.open(result.folder).files.tensor("model.embed_tokens.weight")
     exact = model.get_input_embeddings().weight
     assert torch.equal(stored, exact.half())
@@ -181,7 +181,7 @@ def test_a_file_without_quantized_linears_is_refused(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f, t: f["general.architecture"].__setitem__(0, "mamba"), "of architecture 'mamba', expected one of llama"),
+        (lambda f, t: f["general.architecture"].__setitem__(0, "mamba"), "of architecture 'mamba', expected one of"),
         (lambda f, t: f.pop("llama.block_count"), "has no llama.block_count"),
         (lambda f, t: f["llama.block_count"].__setitem__(0, 1 << 30), "layers, 4 heads for 256 channels cannot be"),
         (lambda f, t: f["llama.block_count"].__setitem__(0, 1), "holds blk.1.* which LlamaForCausalLM has not"),
@@ -194,7 +194,7 @@ def test_a_file_without_quantized_linears_is_refused(tokenizer, tmp_path):
         (lambda f, t: t["blk.0.ffn_up.weight"][0].__setitem__((0, slice(0, 2)), 255), "ffn_up.weight holds NaN or Inf"),
         (lambda f, t: t["blk.0.attn_norm.weight"][0].__setitem__(0, np.inf), "attn_norm.weight holds NaN or Inf"),
         (lambda f, t: t.__setitem__("rope_freqs.weight", [np.ones(31, "f4") * 3, 0]), "is not 32 positive float32"),
-        (lambda f, t: t.__setitem__("rope_freqs.weight", [np.ones(32, "f4") * 3, 0]), "not Llama 3's. Pass .*model_config"),
+        (lambda f, t: t.__setitem__("rope_freqs.weight", [np.ones(32, "f4") * 3, 0]), "not Llama 3's. Pass .*model_con"),
     ],
 )  # fmt: skip
 def test_what_is_not_as_it_should_be_is_refused_in_a_line(q4_1, change, message, tmp_path):

@@ -1,5 +1,7 @@
 """A tokenizer crosses into GGUF and back: llama.cpp cuts every text as Hugging Face's tokenizers do."""
 
+import json
+
 import gguf
 import pytest
 from support.gguf_files import VOCABULARY, make_model, make_sentencepiece, make_tokenizer, rewritten, write_gguf
@@ -24,8 +26,6 @@ TEXTS = (
 
 def stages(name: str):
     """tokenizers' own objects for what the table writes down as JSON."""
-    import json
-
     known = pretokenizers.PRETOKENIZERS[name]
     content = json.loads(Tokenizer.from_str('{"model":{"type":"BPE","vocab":{},"merges":[]}}').to_str())
     return Tokenizer.from_str(json.dumps(content | {"pre_tokenizer": known.as_json()})).pre_tokenizer, known

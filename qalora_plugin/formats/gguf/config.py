@@ -1,7 +1,7 @@
 """Metadata of a GGUF file → ``config.json``.
 
-What each key means is transformers' own table; what that table leaves out is added here: the size of heads, scaled
-positions, Gemma's attention scale and soft caps, Phi-3's rotated share, and llama.cpp's defaults where a key is missing.
+What each key means is transformers' own table; what it leaves out is added here: the size of heads, scaled positions,
+Gemma's attention scale and soft caps, Phi-3's rotated share, and llama.cpp's defaults where a key is missing.
 """
 
 from typing import TYPE_CHECKING, Any

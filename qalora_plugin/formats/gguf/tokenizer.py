@@ -192,8 +192,8 @@ def _sentencepiece(file: GgufFile, tokens: list[str]) -> dict[str, Any]:
 
 def _bpe(tokens: list[str], merges: list[list[str]], **settings: Any) -> dict[str, Any]:
     model = {
-        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-        "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+        "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
     }  # fmt: skip
     vocabulary: dict[str, int] = {}
     for i, token in enumerate(tokens):
@@ -203,7 +203,11 @@ def _bpe(tokens: list[str], merges: list[list[str]], **settings: Any) -> dict[st
 
 def _merges(tokens: list[str], scores: list[float], types: list[int]) -> list[list[str]]:
     """Every way to put two tokens together that gives a third, best score first, as SentencePiece merges."""
-    ordinary = {token: score for token, score, kind in zip(tokens, scores, types, strict=False) if kind in (1, _USER_DEFINED)}
+    ordinary = {
+        token: score
+        for token, score, kind in zip(tokens, scores[: len(tokens)], types[: len(tokens)], strict=True)
+        if kind in (1, _USER_DEFINED)
+    }
     merges = [
         (-score, [token[:at], token[at:]])
         for token, score in ordinary.items()
