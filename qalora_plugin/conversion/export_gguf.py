@@ -59,6 +59,10 @@ class GgufExport:
     types: dict[str, int]
     losses: dict[str, Loss] = field(default_factory=dict)
 
+    def summary(self) -> list[str]:
+        types = ", ".join(f"{count} × {name}" for name, count in self.types.items())
+        return [f"{self.file}: {self.nbytes / 1e6:.1f} MB ({types})", f"llama-cli -m {self.file}"]
+
     @property
     def total(self) -> Loss:
         """The worst of all tensors (``mean_step``: the mean)."""
@@ -140,8 +144,8 @@ def export_gguf(
 def _refuse_act_order(source: QuantizedCheckpoint) -> None:
     if source.act_order:
         raise Unsupported(
-            f"{source.folder} was quantized in act-order (desc_act): its groups lie all over the columns, those of GGUF "
-            "are consecutive.",
+            f"{source.folder} was quantized in act-order (desc_act): its groups lie all over the columns, those of "
+            "GGUF are consecutive.",
             "Serve it with vLLM or transformers, or quantize the base again without act-order.",
         )
 
@@ -282,8 +286,8 @@ def _say(result: GgufExport) -> None:
     logger.info("wrote %s (%.1f MB): %s", result.file, result.nbytes / 1e6, result.types)
     if total.scales:
         logger.warning(
-            "scales are rounded to float16, which GGUF's Q4_1 has: by up to %.2g of them; weights are off by up to %.2g "
-            "of a quantization step",
+            "scales are rounded to float16, which GGUF's Q4_1 has: by up to %.2g of them; weights are off by up to "
+            "%.2g of a quantization step",
             total.scales, total.largest_step,
         )  # fmt: skip
     if total.dense:

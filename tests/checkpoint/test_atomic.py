@@ -214,7 +214,7 @@ def test_stress():
 
 def test_a_new_file_is_complete_or_absent(tmp_path):
     out = tmp_path / "model.gguf"
-    with pytest.raises(RuntimeError), new_file(out) as path:
+    with pytest.raises(RuntimeError), new_file(out) as path:  # noqa: PT012 (what is tested is the block)
         path.write_bytes(b"half")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
@@ -222,11 +222,13 @@ def test_a_new_file_is_complete_or_absent(tmp_path):
     with new_file(out) as path:
         path.write_bytes(b"whole")
         assert not out.exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"] and out.read_bytes() == b"whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+    assert out.read_bytes() == b"whole"
 
     with pytest.raises(QALoraError, match="exists"), new_file(out):
         pass
-    with pytest.raises(QALoraError, match="by another process"), new_file(other := tmp_path / "other.gguf") as path:
+    other = tmp_path / "other.gguf"
+    with pytest.raises(QALoraError, match="by another process"), new_file(other) as path:  # noqa: PT012
         path.write_bytes(b"ours")
         other.write_bytes(b"theirs")
     assert other.read_bytes() == b"theirs"

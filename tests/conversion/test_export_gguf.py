@@ -148,13 +148,16 @@ def test_codes_of_2_3_and_4_bits_are_kept(bits, group_size, tokenizer, tmp_path)
     assert_holds(result.file, merged)
     exact = llama_cpp_log_p(in_float32(result.file, tmp_path / "float32.gguf"))
     assert np.abs(exact - log_p(merged)).mean() <= EXACT
-    assert result.total.scales == 0 and 0 < result.total.mean_step < 5e-3 and result.total.largest_step < 2e-2
+    assert result.total.scales == 0
+    assert 0 < result.total.mean_step < 5e-3
+    assert result.total.largest_step < 2e-2
 
 
 def test_symmetric_4_bit_without_offsets_is_q4_0_exactly(tokenizer, tmp_path):
     base = gptq_base(tmp_path / "base", tokenizer, sym=True)
     result = export_gguf(base, tmp_path / "out.gguf", progress=False)
-    assert result.types["Q4_0"] == 14 and result.losses == {}
+    assert result.types["Q4_0"] == 14
+    assert result.losses == {}
     assert np.abs(llama_cpp_log_p(in_float32(result.file, tmp_path / "f.gguf")) - log_p(base)).mean() <= EXACT
 
 
@@ -195,7 +198,8 @@ def test_scales_of_k_quants_lose_what_is_said(tokenizer, tmp_path, caplog):
         assert (error[there] / scales[there]).max() <= loss.largest_step * (1 + 1e-9)
         assert (np.abs(found.scales - scales)[there] / scales[there]).max() == pytest.approx(loss.scales, rel=1e-9)
         worst, scale_error = max(worst, loss.largest_step), max(scale_error, loss.scales)
-    assert 0 < worst <= result.total.largest_step and result.total.mean_step < 1e-2
+    assert 0 < worst <= result.total.largest_step
+    assert result.total.mean_step < 1e-2
     assert 0 < scale_error <= result.total.scales
     assert "scales are rounded to float16" in caplog.text
     assert np.abs(llama_cpp_log_p(in_float32(result.file, tmp_path / "f.gguf")) - log_p(base)).mean() <= EXACT
@@ -226,12 +230,13 @@ def test_what_gguf_cannot_hold_is_refused_before_any_work(settings, message, tok
     base = gptq_base(tmp_path / "base", tokenizer, **settings)
     with pytest.raises(Unsupported, match=message) as raised:
         export_gguf(base, tmp_path / "out.gguf", progress=False)
-    assert raised.value.reason and raised.value.alternatives
+    assert raised.value.reason
+    assert raised.value.alternatives
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
 
 
 def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused(tmp_path):
-    with pytest.raises(Unsupported, match="has no name in llama.cpp known here. Pass a GGUF .* --like BASE.gguf"):
+    with pytest.raises(Unsupported, match=r"has no name in llama.cpp known here. Pass a GGUF .* --like BASE.gguf"):
         export_gguf(make_base(tmp_path / "base"), tmp_path / "out.gguf", progress=False)
 
 
@@ -244,7 +249,7 @@ def test_other_models_options_and_files_are_refused(tokenizer, tmp_path):
         export_gguf(base, tmp_path / "out.gguf", like=source, progress=False)
     with pytest.raises(QALoraError, match="embeddings is 'q4_0', expected one of f16, q8_0"):
         export_gguf(base, tmp_path / "out.gguf", embeddings="q4_0", progress=False)
-    with pytest.raises(QALoraError, match="like.gguf exists"):
+    with pytest.raises(QALoraError, match=r"like\.gguf exists"):
         export_gguf(base, source, progress=False)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "model_type": "gpt_neox"}))

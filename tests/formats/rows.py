@@ -117,6 +117,7 @@ def official_merge(sample: Sample) -> Converted:
 def gguf_export(sample: Sample) -> Converted:
     """Read by gguf-py. Of q and k, whose rows llama.cpp orders otherwise, nothing is compared."""
     import gguf
+
     from qalora_plugin.conversion.export_gguf import export_gguf
 
     out = sample.folder / "model.gguf"

@@ -83,7 +83,8 @@ def test_a_group_whose_offset_float32_could_not_hold_keeps_its_minimum():
     codes = np.zeros((1, 32), np.uint8)
     scales, minima = np.array([[2.0**-24 * 63]]), np.array([[-65504.0 * 63]])
     weight = to_groupwise(gguf_blocks.Blocks(codes, scales, minima), "Q4_K")
-    assert weight.zeros.item() == 0 and weight.offsets.double().item() == minima.item()
+    assert weight.zeros.item() == 0
+    assert weight.offsets.double().item() == minima.item()
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q8_0"])

@@ -145,7 +145,7 @@ def rewritten(file: Path, target: Path, change) -> Path:
 
 
 def in_float32(file: Path, target: Path) -> Path:
-    """A copy of a GGUF file whose weights are what its blocks hold, in float32: llama.cpp then rounds no activations."""
+    """A copy of a GGUF file whose weights are what its blocks hold, float32: llama.cpp then rounds no activations."""
 
     def dequantize(_fields, tensors):
         for tensor in tensors.values():

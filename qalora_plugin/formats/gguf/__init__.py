@@ -5,7 +5,8 @@ folder into such a file (:mod:`qalora_plugin.conversion`). Rows lie the other wa
 linear is ``[N, K]``, its blocks along K.
 
 - :mod:`.header`, :mod:`.reading`: a file, opened and checked.
-- :mod:`.blocks`, :mod:`.groupwise`: blocks ↔ codes, scales, minima ↔ :class:`~qalora_plugin.core.weight.GroupwiseWeight`.
+- :mod:`.blocks`, :mod:`.groupwise`: blocks ↔ codes, scales, minima ↔
+  :class:`~qalora_plugin.core.weight.GroupwiseWeight`.
 - :mod:`.architectures`: which models, how their tensors are named, and which rows llama.cpp has in another order.
 - :mod:`.config`, :mod:`.metadata`: metadata → ``config.json`` and back.
 - :mod:`.tokenizer`, :mod:`.vocabulary`, :mod:`.pretokenizers`: the vocabulary → a tokenizer and back.

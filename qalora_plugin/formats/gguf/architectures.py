@@ -61,8 +61,8 @@ def of_config(config: Mapping[str, Any], where: object) -> Architecture:
             return architecture
     known = ", ".join(model_type for architecture in ARCHITECTURES for model_type in architecture.model_types)
     raise QALoraError(
-        f"{where} is a {short(model_type)} model, which cannot be written as GGUF yet, expected one of {known}. Serve it "
-        "with vLLM or transformers."
+        f"{where} is a {short(model_type)} model, which cannot be written as GGUF yet, expected one of {known}. Serve "
+        "it with vLLM or transformers."
     )
 
 

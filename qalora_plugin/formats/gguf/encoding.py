@@ -1,8 +1,8 @@
 """One tensor of a checkpoint → the blocks or floats of a GGUF tensor, and what that costs.
 
 2-, 3- and 4-bit codes go into Q4_1 as they are: ``d`` is the scale, ``m`` the float16 number nearest to
-``offset − scale·zero``. What is symmetric and has no offsets needs no minimum: 4 bits go into Q4_0 and 8 bits into Q8_0,
-exactly. 8 bits with offsets have no exact form in llama.cpp: they become F16, or Q8_0 of the rounded weight.
+``offset − scale·zero``. What is symmetric and has no offsets needs no minimum: 4 bits go into Q4_0 and 8 bits into
+Q8_0, exactly. 8 bits with offsets have no exact form in llama.cpp: they become F16, or Q8_0 of the rounded weight.
 """
 
 from dataclasses import dataclass

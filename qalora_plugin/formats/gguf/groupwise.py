@@ -1,9 +1,9 @@
 """Blocks → :class:`GroupwiseWeight` and back. Not one code is changed, nothing is rounded on the way in.
 
 Codes of 5 and 6 bits go into 8-bit words. Symmetric types keep their one zero-point, which becomes the container's
-2^(b−1) by adding a constant to codes and zero alike: stock GPTQ kernels then take them. Where a type has minima, a group
-gets the integer zero-point nearest to −m/d, so that ``offset = m + zero·d`` is small, and zero 0, offset m in the rare
-group whose offset float32 could not hold. Everything here is a multiple of 2^−24 below 2^26: float64 is exact.
+2^(b−1) by adding a constant to codes and zero alike: stock GPTQ kernels then take them. Where a type has minima, a
+group gets the integer zero-point nearest to −m/d, so that ``offset = m + zero·d`` is small, and zero 0, offset m in the
+rare group whose offset float32 could not hold. Everything here is a multiple of 2^−24 below 2^26: float64 is exact.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -35,14 +35,14 @@ def container_bits(name: str) -> int:
 
 
 def to_groupwise(blocks: Blocks, name: str) -> "GroupwiseWeight":
-    """A decoded tensor in the form that everything else takes, ``[K, N]``; offsets are float32, or None for a symmetric type."""
+    """A decoded tensor in the form that everything else takes, ``[K, N]``; offsets are float32, None if symmetric."""
     import torch
 
     from qalora_plugin.core.weight import GroupwiseWeight
 
     kind, bits = BLOCK_TYPES[name], container_bits(name)
     codes, scales, minima = blocks
-    if kind.symmetric:
+    if minima is None:
         codes = codes + np.uint8((1 << (bits - 1)) - (1 << (kind.bits - 1)))
         zeros, offsets = np.full(scales.shape, 1 << (bits - 1), np.uint8), None
     else:
@@ -60,7 +60,7 @@ def to_groupwise(blocks: Blocks, name: str) -> "GroupwiseWeight":
 
 
 def to_affine(weight: "GroupwiseWeight") -> Affine:
-    """A weight, columns in order, as GGUF's types with minima see it: ``minima = offsets − scales·zeros``, in float64."""
+    """A weight, columns in order, as GGUF's types with minima see it: ``minima = offsets − scales·zeros``, float64."""
     from qalora_plugin.core.packing import unpack_rows
 
     codes = np.ascontiguousarray(unpack_rows(weight.qweight, weight.bits).numpy().T)

@@ -77,8 +77,8 @@ def place_tensors(file: GgufFile, architecture: Architecture, config: "Pretraine
         name = stored.pop(tensor.name, None)
         if name is None:
             raise QALoraError(
-                f"{file.path} holds {tensor.name}, which {type(model).__name__} has not by its metadata. It is damaged, "
-                "or of a newer kind than is known here."
+                f"{file.path} holds {tensor.name}, which {type(model).__name__} has not by its metadata. It is "
+                "damaged, or of a newer kind than is known here."
             )
         if tensor.shape != shapes[name]:
             raise QALoraError(

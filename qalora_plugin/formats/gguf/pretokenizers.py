@@ -1,8 +1,10 @@
-"""How text is cut into words before byte-pair merges: llama.cpp's names (``tokenizer.ggml.pre``) ↔ tokenizers' settings.
+"""How text is cut into words before byte-pair merges: llama.cpp's names (``tokenizer.ggml.pre``) ↔ tokenizers'
+settings.
 
-A GGUF file holds only the name; llama.cpp knows the rules by heart. The same rules, as Hugging Face's ``tokenizer.json``
-of the models writes them, are held here; what is not in this table is refused, not guessed: numbers and spaces would be
-cut otherwise than the model learned, without any error. Source: llama.cpp ``llama-vocab.cpp`` (``regex_exprs``).
+A GGUF file holds only the name; llama.cpp knows the rules by heart. The same rules, as Hugging Face's
+``tokenizer.json`` of the models writes them, are held here; what is not in this table is refused, not guessed: numbers
+and spaces would be cut otherwise than the model learned, without any error. Source: llama.cpp ``llama-vocab.cpp``
+(``regex_exprs``).
 """
 
 from dataclasses import dataclass

@@ -2,7 +2,8 @@
 
 llama.cpp has no settings for Llama 3's scaling and for Phi-3's ``longrope``: a factor for every frequency lies in the
 file as a tensor (``rope_freqs``, ``rope_factors_long``, ``rope_factors_short``), which transformers' own reader of GGUF
-ignores. Sources: llama.cpp ``convert_hf_to_gguf.py`` (``generate_extra_tensors``), transformers ``modeling_rope_utils``.
+ignores. Sources: llama.cpp ``convert_hf_to_gguf.py`` (``generate_extra_tensors``), transformers
+``modeling_rope_utils``.
 """
 
 import math

@@ -72,7 +72,8 @@ def rebuild_tokenizer(file: GgufFile) -> "PreTrainedTokenizerBase":
 def require_same_vocabulary(tokenizer: "PreTrainedTokenizerBase", file: GgufFile, source: str) -> None:
     """Refuse a tokenizer that numbers its tokens otherwise than the file does. Padding at the end may be missing."""
     stored, types = _tokens(file), _types(file)
-    for i, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(min(len(tokenizer), len(stored)))))):
+    found: Any = tokenizer.convert_ids_to_tokens(list(range(min(len(tokenizer), len(stored)))))
+    for i, token in enumerate(found):  # None for ids that are not used
         if token is not None and token != stored[i] and not _same_token(token, stored[i]):
             raise QALoraError(
                 f"{source} is not the tokenizer of {file.path}: token {i} is {short(token)}, the file has "
@@ -192,7 +193,8 @@ def _sentencepiece(file: GgufFile, tokens: list[str]) -> dict[str, Any]:
 
 def _bpe(tokens: list[str], merges: list[list[str]], **settings: Any) -> dict[str, Any]:
     model = {
-        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+        "type": "BPE", "dropout": None, "unk_token": None,
+        "continuing_subword_prefix": None, "end_of_word_suffix": None,
         "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
     }  # fmt: skip
     vocabulary: dict[str, int] = {}
@@ -203,7 +205,9 @@ def _bpe(tokens: list[str], merges: list[list[str]], **settings: Any) -> dict[st
 
 def _merges(tokens: list[str], scores: list[float], types: list[int]) -> list[list[str]]:
     """Every way to put two tokens together that gives a third, best score first, as SentencePiece merges."""
-    ordinary = {token: score for token, score, kind in zip(tokens, scores, types) if kind in (1, _USER_DEFINED)}
+    ordinary = {
+        token: score for token, score, kind in zip(tokens, scores, types, strict=False) if kind in (1, _USER_DEFINED)
+    }
     merges = [
         (-score, [token[:at], token[at:]])
         for token, score in ordinary.items()
