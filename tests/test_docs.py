@@ -40,8 +40,7 @@ def test_commands_are_commands(path):
     for words in shown_commands(path.read_text()):
         command: Any = typer.main.get_command(app)
         names = [word for word in words if not word.startswith("--")]
-        while hasattr(command, "commands"):
-            assert names, f"{words} ends before a command"
+        while hasattr(command, "commands") and names:  # a page may speak of a group of commands
             assert names[0] in command.commands, f"qalora has no {words}"
             command = command.commands[names.pop(0)]
         known = {option for parameter in command.params for option in parameter.opts}

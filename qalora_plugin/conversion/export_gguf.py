@@ -59,6 +59,10 @@ class GgufExport:
     types: dict[str, int]
     losses: dict[str, Loss] = field(default_factory=dict)
 
+    def summary(self) -> list[str]:
+        types = ", ".join(f"{count} × {name}" for name, count in self.types.items())
+        return [f"{self.file}: {self.nbytes / 1e6:.1f} MB ({types})", f"llama-cli -m {self.file}"]
+
     @property
     def total(self) -> Loss:
         """The worst of all tensors (``mean_step``: the mean)."""

@@ -121,6 +121,7 @@ def export_gptq8(
 
 def _group_size(source: QuantizedCheckpoint, wanted: int | None) -> int:
     specs = source.specs.values()
+    candidates: tuple[int, ...]
     if wanted is None:
         (common, _), *_ = Counter(spec.group_size for spec in specs).most_common(1)
         candidates = (common, *GROUP_SIZES) if common in GROUP_SIZES else GROUP_SIZES

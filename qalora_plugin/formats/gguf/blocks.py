@@ -113,13 +113,13 @@ def quantize_q8_0(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     groups = weight.reshape(len(weight), -1, 32)
     nearest = (np.abs(groups).max(-1) / np.float32(127)).astype(np.float16)
-    best, codes, scales = None, None, None
+    best = codes = scales = np.empty(0)
     for scale in (nearest, np.nextafter(nearest, np.float16(0)), np.nextafter(nearest, np.float16(np.inf))):
         wide = scale.astype(np.float32)[..., None]
         ratio = np.divide(groups, wide, out=np.zeros_like(groups), where=wide > 0)
         rounded = np.rint(ratio).clip(-127, 127)
         error = np.square(groups - rounded * wide).sum(-1)
-        if best is None:
+        if scale is nearest:
             best, codes, scales = error, rounded, scale
         else:
             better = error < best
@@ -149,23 +149,26 @@ def _fifth_bits(packed: np.ndarray) -> np.ndarray:
     return (words >> np.arange(32, dtype=np.uint32) & 1).astype(np.uint8) << 4
 
 
-def _q4_0(b: np.ndarray):
+_Parts = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # codes, scales, minima
+
+
+def _q4_0(b: np.ndarray) -> _Parts:
     return _nibbles(b[..., 2:]), _floats(b[..., 0:2]), None
 
 
-def _q4_1(b: np.ndarray):
+def _q4_1(b: np.ndarray) -> _Parts:
     return _nibbles(b[..., 4:]), _floats(b[..., 0:2]), _floats(b[..., 2:4])
 
 
-def _q5_0(b: np.ndarray):
+def _q5_0(b: np.ndarray) -> _Parts:
     return _nibbles(b[..., 6:]) | _fifth_bits(b[..., 2:6]), _floats(b[..., 0:2]), None
 
 
-def _q5_1(b: np.ndarray):
+def _q5_1(b: np.ndarray) -> _Parts:
     return _nibbles(b[..., 8:]) | _fifth_bits(b[..., 4:8]), _floats(b[..., 0:2]), _floats(b[..., 2:4])
 
 
-def _q8_0(b: np.ndarray):
+def _q8_0(b: np.ndarray) -> _Parts:
     return b[..., 2:] ^ 0x80, _floats(b[..., 0:2]), None  # signed → plus 128
 
 
@@ -183,16 +186,16 @@ def _k_nibbles(packed: np.ndarray) -> np.ndarray:
     return _nibbles(packed.reshape(*packed.shape[:-1], 4, 32)).reshape(*packed.shape[:-1], 8, 32)
 
 
-def _q4_k(b: np.ndarray):
+def _q4_k(b: np.ndarray) -> _Parts:
     return _k_nibbles(b[..., 16:]), *_k_scales(b)
 
 
-def _q5_k(b: np.ndarray):
+def _q5_k(b: np.ndarray) -> _Parts:
     fifth = b[..., None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1  # bit i is group i's
     return _k_nibbles(b[..., 48:]) | fifth << 4, *_k_scales(b)
 
 
-def _q6_k(b: np.ndarray):
+def _q6_k(b: np.ndarray) -> _Parts:
     halves = b.shape[:-1]
     low, high = b[..., :128].reshape(*halves, 2, 64), b[..., 128:192].reshape(*halves, 2, 1, 32)
     four = np.concatenate([low & 15, low >> 4], -1).reshape(*halves, 2, 4, 32)
