@@ -23,7 +23,7 @@ NAMES = [
     falcon falcon_h1 gemma2 gemma3_text glm4 gpt2 gpt_bigcode gpt_neox gptj granite llama mamba2 mixtral olmo2
     opt phi phi3 qwen2 qwen3 qwen3_moe stablelm starcoder2 idefics3 smolvlm bloom minicpm3
     """.split(),  # noqa: SIM905
-    *(name + EXPERTS for name in QUANTIZED_EXPERTS if name == "mixtral"),
+    *(name + EXPERTS for name in QUANTIZED_EXPERTS if name in ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")),
 ]
 COLUMNS = ("model type", "class", "vLLM", "transformers", "offsets", "outcome")
 TOLERANCE = 2.0  # times what bfloat16 does to transformers' own log-probabilities
@@ -34,12 +34,11 @@ def row(name: str, work: Path) -> tuple[str, ...]:
     model = build(architecture, **CHANGES.get(architecture, {}))
     base = make_base_of(model, work, quantize_experts=name.endswith(EXPERTS))
     merged, tokens = add_offsets(base.folder, work / "merged", targets=("",)), text_tokens(4, 60)
-    wanted = rounded = before = None
-    if not name.endswith(EXPERTS):  # before vLLM, which changes some of transformers' classes to run them
-        wanted, rounded, before = (
-            score(folder, tokens, dtype)
-            for folder, dtype in ((merged, torch.float32), (merged, torch.bfloat16), (base.folder, torch.float32))
-        )
+    # Before vLLM, which changes some of transformers' classes to run them.
+    wanted, rounded, before = (
+        score(folder, tokens, dtype)
+        for folder, dtype in ((merged, torch.float32), (merged, torch.bfloat16), (base.folder, torch.float32))
+    )
     try:
         found = vllm_scores(merged, model, tokens)
     except Exception as error:  # vLLM wraps what a quantisation config raises in errors of its own

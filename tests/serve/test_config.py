@@ -125,7 +125,15 @@ def test_vllms_sharded_state(merged):
         read(merged)
 
 
-def test_quantized_experts(merged):
+class RoutedExperts(torch.nn.Module):
+    """As vLLM's is called since 0.32."""
+
+
+class FusedMoE(torch.nn.Module):
+    """As it was called before."""
+
+
+def test_experts_that_are_named_otherwise_or_of_an_older_vllm_are_refused(merged):
     offsets = load_file(merged / "offsets.safetensors")
     shard = load_file(merged / "model-00001-of-00001.safetensors")
     dense, expert = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.experts.0.up_proj"
@@ -133,5 +141,8 @@ def test_quantized_experts(merged):
         renamed = {name.replace(dense, expert): tensor for name, tensor in tensors.items()}
         (merged / f"{file}.safetensors").unlink()
         save_file(renamed, merged / f"{file}.safetensors")
-    with pytest.raises(ValueError, match=r"mixture-of-experts layers \(.*experts\.0\.up_proj\)"):
-        read(merged)
+    config = read(merged)
+    with pytest.raises(ValueError, match=r"named like .*experts.0.up_proj, which vLLM does not find as model"):
+        config.get_quant_method(RoutedExperts(), "model.layers.0.moe.experts")
+    with pytest.raises(ValueError, match=r"on vLLM 0\.32 or newer"):
+        config.get_quant_method(FusedMoE(), "model.layers.0.mlp.experts")

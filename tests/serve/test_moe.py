@@ -1,0 +1,149 @@
+"""Quantized experts in vLLM, loaded as its ``RoutedExperts`` loads them, against the reference."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.vllm_layers import TOLERANCE, linear_tensors
+from torch import nn
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+from qalora_plugin.core import reference
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.core.weight import GroupwiseSpec
+from qalora_plugin.formats.qalora import QALora
+from vllm_ext.moe import QALoraMoEMethod
+
+EXPERTS, K, TOKENS = 4, 256, 9  # K is what linear_tensors makes
+LEAVES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+def make_experts(sym, group_size, act_order=False):
+    """Stored tensors by expert and leaf; ``down_proj`` is K × K here: inner size and hidden size are both K."""
+    experts = []
+    for e in range(EXPERTS):
+        orders = {leaf: 10 * e + i if act_order else None for i, leaf in enumerate(LEAVES)}
+        made = {
+            leaf: linear_tensors(K, 7 * e + i, sym, "gptq", group_size, order_seed=orders[leaf])
+            for i, leaf in enumerate(LEAVES)
+        }
+        experts.append({leaf: {part: t for part, t in one.items() if part != "bias"} for leaf, one in made.items()})
+    return experts
+
+
+def spec(name, tensors, bits=4):
+    groups, n = tensors["scales"].shape
+    return GroupwiseSpec(name, K, n, bits, K // groups, offset_dtype="float16", has_g_idx="g_idx" in tensors)
+
+
+def make_layer(experts, dtype, path, rank=0, ranks=1, **changes):
+    moe = SimpleNamespace(
+        num_experts=EXPERTS, moe_parallel_config=SimpleNamespace(use_ep=False), is_act_and_mul=True, has_bias=False,
+        activation=MoEActivation.SILU, tp_size=ranks, tp_rank=rank,
+    )  # fmt: skip
+    vars(moe).update(changes)
+    modules = {
+        f"{e}.{leaf}": spec(f"experts.{e}.{leaf}", tensors)
+        for e, one in enumerate(experts)
+        for leaf, tensors in one.items()
+    }
+    fmt = QALora({"checkpoint_format": "gptq"})
+    method, layer = QALoraMoEMethod(moe, "experts", modules, fmt, path, None, True), nn.Module()
+    layer.layer_name, layer.activation, layer.apply_router_weight_on_input = (
+        f"experts {rank}",
+        MoEActivation.SILU,
+        False,
+    )
+    layer.quant_method = method
+    method.create_weights(layer, EXPERTS, K, K // ranks, dtype)
+    for e, one in enumerate(experts):
+        for leaf, tensors in one.items():
+            shard = LEAVES[leaf]
+            for part, tensor in tensors.items():
+                parameter = getattr(layer, f"{'w2' if shard == 'w2' else 'w13'}_{part}")
+                parameter.weight_loader(
+                    param=parameter, loaded_weight=tensor, weight_name=part, shard_id=shard, expert_id=e,
+                    return_success=True,
+                )  # fmt: skip
+    method.process_weights_after_loading(layer)
+    assert not list(layer.parameters())  # every expert's are its own now
+    return layer
+
+
+def routing():
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.stack([torch.randperm(EXPERTS - 1, generator=generator)[:2] for _ in range(TOKENS)])  # the last: idle
+    return torch.randn(TOKENS, K, generator=generator), torch.rand(TOKENS, 2, generator=generator), ids
+
+
+def defined(experts, x, shares, ids):
+    fmt, rows = QALora({"checkpoint_format": "gptq"}), []
+    dense = [
+        {
+            leaf: reference.dequantize(fmt.read(spec("x", tensors), lambda name, t=tensors: t[name.removeprefix("x.")]))
+            for leaf, tensors in one.items()
+        }
+        for one in experts
+    ]
+    for token, chosen, weights in zip(x.double(), ids.tolist(), shares.double(), strict=True):
+        parts = []
+        for e, weight in zip(chosen, weights, strict=True):
+            h = nn.functional.silu(token @ dense[e]["gate_proj"]) * (token @ dense[e]["up_proj"])
+            parts.append(weight * (h @ dense[e]["down_proj"]))
+        rows.append(sum(parts))
+    return torch.stack(rows)
+
+
+def apply(layer, x, shares, ids):
+    return layer.quant_method.apply(layer, x, shares, ids)
+
+
+@pytest.mark.parametrize(
+    "compute", [(torch.bfloat16, None), (torch.bfloat16, "dense"), (torch.float32, "dense")], ids=str
+)
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("sym", [True, False])
+def test_experts_equal_the_reference(sym, act_order, compute):
+    dtype, path = compute
+    experts, (x, shares, ids) = make_experts(sym, 32, act_order), routing()
+    layer = make_layer(experts, dtype, path)
+    x = x.to(dtype)
+    found, wanted = apply(layer, x, shares, ids), defined(experts, x, shares, ids)
+    assert found.dtype == dtype
+    assert (found - wanted).norm() <= 3 * TOLERANCE[dtype] * wanted.norm()  # three products, and an activation
+
+
+def test_ranks_add_up():
+    experts, (x, shares, ids) = make_experts(False, 32), routing()
+    found = sum(apply(make_layer(experts, torch.float32, "dense", rank, 2), x, shares, ids) for rank in range(2))
+    wanted = defined(experts, x, shares, ids)
+    assert (found - wanted).norm() <= 3 * TOLERANCE[torch.float32] * wanted.norm()
+
+
+def test_a_rank_cannot_split_a_group():
+    with pytest.raises(QALoraError, match="a group cannot be split"):
+        make_layer(make_experts(False, 128), torch.float32, "dense", 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"moe_parallel_config": SimpleNamespace(use_ep=True)}, "cannot be spread over ranks"),
+        ({"has_bias": True}, r"compute more than down\(act\(gate\)·up\)"),
+        ({"activation": MoEActivation.SWIGLUOAI}, "swigluoai"),
+        ({"num_experts": 3}, r"experts.3.gate_proj is no expert that experts has \(3 of them"),
+        ({"num_experts": 5}, "expert 4 lacks a quantized w1"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_served_is_refused(change, message):
+    with pytest.raises(QALoraError, match=message):
+        make_layer(make_experts(True, 32), torch.bfloat16, None, **change)
+
+
+def test_experts_quantized_differently_are_refused():
+    experts = make_experts(True, 32)
+    experts[2] = make_experts(True, 64)[2]
+    with pytest.raises(QALoraError, match=r"quantized differently \(\[\(4, 32\), \(4, 64\)\]"):
+        make_layer(experts, torch.bfloat16, None)
