@@ -160,7 +160,7 @@ class QALoraConfig(QuantizationConfig):
         self.modules = {name.removesuffix(".qweight"): module for name, module in modules.items()}
         self.weights = {name.removesuffix(".weight") for name in weights}
 
-    def get_checkpoint_weight_mapper(self):
+    def get_checkpoint_weight_mapper(self) -> Any:
         return load_every_tensor(self.renamed)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:

@@ -9,6 +9,8 @@ Written against ``RoutedExperts`` of vLLM 0.32 (``model_executor/layers/fused_mo
 """
 
 from collections.abc import Callable
+from functools import reduce
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -84,14 +86,14 @@ class QALoraMoEMethod(FusedMoEMethodBase):
         hidden_size: int,
         intermediate_size_per_partition: int,
         params_dtype: torch.dtype,
-        **extra_weight_attrs,
+        **extra_weight_attrs: Any,
     ) -> None:
         """Register ``w13_…`` and ``w2_…``, stacked by expert, as the checkpoint stores them, for this rank.
 
         Raises:
             QALoraError: the layer does not fit the checkpoint, or its share would split a group or a packed word.
         """
-        _layers[layer.layer_name] = layer
+        _layers[str(layer.layer_name)] = layer
         inner, ranks = intermediate_size_per_partition, self.moe.tp_size
         sizes = {"w13": (hidden_size, [inner, inner]), "w2": (inner, [hidden_size])}
         full = {"w13": (hidden_size, 2 * inner * ranks), "w2": (inner * ranks, hidden_size)}
@@ -117,14 +119,21 @@ class QALoraMoEMethod(FusedMoEMethodBase):
                 if part == "g_idx":
                     data += first.in_order()
                 parameter = nn.Parameter(data, requires_grad=False)
-                parameter.weight_loader = self._loader(name, part)
+                parameter.weight_loader = self._loader(name, part)  # type: ignore[attr-defined]  # where vLLM looks
                 layer.register_parameter(f"{name}_{part}", parameter)
 
     def _loader(self, name: str, part: str) -> Callable:
         """As vLLM calls it, by keyword: one tensor of one expert, of which this rank takes its share."""
         rank = self.moe.tp_rank
 
-        def load(param, loaded_weight, weight_name="", shard_id="", expert_id=0, return_success=False):
+        def load(
+            param: nn.Parameter,
+            loaded_weight: Tensor,
+            weight_name: str = "",
+            shard_id: str = "",
+            expert_id: int = 0,
+            return_success: bool = False,
+        ) -> bool | None:
             target, second = param.data[expert_id], shard_id == "w3"
             if part == "qzeros":
                 loaded_weight = self.format.true_zeros(loaded_weight, self.methods[name][expert_id].bits)
@@ -141,7 +150,7 @@ class QALoraMoEMethod(FusedMoEMethodBase):
 
         return load
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Give every expert's kernel its weights; what was stacked is freed."""
         layer.quantized_experts = {
             name: [self._expert(layer, name, i) for i in range(len(methods))] for name, methods in self.methods.items()
@@ -183,7 +192,7 @@ class QALoraMoEMethod(FusedMoEMethodBase):
         """``[T, hidden] → [T, hidden]``, this rank's part of the sum. Shared experts are vLLM's to run."""
         return torch.ops.qalora.experts(x, topk_weights, topk_ids, layer.layer_name)
 
-    def run(self, layer: nn.Module, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+    def run(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         k, chosen = topk_ids.shape[-1], topk_ids.flatten()
         order = chosen.argsort(stable=True)
         counts = torch.bincount(chosen, minlength=self.moe.num_experts).tolist()
@@ -208,7 +217,7 @@ _layers: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()  # by name,
 
 
 def _experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer_name: str) -> Tensor:
-    layer = _layers[layer_name]
+    layer: Any = _layers[layer_name]
     return layer.quant_method.run(layer, x, topk_weights, topk_ids)
 
 
@@ -246,7 +255,4 @@ def _by_expert(modules: dict[str, GroupwiseSpec], experts: int, prefix: str) -> 
 
 
 def _widest(dtypes: list[torch.dtype]) -> torch.dtype | None:
-    widest = dtypes[0] if dtypes else None
-    for dtype in dtypes:
-        widest = torch.promote_types(widest, dtype)
-    return widest
+    return reduce(torch.promote_types, dtypes) if dtypes else None

@@ -125,7 +125,9 @@ class AdapterFolder:
         prefixes = config["qalora"].get("names") or {}
         if not isinstance(prefixes, dict) or not all(isinstance(part, str) for part in prefixes.values()):
             raise QALoraError(f"{folder / CONFIG_NAME}: qalora.names is no mapping of names to names. Save it again.")
-        keys, experts, linears = {}, {}, 0
+        keys: dict[str, str] = {}
+        experts: dict[str, int] = {}
+        linears = 0
         for module in sorted(found):
             names = _stored_names(stored_name(module, prefixes), _shapes(module, tensors), folder / WEIGHTS_NAME)
             keys |= dict.fromkeys(names, module)

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,13 @@ def _at_experts(model: nn.Module, act: Callable[[str, Tensor, Tensor], tuple | N
         if not {"top_k_index", "top_k_weights"} <= set(signature.parameters):
             continue
 
-        def before(module, args, kwargs, name=name, signature=signature):
+        def before(
+            module: nn.Module,
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            name: str = name,
+            signature: inspect.Signature = signature,
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
             given = signature.bind(module, *args, **kwargs)
             found = act(name.removeprefix(_WRAPPED), given.arguments["top_k_index"], given.arguments["top_k_weights"])
             if found is None:

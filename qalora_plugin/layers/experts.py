@@ -63,18 +63,20 @@ class QuantExpertLinear(QuantLinear):
     def expert(self, i: int) -> GroupwiseWeight:
         """One expert's weight."""
         weight = self.quantized.expert(i)
-        if self.g_idx is None:
+        if self.g_idx is None or self.group_order is None:
             return weight
         return weight._replace(g_idx=self.g_idx[i], group_order=self.group_order[i])
 
-    def forward(self, x: Tensor, counts: list[int], delta: OffsetDelta | None = None) -> Tensor:
+    def forward(  # type: ignore[override]  # rows come sorted, with the count of each expert's
+        self, x: Tensor, counts: list[int], delta: OffsetDelta | None = None
+    ) -> Tensor:
         """``[S, K] → [S, N]``, each row by its expert.
 
         Args:
             x: sorted by expert. counts: rows of every expert.
             delta: adapters of all experts, A ``[E, R, G]`` (or one for all, ``[R, G]``) and B ``[E, N, R]``.
         """
-        deltas = [None] * self.experts if delta is None else list(unstacked(delta))
+        deltas: list[OffsetDelta | None] = [None] * self.experts if delta is None else list(unstacked(delta))
         parts = [linear(part, self.expert(i), deltas[i]) for i, part in routed(x, counts)]
         return torch.cat(parts) if parts else x.new_zeros(0, self.out_features)
 

@@ -3,15 +3,16 @@
 They are saved as ``…experts.gate_proj.lora_A.weight`` ``[E, R, G]`` and ``lora_B.weight`` ``[E, N, R]``.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from qalora_plugin.core.delta import OffsetDelta
 from qalora_plugin.integrations.peft.adapter import QALoraConfig, QALoraLayer
 from qalora_plugin.kernels.pooling import pool
-from qalora_plugin.layers.experts import routed, unstacked
+from qalora_plugin.layers.experts import QuantExpertLinear, routed, unstacked
 
 
 class StackedFactors(nn.Module):
@@ -26,11 +27,13 @@ class QALoraExpertsLayer(QALoraLayer):
     """:class:`QALoraLayer` over a :class:`~qalora_plugin.layers.experts.QuantExpertLinear`: A ``[E, R, G]`` (``[R, G]``
     with ``shared_a``), B ``[E, N, R]``."""
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: QALoraConfig, **kwargs: Any) -> None:
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        assert isinstance(config, QALoraConfig)  # the layer it extends refuses others
         one_a, one_b = self.lora_A[adapter_name], self.lora_B[adapter_name]
         initial_a, initial_b = [], []
-        for _ in range(self.get_base_layer().experts):  # each as PEFT initializes one
+        base = cast(QuantExpertLinear, self.get_base_layer())
+        for _ in range(base.experts):  # each as PEFT initializes one
             if config.init_lora_weights is False:
                 one_a.reset_parameters()
                 one_b.reset_parameters()
@@ -43,9 +46,9 @@ class QALoraExpertsLayer(QALoraLayer):
         self.lora_B[adapter_name] = StackedFactors(torch.stack(initial_b))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)  # what requires a gradient
 
-    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
+    def forward(self, x: Tensor, counts: list[int]) -> Tensor:  # type: ignore[override]  # as the base layer's
         """``[S, K] → [S, N]``; x is sorted by expert, ``counts`` are the rows of each."""
-        base = self.get_base_layer()
+        base = cast(QuantExpertLinear, self.get_base_layer())
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
         deltas = [
             OffsetDelta(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]) for name in active

@@ -37,6 +37,7 @@ from qalora_plugin.integrations.transformers.naming import destinations
 from qalora_plugin.integrations.transformers.placing import place_linears, require_every_tensor
 from qalora_plugin.integrations.transformers.placing_experts import place_experts, read_experts
 from qalora_plugin.integrations.transformers.stored_tensors import adopt_stored, as_stored
+from qalora_plugin.layers.experts import QuantExpertLinear
 from qalora_plugin.layers.linear import QuantLinear
 
 if TYPE_CHECKING:
@@ -97,9 +98,9 @@ class QALoraHfQuantizer(HfQuantizer):
             remove_stand_in(layer)
             adopt_stored(layer, self.opened.specs[stored], self.opened.format)
         for name, projection in self._experts.items():
-            read_experts(model.get_submodule(name), projection, self.opened)
+            read_experts(cast(QuantExpertLinear, model.get_submodule(name)), projection, self.opened)
         for name in self.names:
-            layer = model.get_submodule(name)
+            layer = cast(QuantLinear, model.get_submodule(name))
             layer.base_fingerprint = self.base_fingerprint
         del self._model, self._dtypes
         if find_spec("peft"):

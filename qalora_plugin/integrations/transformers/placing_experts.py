@@ -9,7 +9,7 @@ them from disk, expert by expert.
 import re
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
 
@@ -64,7 +64,8 @@ def place_experts(
         QALoraError: experts that are missing, unknown, dense or quantized differently; or a class that computes more
             with them than ``down(act(gate)·up)``.
     """
-    modules, layers = dict(model.named_modules()), {}
+    modules = dict(model.named_modules())
+    layers: dict[str, dict[str, dict[int, GroupwiseSpec]]] = {}  # by module, role and expert
     for stored, spec in checkpoint.specs.items():
         destination = found[f"{stored}.weight"]
         match = _NAME.fullmatch(stored)
@@ -84,7 +85,7 @@ def place_experts(
         if number in by_expert:
             raise QALoraError(f"{stored} and {by_expert[number].name} are the same weight of {path}. Keep one of them.")
         by_expert[number] = spec
-    placed = {}
+    placed: dict[str, Projection] = {}
     for path, roles in layers.items():
         projections = _projections(model, path, modules[path], roles, checkpoint)
         linears = {
@@ -142,8 +143,8 @@ def _projections(
             f"the checkpoint quantizes {example}, but the experts of {type(model).__name__} ({type(module).__name__}) "
             "compute more than down(act(gate)·up). Leave the experts dense when quantizing."
         )
-    experts = module.down_proj.shape[0]
-    hidden, inner = (module.down_proj.shape[axis] for axis in ((2, 1) if module.is_transposed else (1, 2)))
+    experts, *sizes_of_down = cast(Tensor, module.down_proj).shape
+    hidden, inner = reversed(sizes_of_down) if module.is_transposed else sizes_of_down
     sizes = {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
     projections = {}
     for role, (k, n) in sizes.items():
