@@ -57,19 +57,20 @@ def llama_cpp_log_p(file, ids):
         return log_probabilities(model.logits(ids), ids)
 
 
-def tensors(file):
-    return {name: (t.type, t.shape, t.data.tobytes()) for name, t in GgufFile.open(file).tensors.items()}
+def tensors(file: GgufFile):
+    return {name: (t.type, t.shape, t.data.tobytes()) for name, t in file.tensors.items()}
 
 
 def test_there_and_back_every_tensor_is_byte_identical(source, base, tmp_path):
-    made = export_gguf(base, tmp_path / "made.gguf", embeddings="q8_0", progress=False).file
-    copied = export_gguf(base, tmp_path / "copied.gguf", embeddings="q8_0", like=source, progress=False).file
-    assert len(tensors(source)) == 272
-    assert tensors(made) == tensors(source)
-    assert tensors(copied) == tensors(source)
-    assert GgufFile.open(copied).fields() == GgufFile.open(source).fields()
+    export_gguf(base, tmp_path / "made.gguf", embeddings="q8_0", progress=False)
+    export_gguf(base, tmp_path / "copied.gguf", embeddings="q8_0", like=source, progress=False)
+    original, made, copied = map(GgufFile.open, (source, tmp_path / "made.gguf", tmp_path / "copied.gguf"))
+    assert len(original.tensors) == 272
+    assert tensors(made) == tensors(original)
+    assert tensors(copied) == tensors(original)
+    assert copied.fields() == original.fields()
     for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.merges", "tokenizer.ggml.token_type", "tokenizer.ggml.pre"):
-        assert GgufFile.open(made).fields()[key] == GgufFile.open(source).fields()[key]
+        assert made.value(key, (str, list)) == original.value(key, (str, list))
 
 
 def test_llama_cpp_cuts_text_as_the_rebuilt_tokenizer_does(source, base):
@@ -82,7 +83,7 @@ def test_llama_cpp_cuts_text_as_the_rebuilt_tokenizer_does(source, base):
 
 
 def test_a_merged_model_says_in_llama_cpp_what_it_says_in_transformers(source, base, ids, tmp_path):
-    make_adapter(base, tmp_path / "adapter", std=0.01)
+    make_adapter(base, tmp_path / "adapter", std=0.03)
     merged = merge(base, tmp_path / "adapter", tmp_path / "merged", progress=False).folder
     result = export_gguf(merged, tmp_path / "merged.gguf", embeddings="q8_0", progress=False)
 

@@ -4,6 +4,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from support.layers import make_layer
 
 from qalora_plugin.core import reference
 from qalora_plugin.core.packing import unpack_rows
@@ -119,3 +120,12 @@ def test_q8_0_is_never_worse_than_the_gguf_packages():
     ours = np.square(codes * scales.astype(np.float32).repeat(32, 1) - weight).sum()
     kind = gguf.GGMLQuantizationType.Q8_0
     assert ours <= np.square(gguf.quants.dequantize(gguf.quants.quantize(weight, kind), kind) - weight).sum()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_words_are_unpacked_as_the_reference_does(bits):
+    layer = make_layer(128, 24, bits, 32, act_order=False).quantized
+    affine = to_affine(layer)
+    np.testing.assert_array_equal(affine.codes, unpack_rows(layer.qweight, bits).T.numpy())
+    dense = affine.codes * affine.scales.repeat(32, 1) + affine.minima.repeat(32, 1)
+    np.testing.assert_allclose(dense, reference.dequantize(layer).T.numpy(), rtol=1e-12, atol=1e-12)

@@ -61,9 +61,7 @@ def to_groupwise(blocks: Blocks, name: str) -> "GroupwiseWeight":
 
 def to_affine(weight: "GroupwiseWeight") -> Affine:
     """A weight, columns in order, as GGUF's types with minima see it: ``minima = offsets − scales·zeros``."""
-    from qalora_plugin.core.packing import unpack_rows
-
-    codes = np.ascontiguousarray(unpack_rows(weight.qweight, weight.bits).numpy().T)
+    codes = _codes(weight.qweight.numpy(), weight.bits)
     zeros = np.ascontiguousarray(weight.zeros.numpy().T)
     scales = weight.scales.double().numpy().T
     minima = -scales * zeros
@@ -86,3 +84,13 @@ def _words(codes: np.ndarray, bits: int) -> np.ndarray:
     if bits == 4:
         codes = codes[:, 0::2] | codes[:, 1::2] << 4
     return np.ascontiguousarray(np.ascontiguousarray(codes).view("<i4").T)
+
+
+def _codes(words: np.ndarray, bits: int) -> np.ndarray:
+    """int32 words ``[K·b/32, N]`` → codes uint8 ``[N, K]``: the words of a row are one stream of bits."""
+    rows = np.ascontiguousarray(words.T).view(np.uint8)  # [N, K·b/8]
+    if bits == 3:
+        stream = np.unpackbits(rows, axis=1, bitorder="little").reshape(len(rows), -1, 3)
+        return stream[..., 0] | stream[..., 1] << 1 | stream[..., 2] << 2
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    return (rows[..., None] >> shifts & ((1 << bits) - 1)).reshape(len(rows), -1)

@@ -39,6 +39,7 @@ class GgufFile:
 
     def __init__(self, path: Path, reader: "GGUFReader", tensors: dict[str, GgufTensor]):
         self.path, self._reader, self.tensors = path, reader, tensors
+        self._read: dict[str, Any] = {}  # a vocabulary takes a while to decode
         self.architecture = self.value("general.architecture", str)
 
     @classmethod
@@ -88,10 +89,12 @@ class GgufFile:
             if default is _MISSING:
                 raise QALoraError(f"{self.path} has no {key} in its metadata. Download or copy the file again.")
             return default
-        try:
-            found = field.contents()
-        except ValueError as error:
-            raise QALoraError(f"{self.path}: {key} is damaged ({error}). Download or copy the file again.") from error
+        if key not in self._read:
+            try:
+                self._read[key] = field.contents()
+            except ValueError as error:
+                raise QALoraError(f"{self.path}: {key} is damaged ({error}). Download or copy it again.") from error
+        found = self._read[key]
         if not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
             raise QALoraError(f"{self.path}: {key} is {short(found)}, expected {_named(kind)}. The file is damaged.")
         return found

@@ -47,7 +47,7 @@ def rebuild_tokenizer(file: GgufFile) -> "PreTrainedTokenizerBase":
     from transformers import PreTrainedTokenizerFast
 
     kind, tokens = file.value("tokenizer.ggml.model", str), _tokens(file)
-    types = _types(file)
+    types = list(_types(file))
     while types and types[-1] == _UNUSED:  # they only fill the embedding up
         types.pop()
     tokens = tokens[: len(types)]
