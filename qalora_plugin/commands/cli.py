@@ -59,7 +59,7 @@ def merge(
     adapter: Annotated[Path, typer.Option(help="Folder of the trained adapter.")],
     out: Annotated[Path, typer.Option(help="New folder for the merged checkpoint.")],
     offset_dtype: Annotated[
-        str | None, typer.Option(help="float16 or float32; default: float16, float32 if the base has such offsets.")
+        str | None, typer.Option(help="float16 or float32; default: float16, float32 if the base has offsets already.")
     ] = None,
     copy: Annotated[bool, typer.Option("--copy", help="Copy the base's shards instead of hard-linking them.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Then prove it, as `qalora verify` does.")] = False,

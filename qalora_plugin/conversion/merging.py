@@ -85,7 +85,7 @@ def merge(
         adapter: folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
         out: the new folder; complete or absent, whatever happens.
         offset_dtype: ``"float16"`` (error 0.03 % of the adapter's own contribution) or ``"float32"``; default: float16,
-            and float32 where the base has offsets in float32.
+            and float32 where the base has offsets already.
         copy: copy the base's shards even where they could be hard-linked.
 
     Raises:
@@ -142,8 +142,8 @@ def merge(
 
 
 def default_offset_dtype(base: QuantizedCheckpoint) -> str:
-    """float16, or float32 where the base's own offsets are: their rounding would outweigh the adapter's."""
-    return "float32" if any(spec.offset_dtype == "float32" for spec in base.specs.values()) else "float16"
+    """float16, or float32 where the base has offsets already: rounding those could outweigh what the adapter adds."""
+    return "float32" if base.has_offsets else "float16"
 
 
 def _kept_files(files: Checkpoint) -> dict[str, str]:

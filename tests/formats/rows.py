@@ -258,7 +258,5 @@ ROWS = [
     Row("import", "gguf", "a llama.cpp model whose linears have one type", gguf_import, cases=TYPES),
     Row("import", "awq", "an AWQ checkpoint (gemm)", awq_import, lambda case: case.bits == 4 and not case.act_order),
     Row("import", "compressed-tensors", "a pack-quantized checkpoint, asymmetric", compressed_tensors_import),
-]
-WAITING = [  # for its conversion: append it to ROWS
     Row("export", "gguf", "a merged checkpoint for llama.cpp and Ollama; 8 bits become F16", gguf_export),
 ]

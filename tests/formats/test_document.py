@@ -5,7 +5,7 @@ import re
 import pytest
 from formats.cells import one_thread
 from formats.document import NO_CELL, cell, documented
-from formats.rows import ROWS, WAITING
+from formats.rows import ROWS
 
 TOLERANCE = 1.5  # of figures with one digit
 
@@ -48,7 +48,7 @@ def test_every_format_has_a_row():
 
     for app, direction in ((importing.app, "import"), (exporting.app, "export")):
         names = {command.name or command.callback.__name__ for command in app.registered_commands}
-        assert names == {row.name for row in [*ROWS, *WAITING] if row.direction == direction}
+        assert names == {row.name for row in ROWS if row.direction == direction}
 
 
 def _close(found: str, stated: str) -> bool:
