@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from support.fabricate import make_base
+from support.gguf_files import VOCABULARY
+from support.gguf_files import make_tokenizer as byte_level_tokenizer
 from torch import Tensor
 
 from qalora_plugin.conversion.merging import merge
@@ -79,8 +81,9 @@ class Sample:
     def base(self) -> Path:
         case = self.case
         return make_base(
-            self.folder / "base", case.bits, case.group_size, act_order=case.act_order, hidden=HIDDEN, layers=1
-        )
+            self.folder / "base", case.bits, case.group_size, act_order=case.act_order, hidden=HIDDEN, layers=1,
+            vocabulary=VOCABULARY, tokenizer=byte_level_tokenizer(),
+        )  # fmt: skip
 
     @cached_property
     def opened(self) -> QuantizedCheckpoint:

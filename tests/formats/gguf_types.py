@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from support.fabricate import make_tokenizer
+from support.gguf_files import VOCABULARY, make_tokenizer, write_vocabulary
 from torch import Tensor
 
-HIDDEN, INTERMEDIATE, VOCABULARY = 256, 512, 128  # K-quants have blocks of 256
+HIDDEN, INTERMEDIATE = 256, 512  # K-quants have blocks of 256
 _FLOATS = {  # where the float16 of a block are, in bytes; all else are codes
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,),
     "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
@@ -85,6 +85,7 @@ class GgufSample:
         writer.add_rope_freq_base(10000.0)
         writer.add_rope_dimension_count(HIDDEN // 4)
         writer.add_vocab_size(VOCABULARY)
+        write_vocabulary(writer, make_tokenizer(), VOCABULARY)
         for name, rows in {"token_embd": VOCABULARY, "output": VOCABULARY}.items():
             writer.add_tensor(f"{name}.weight", np.full((rows, HIDDEN), 0.02, np.float16))
         for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):

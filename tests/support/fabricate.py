@@ -58,11 +58,13 @@ def make_base(
     hidden: int = 64,
     layers: int = 2,
     seed: int = 0,
+    vocabulary: int = 128,
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> Path:
-    """Write a Llama base. ``dense``: substrings of module names that are left in 16 bit."""
+    """Write a Llama base. ``dense``: substrings of module names that are left in 16 bit; ``tokenizer``: another one."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=128, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, attention_bias=bias, mlp_bias=bias,
         initializer_range=0.2, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
@@ -93,7 +95,7 @@ def make_base(
     config.dtype = "float16"
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    (tokenizer or make_tokenizer()).save_pretrained(folder)
     return folder
 
 

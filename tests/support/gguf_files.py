@@ -89,7 +89,7 @@ def write_gguf(
     architecture = next(name for name, (kind, _) in ARCHITECTURES.items() if kind == config.model_type)
     writer = gguf.GGUFWriter(path, architecture)
     _write_metadata(writer, config, architecture)
-    _write_vocabulary(writer, tokenizer, config.vocab_size)
+    write_vocabulary(writer, tokenizer, config.vocab_size)
     table = gguf.get_tensor_name_map(
         next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), config.num_hidden_layers
     )
@@ -196,7 +196,7 @@ def _write_metadata(writer: gguf.GGUFWriter, config, architecture: str) -> None:
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
 
 
-def _write_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, size: int) -> None:
+def write_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, size: int) -> None:
     vocabulary, special = tokenizer.get_vocab(), set(tokenizer.all_special_tokens)
     by_id = {i: token for token, i in vocabulary.items()}
     tokens = [by_id.get(i, f"[PAD{i}]") for i in range(size)]
