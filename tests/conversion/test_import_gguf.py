@@ -194,7 +194,7 @@ def test_a_file_without_quantized_linears_is_refused(tokenizer, tmp_path):
         (lambda f, t: t["blk.0.ffn_up.weight"][0].__setitem__((0, slice(0, 2)), 255), "ffn_up.weight holds NaN or Inf"),
         (lambda f, t: t["blk.0.attn_norm.weight"][0].__setitem__(0, np.inf), "attn_norm.weight holds NaN or Inf"),
         (lambda f, t: t.__setitem__("rope_freqs.weight", [np.ones(31, "f4") * 3, 0]), "is not 32 positive float32"),
-        (lambda f, t: t.__setitem__("rope_freqs.weight", [np.ones(32, "f4") * 3, 0]), "not Llama 3's. Pass .*model_con"),
+        (lambda f, t: t.__setitem__("rope_freqs.weight", [np.ones(32, "f4") * 3, 0]), "not Llama 3's. Pass .*model"),
     ],
 )  # fmt: skip
 def test_what_is_not_as_it_should_be_is_refused_in_a_line(q4_1, change, message, tmp_path):
