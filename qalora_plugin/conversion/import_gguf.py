@@ -9,7 +9,7 @@ time is in memory, and one file of the output.
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +61,13 @@ class GgufImport:
     types: dict[str, int]
     losses: dict[str, float] = field(default_factory=dict)
     unservable: str | None = None
+
+    def summary(self) -> list[str]:
+        types = ", ".join(f"{count} × {name}" for name, count in self.types.items())
+        lines = [f"{self.folder}: {self.linears} linears ({types}); not one code was changed. Train on it as a base"]
+        if self.losses:
+            lines.append(f"{len(self.losses)} dense tensors were rounded, by up to {max(self.losses.values()):.2g}")
+        return [*lines, *([self.unservable] if self.unservable else [])]
 
 
 @os_errors_in_one_line()
@@ -177,7 +184,7 @@ def _quantization_config(placed: list[Placed], file: GgufFile) -> dict[str, Any]
 
 
 def _tensors(
-    placed: Iterator[Placed], file: GgufFile, architecture: Architecture, config: "PretrainedConfig", result: GgufImport
+    placed: Iterable[Placed], file: GgufFile, architecture: Architecture, config: "PretrainedConfig", result: GgufImport
 ) -> "Iterator[tuple[str, Tensor]]":
     written = {Gptq.method: Gptq, QALora.method: QALora}[result.method]({"checkpoint_format": V2})
     settings = config.to_dict()

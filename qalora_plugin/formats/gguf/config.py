@@ -58,7 +58,8 @@ def _settings(file: GgufFile, architecture: Architecture) -> dict[str, Any]:
     from transformers.integrations import GGUF_CONFIG_MAPPING
 
     settings: dict[str, Any] = {}
-    for key, setting in GGUF_CONFIG_MAPPING[architecture.name].items():
+    known: Any = GGUF_CONFIG_MAPPING[architecture.name]
+    for key, setting in known.items():
         if setting and f"{file.architecture}.{key}" in file.keys:
             read = file.real if "epsilon" in key or "freq_base" in key else file.number
             settings[setting] = read(key)
@@ -111,7 +112,10 @@ def _gemma(file: GgufFile, name: str, rope: dict[str, Any], scalar: int) -> dict
     if name == "gemma3":
         local = {"rope_type": "default", "rope_theta": file.real("rope.freq_base_swa", _GEMMA3_LOCAL_BASE)}
         settings["rope_parameters"] = {"sliding_attention": local, "full_attention": rope}
-    defaults = {"gemma2": {"attn": 50.0, "final": 30.0}, "gemma3": {"attn": None, "final": None}}[name]
-    for place, default in defaults.items():
+    known: dict[str, dict[str, float | None]] = {
+        "gemma2": {"attn": 50.0, "final": 30.0},
+        "gemma3": {"attn": None, "final": None},
+    }
+    for place, default in known[name].items():
         settings[f"{place}_logit_softcapping"] = file.real(f"{place}_logit_softcapping", default)
     return settings

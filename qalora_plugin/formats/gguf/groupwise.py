@@ -42,7 +42,7 @@ def to_groupwise(blocks: Blocks, name: str) -> "GroupwiseWeight":
 
     kind, bits = BLOCK_TYPES[name], container_bits(name)
     codes, scales, minima = blocks
-    if kind.symmetric:
+    if minima is None:
         codes = codes + np.uint8((1 << (bits - 1)) - (1 << (kind.bits - 1)))
         zeros, offsets = np.full(scales.shape, 1 << (bits - 1), np.uint8), None
     else:

@@ -72,7 +72,8 @@ def rebuild_tokenizer(file: GgufFile) -> "PreTrainedTokenizerBase":
 def require_same_vocabulary(tokenizer: "PreTrainedTokenizerBase", file: GgufFile, source: str) -> None:
     """Refuse a tokenizer that numbers its tokens otherwise than the file does. Padding at the end may be missing."""
     stored, types = _tokens(file), _types(file)
-    for i, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(min(len(tokenizer), len(stored)))))):
+    found: Any = tokenizer.convert_ids_to_tokens(list(range(min(len(tokenizer), len(stored)))))
+    for i, token in enumerate(found):  # None for ids that are not used
         if token is not None and token != stored[i] and not _same_token(token, stored[i]):
             raise QALoraError(
                 f"{source} is not the tokenizer of {file.path}: token {i} is {short(token)}, the file has "
