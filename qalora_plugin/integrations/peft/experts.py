@@ -46,7 +46,7 @@ class QALoraExpertsLayer(QALoraLayer):
         self.lora_B[adapter_name] = StackedFactors(torch.stack(initial_b))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)  # what requires a gradient
 
-    def forward(self, x: Tensor, counts: list[int]) -> Tensor:  # type: ignore[override]  # as the base layer's
+    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
         """``[S, K] → [S, N]``; x is sorted by expert, ``counts`` are the rows of each."""
         base = cast(QuantExpertLinear, self.get_base_layer())
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
