@@ -32,13 +32,12 @@ _REFUSED = {
     "reinit_weights": "random weights have no quantised base to be merged into",
     "relora": "it merges into the base while training, which stays packed",
     "qlora_sharded_model_loading": "it loads bitsandbytes weights, and the base is GPTQ",
-    "fsdp": "sharding packed weights is not supported yet; use DDP (the default with several GPUs)",
-    "fsdp_config": "sharding packed weights is not supported yet; use DDP (the default with several GPUs)",
-    "deepspeed": "sharding packed weights is not supported yet; use DDP (the default with several GPUs)",
+    "fsdp": "it is the key of FSDP1, which flattens weights that train with weights that do not; FSDP2 is configured by "
+    "fsdp_version: 2 and fsdp_config",
 }
 _PARALLEL = {
     "tensor_parallel_size": "packed weights cannot be split over ranks while training",
-    "expert_parallel_size": "mixture-of-experts layers are not trained yet",
+    "expert_parallel_size": "its all-to-all exchange is made for dense experts, and a packed layer would not take part",
 }
 _STARTS_FROM_THE_BASE = ("dpo", "ipo", "kto")  # Axolotl 0.19, loaders/model.py: hands TRL a config, not an adapter
 _REQUIRED = ("base_model", "lora_r", "lora_alpha")
@@ -141,6 +140,7 @@ def refuse_unmergeable(cfg: dict) -> None:
     for key, why in _PARALLEL.items():
         if (cfg.get(key) or 1) != 1:
             raise QALoraError(f"{key}: {cfg[key]} cannot be combined with adapter: qalora: {why}. Remove {key}.")
+    _check_sharding(cfg)
     if cfg.get("lora_bias") not in (None, False, "none"):
         raise QALoraError(
             f"lora_bias: {cfg['lora_bias']} cannot be combined with adapter: qalora: a merged checkpoint keeps the "
@@ -183,6 +183,27 @@ def _check_types(cfg: dict) -> None:
             continue
         if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
             raise QALoraError(f"{key} is {short(found)}, expected a list of names. Correct it.")
+
+
+def _check_sharding(cfg: dict) -> None:
+    """FSDP2 alone, and in the dtype that packed weights are seen in; the rest of both blocks is Axolotl's to check."""
+    fsdp = cfg.get("fsdp_config")
+    if not isinstance(fsdp, dict) or not fsdp:
+        return
+    versions = (cfg.get("fsdp_version"), fsdp.get("fsdp_version"), fsdp.get("version"))  # where Axolotl looks, in order
+    version = next((found for found in versions if found), 1)
+    if str(version) != "2":
+        raise QALoraError(
+            f"fsdp_config is for FSDP{version} (fsdp_version: {cfg.get('fsdp_version')}), which flattens weights that "
+            "train with weights that do not, and saves where the merge goes. Set fsdp_version: 2."
+        )
+    policy = fsdp.get("mixed_precision_policy") or fsdp.get("fsdp_mixed_precision_policy")
+    computes_in = next((key for key in ("bf16", "fp16") if cfg.get(key) not in (None, False)), None)
+    if policy and computes_in and policy != computes_in:
+        raise QALoraError(
+            f"fsdp_config.mixed_precision_policy is {policy}, but the base is loaded for {computes_in}: FSDP would cast "
+            f"the packed weights. Remove mixed_precision_policy, or set it to {computes_in}."
+        )
 
 
 def _check_ranges(cfg: dict) -> None:

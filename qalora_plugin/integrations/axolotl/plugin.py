@@ -84,7 +84,9 @@ class QALoraPlugin(BasePlugin):
 
         from qalora_plugin.integrations.peft.binding import bind_config
         from qalora_plugin.integrations.peft.loading import load_adapter
+        from qalora_plugin.integrations.peft.sharded import require_one_base
 
+        require_one_base(model.hf_quantizer.base_fingerprint())
         if cfg.lora_model_dir and not config_only:
             peft_model = load_adapter(model, cfg.lora_model_dir, is_trainable=not inference)
             config = peft_model.peft_config["default"]
