@@ -125,6 +125,13 @@ class QALoraPlugin(BasePlugin):
 
             self._samples = sample_dataset(trainer.eval_dataset or trainer.train_dataset, cfg.qalora.verify_tokens)
 
+    def post_train(self, cfg: Any, model: Any) -> None:
+        """Called before the adapter is saved (and after it, too)."""
+        if cfg.adapter == ADAPTER and cfg.fsdp_config:
+            from qalora_plugin.integrations.peft.sharded import remove_checkpointing
+
+            remove_checkpointing(model)
+
     def post_train_unload(self, cfg: Any) -> None:
         """After the adapter is saved and the model gone; called once, where ``post_train`` is called twice."""
         if cfg.adapter == ADAPTER and cfg.qalora.merge and int(os.environ.get("RANK", "0")) == 0:

@@ -76,6 +76,19 @@ def require_one_base(fingerprint: str) -> None:
         )
 
 
+def remove_checkpointing(model: nn.Module) -> None:
+    """Take FSDP's activation checkpointing off a model that is trained: it is in the way of parameters' names.
+
+    Axolotl 0.19 saves an adapter by these, with the wrappers' in them (``save_fsdp2_lora_adapter``).
+    """
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, CheckpointWrapper):
+                setattr(parent, name, child._checkpoint_wrapped_module)
+
+
 def full_adapter(model: nn.Module) -> dict[str, Tensor]:
     """The whole tensors of a model's adapters, on the CPU, by their names in it. Every rank calls it."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if "lora_" in name]
