@@ -20,8 +20,8 @@ class QuantLinear(nn.Module):
     """``y = x·[scales·(q − zeros) + offsets] + bias``.
 
     Its tensors are those of a :class:`~qalora_plugin.core.weight.GroupwiseWeight`, as buffers: none is a parameter, for
-    they never train. A new layer is empty; :meth:`set_weight` fills it. Where ranks share the weight between them, it is
-    in ``words`` instead (:mod:`.sharding`).
+    they never train. A new layer is empty; :meth:`set_weight` fills it. Where ranks share the weight between them,
+    it is in ``words`` instead (:mod:`.sharding`).
 
     Args:
         spec: sizes, bits and group size.
@@ -67,10 +67,8 @@ class QuantLinear(nn.Module):
 
     def held(self) -> tuple[GroupwiseWeight, Tensor | None]:
         """The weight as kernels and formats take it, and the bias ``[N]``."""
-        if self._layout is None:
-            tensors = [getattr(self, name) for name in _HELD]
-        else:
-            tensors = views(self.words, self._layout)
+        flat = self._layout is not None
+        tensors = views(self.words, self._layout) if flat else [getattr(self, name) for name in _HELD]
         return GroupwiseWeight.of(tensors[:-1], self.bits, self.group_size), tensors[-1]
 
     @property

@@ -72,8 +72,8 @@ def views(flat: Tensor, layout: Layout) -> list[Tensor | None]:
     if flat.dtype != layout.dtype:
         raise QALoraError(
             f"packed weights were cast from {_name(layout.dtype)} to {_name(flat.dtype)}, which destroys them. Mixed "
-            f"precision must compute in the dtype that the base was loaded in: load it in {_name(flat.dtype)} (Axolotl: "
-            f"bf16: true), or set mixed precision to {_name(layout.dtype)}."
+            f"precision must compute in the dtype that the base was loaded in: load it in {_name(flat.dtype)} (with "
+            f"Axolotl, bf16: true does), or set mixed precision to {_name(layout.dtype)}."
         )
     if hasattr(flat, "device_mesh") or flat.numel() * flat.itemsize != layout.nbytes:
         raise QALoraError(

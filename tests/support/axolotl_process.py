@@ -5,11 +5,14 @@ what it finds out is replaced here. Started by :mod:`two_processes`.
 """
 
 import json
+import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 
-def _use_gloo(sharded: bool) -> None:
+def use_gloo(sharded: bool) -> None:
+    """For the rest of this process; ``sharded``: with FSDP or DeepSpeed, which accelerate has for GPUs alone."""
     import torch
     from accelerate import PartialState
     from accelerate.parallelism_config import ParallelismConfig
@@ -28,6 +31,12 @@ def _use_gloo(sharded: bool) -> None:
     ParallelismConfig.build_device_mesh = lambda self, device_type=None: build(self, "cpu")
 
 
+def _without_compiled_ops() -> None:
+    """DeepSpeed compiles one, for shared memory; the lock in its folder survives a process that is killed."""
+    import_module("deepspeed")
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda *args, **kwargs: None
+
+
 def _report_to(folder: Path) -> None:
     import torch
     from transformers import TrainerCallback
@@ -39,8 +48,8 @@ def _report_to(folder: Path) -> None:
             packed, here = 0, 0
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
                 if name.endswith((".words", ".qweight", ".zeros", ".scales")):
-                    packed += tensor.nbytes
-                    here += getattr(tensor, "_local_tensor", tensor).nbytes
+                    packed += getattr(tensor, "ds_numel", tensor.numel()) * tensor.itemsize
+                    here += getattr(tensor, "ds_tensor", getattr(tensor, "_local_tensor", tensor)).nbytes
             found = {
                 "mode": args.parallel_mode.name,
                 "backend": torch.distributed.get_backend(),
@@ -59,7 +68,11 @@ def _main(config: Path) -> None:
     import yaml
 
     torch.set_num_threads(1)
-    _use_gloo(bool(yaml.safe_load(config.read_text()).get("fsdp_config")))
+    settings = yaml.safe_load(config.read_text())
+    if settings.get("deepspeed"):
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        _without_compiled_ops()
+    use_gloo(bool(settings.get("fsdp_config") or settings.get("deepspeed")))
     _report_to(config.parent)
     from axolotl.cli.train import do_cli
 

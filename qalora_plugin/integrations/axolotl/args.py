@@ -32,7 +32,7 @@ _REFUSED = {
     "reinit_weights": "random weights have no quantised base to be merged into",
     "relora": "it merges into the base while training, which stays packed",
     "qlora_sharded_model_loading": "it loads bitsandbytes weights, and the base is GPTQ",
-    "fsdp": "it is the key of FSDP1, which flattens weights that train with weights that do not; FSDP2 is configured by "
+    "fsdp": "it is the key of FSDP1, which flattens what trains together with what does not; FSDP2's are "
     "fsdp_version: 2 and fsdp_config",
 }
 _PARALLEL = {
@@ -194,15 +194,15 @@ def _check_sharding(cfg: dict) -> None:
     version = next((found for found in versions if found), 1)
     if str(version) != "2":
         raise QALoraError(
-            f"fsdp_config is for FSDP{version} (fsdp_version: {cfg.get('fsdp_version')}), which flattens weights that "
-            "train with weights that do not, and saves where the merge goes. Set fsdp_version: 2."
+            f"fsdp_config is for FSDP{version} (fsdp_version: {cfg.get('fsdp_version')}), which flattens what "
+            "trains together with what does not, and saves where the merge goes. Set fsdp_version: 2."
         )
     policy = fsdp.get("mixed_precision_policy") or fsdp.get("fsdp_mixed_precision_policy")
     computes_in = next((key for key in ("bf16", "fp16") if cfg.get(key) not in (None, False)), None)
     if policy and computes_in and policy != computes_in:
         raise QALoraError(
-            f"fsdp_config.mixed_precision_policy is {policy}, but the base is loaded for {computes_in}: FSDP would cast "
-            f"the packed weights. Remove mixed_precision_policy, or set it to {computes_in}."
+            f"fsdp_config.mixed_precision_policy is {policy}, but the base is loaded for {computes_in}: FSDP would "
+            f"cast the packed weights. Remove mixed_precision_policy, or set it to {computes_in}."
         )
 
 

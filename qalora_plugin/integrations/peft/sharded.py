@@ -1,6 +1,7 @@
-"""Models whose weights several processes share (FSDP2, DeepSpeed ZeRO-3): made ready, checked, and their adapters saved.
+"""Models whose weights several processes share (FSDP2, DeepSpeed): made ready, checked, and their adapters saved.
 
-accelerate, torch and DeepSpeed do the sharding. They find parameters that they can take apart (:mod:`layers.sharding`).
+accelerate, torch and DeepSpeed do the sharding; they find parameters that they can take apart
+(:mod:`qalora_plugin.layers.sharding`).
 """
 
 import os
@@ -17,12 +18,12 @@ from qalora_plugin.layers.sharding import ShardedFactor
 
 
 def is_to_be_sharded() -> bool:
-    """Whether this process trains with FSDP or ZeRO-3: launchers and the Trainer's arguments say so by then."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return False
-    from transformers.integrations import is_deepspeed_zero3_enabled
+    """Whether this process trains with FSDP or DeepSpeed, which launchers say by environment variables.
 
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") or is_deepspeed_zero3_enabled()
+    With every stage of ZeRO: DeepSpeed casts whole models, and would cast the scales too if they were to be seen.
+    """
+    asked = (os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true") for name in ("FSDP", "DEEPSPEED"))
+    return dist.is_available() and dist.is_initialized() and any(asked)
 
 
 def make_shardable(model: PreTrainedModel) -> None:
@@ -91,7 +92,11 @@ def remove_checkpointing(model: nn.Module) -> None:
 
 def full_adapter(model: nn.Module) -> dict[str, Tensor]:
     """The whole tensors of a model's adapters, on the CPU, by their names in it. Every rank calls it."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if "lora_" in name]
+    named = [
+        (name.replace("_checkpoint_wrapped_module.", ""), parameter)
+        for name, parameter in model.named_parameters()
+        if "lora_" in name
+    ]
     if any(hasattr(parameter, "ds_id") for _, parameter in named):
         from deepspeed.zero import GatheredParameters
 

@@ -24,9 +24,7 @@ def expect_stored(layer: QuantLinear, spec: GroupwiseSpec, fmt: CheckpointFormat
         layer.register_buffer(part, torch.empty(info.shape, dtype=getattr(torch, info.torch_dtype), device="meta"))
 
 
-def adopt_stored(
-    layer: QuantLinear, spec: GroupwiseSpec, fmt: CheckpointFormat, load: Callable[[str], Tensor]
-) -> None:
+def adopt_stored(layer: QuantLinear, spec: GroupwiseSpec, fmt: CheckpointFormat, load: Callable[[str], Tensor]) -> None:
     """Make the weight of the loaded buffers, and have ``state_dict`` give them back as they were stored.
 
     Args:
