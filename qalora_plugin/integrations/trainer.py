@@ -17,6 +17,7 @@ from qalora_plugin.formats.fusion import dense_modules, unservable
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.formats.qalora import require_offset_dtype
 from qalora_plugin.integrations.peft.sharded import (
+    RestoreAdapter,
     full_adapter,
     is_to_be_sharded,
     make_shardable,
@@ -95,6 +96,7 @@ class QALoraMergeCallback(TrainerCallback):
         require_one_base(config.qalora["base_fingerprint"])
         self._require_places(args)
         self._require_base(config.qalora["base_fingerprint"])
+        RestoreAdapter().on_train_begin(args, state, control, model=model)
         if not is_to_be_sharded():  # else it is by now, and was said before
             self._say_how(model, args, state)
 

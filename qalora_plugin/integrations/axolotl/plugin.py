@@ -117,6 +117,10 @@ class QALoraPlugin(BasePlugin):
             trainer.model, training_dtype(trainer.model, trainer.args.bf16, trainer.args.fp16)
         ):
             LOG.info("qalora: %s", line)
+        if cfg.fsdp_config:
+            from qalora_plugin.integrations.peft.sharded import RestoreAdapter
+
+            trainer.add_callback(RestoreAdapter(cfg.resume_from_checkpoint))
         if cfg.rl:
             # TRL wraps the base in the adapter itself, and Axolotl then saves both: let the base save the adapter.
             trainer.model.get_base_model().save_pretrained = trainer.model.save_pretrained

@@ -5,16 +5,23 @@ accelerate, torch and DeepSpeed do the sharding; they find parameters that they 
 """
 
 import os
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.distributed.tensor import distribute_tensor
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.integrations.peft.adapter import QALoraLayer
 from qalora_plugin.layers.linear import QuantLinear
 from qalora_plugin.layers.sharding import ShardedFactor
+
+_WRAPPED = "_checkpoint_wrapped_module."
 
 
 def is_to_be_sharded() -> bool:
@@ -92,17 +99,57 @@ def remove_checkpointing(model: nn.Module) -> None:
 
 def full_adapter(model: nn.Module) -> dict[str, Tensor]:
     """The whole tensors of a model's adapters, on the CPU, by their names in it. Every rank calls it."""
-    named = [
-        (name.replace("_checkpoint_wrapped_module.", ""), parameter)
-        for name, parameter in model.named_parameters()
-        if "lora_" in name
-    ]
+    named = [(name.replace(_WRAPPED, ""), parameter) for name, parameter in model.named_parameters() if "lora_" in name]
     if any(hasattr(parameter, "ds_id") for _, parameter in named):
         from deepspeed.zero import GatheredParameters
 
         with GatheredParameters([parameter for _, parameter in named]):
             return {name: parameter.detach().cpu().clone() for name, parameter in named}
     return {name: _whole(parameter.detach()).cpu() for name, parameter in named}
+
+
+def restore_adapter(model: PeftModel, checkpoint: Path) -> None:
+    """Load the adapter of a FULL_STATE_DICT checkpoint into a model that FSDP2 has sharded. Every rank calls it.
+
+    accelerate 1.13 does not: it saves rank 0's part of an adapter as if it were all, and loads that on rank 0 alone.
+    (``fsdp_utils.save_fsdp_model`` with ``adapter_only``.) The whole adapter is beside it, as PEFT saves it.
+
+    Raises:
+        QALoraError: it is not there.
+    """
+    if not (checkpoint / "pytorch_model_fsdp.bin").exists():
+        return
+    file = checkpoint / "adapter_model.safetensors"
+    if not file.is_file():
+        raise QALoraError(f"{checkpoint} has no {file.name} to resume from. Resume an earlier checkpoint.")
+    saved = load_file(file) if dist.get_rank() == 0 else {}
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            continue
+        stored = name.replace(_WRAPPED, "").replace(f".{model.active_adapter}.", ".")
+        whole = saved.get(stored, torch.empty(parameter.shape)).to(parameter.dtype)
+        parts = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=0)
+        parameter.detach().to_local().copy_(parts.to_local())
+
+
+def resumed_from(args: TrainingArguments, state: TrainerState) -> Path | None:
+    """The checkpoint that a run goes on from: the one that the arguments name, or the output folder's own."""
+    if not state.global_step:
+        return None
+    named = args.resume_from_checkpoint
+    return Path(named if isinstance(named, str) else f"{args.output_dir}/checkpoint-{state.global_step}")
+
+
+class RestoreAdapter(TrainerCallback):
+    """See :func:`restore_adapter`. ``folder``: of the checkpoint, where the Trainer's arguments do not name it."""
+
+    def __init__(self, folder: str | None = None):
+        self.folder = folder
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        found = resumed_from(args, state)
+        if found is not None:
+            restore_adapter(kwargs["model"], Path(self.folder or found))
 
 
 def _whole(tensor: Tensor) -> Tensor:
