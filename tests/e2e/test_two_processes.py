@@ -1,22 +1,14 @@
 """``axolotl train`` as two processes: data parallel and FSDP2 train what one process trains, and the merge follows."""
 
-import json
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
-from support.axolotl_runs import BIN, command, losses, write_config
-from support.fabricate import make_adapter, make_base
-from support.two_processes import report, train_as_two
+from support.axolotl_runs import BIN, command
+from support.two_processes import assert_same_training, report, same_training, train_as_two, trained
 
 pytestmark = pytest.mark.e2e
 
-SETTINGS = {
-    "micro_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 4, "save_steps": 2, "val_set_size": None,
-    "eval_steps": None, "gradient_checkpointing": False, "optimizer": "adamw_torch", "adam_epsilon": 1e-3,
-    "learning_rate": 0.005, "lr_scheduler": "constant", "qalora": {"verify": False},
-}  # fmt: skip
 LAYERS = {
     "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
     "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
@@ -33,26 +25,7 @@ FSDP2 = {
 
 @pytest.fixture(scope="module")
 def configured(tmp_path_factory):
-    """Makes configs that differ by what they are called with; all train the same adapter on the same base and data."""
-    root = tmp_path_factory.mktemp("two")
-    base = make_base(root / "base", act_order=True, bias=True)
-    adapter = make_adapter(base, root / "adapter", r=8, lora_alpha=16)
-    # Of one length: Axolotl has each rank average over its own tokens, which one process with all rows does not.
-    rows = ({"instruction": f"say {i:03d}", "input": "", "output": f"{i * i:05d} is its square"} for i in range(64))
-    data = root / "data.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def configure(name: str, **changes) -> Path:
-        folder = root / name
-        folder.mkdir(exist_ok=True)
-        common = {
-            "lora_model_dir": str(adapter),
-            "datasets": [{"path": str(data), "ds_type": "json", "type": "alpaca"}],
-            "dataset_prepared_path": str(root / "prepared"),
-        }
-        return write_config(folder, base, **SETTINGS | common | changes)
-
-    return configure
+    return same_training(tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
@@ -60,19 +33,6 @@ def data_parallel(configured) -> Path:
     config = configured("ddp")
     train_as_two(config)
     return config
-
-
-def trained(config: Path) -> dict[str, torch.Tensor]:
-    return load_file(config.parent / "out" / "adapter_model.safetensors")
-
-
-def assert_same_training(config: Path, other: Path) -> None:
-    one, two = trained(config), trained(other)
-    assert one.keys() == two.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
-    for key in ("loss", "grad_norm"):
-        assert losses(config.parent / "out", key) == pytest.approx(losses(other.parent / "out", key), abs=1e-5)
 
 
 def test_data_parallel_trains_what_one_process_does(configured, data_parallel):

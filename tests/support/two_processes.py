@@ -2,10 +2,20 @@
 
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
-from support.axolotl_runs import BIN, ENVIRONMENT
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.axolotl_runs import BIN, ENVIRONMENT, losses, write_config
+from support.fabricate import make_adapter, make_base
 
+_SETTINGS = {
+    "micro_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 4, "save_steps": 2, "val_set_size": None,
+    "eval_steps": None, "gradient_checkpointing": False, "optimizer": "adamw_torch", "adam_epsilon": 1e-3,
+    "learning_rate": 0.005, "lr_scheduler": "constant", "qalora": {"verify": False},
+}  # fmt: skip
 _ADDRESS = ("--standalone", "--nproc_per_node", "2")
 
 
@@ -29,3 +39,38 @@ def train_as_two(config: Path, **options) -> str:
 def report(config: Path, rank: int) -> dict:
     """What a rank found when training began: ``mode``, ``backend``, ``model``, ``packed`` and ``here`` (bytes)."""
     return json.loads((config.parent / f"rank{rank}.json").read_text())
+
+
+def same_training(root: Path) -> Callable[..., Path]:
+    """Makes configs that differ by what they are called with; all train the same adapter on the same base and data."""
+    base = make_base(root / "base", act_order=True, bias=True)
+    adapter = make_adapter(base, root / "adapter", r=8, lora_alpha=16)
+    # Of one length: Axolotl has each rank average over its own tokens, which one process with all rows does not.
+    rows = ({"instruction": f"say {i:03d}", "input": "", "output": f"{i * i:05d} is its square"} for i in range(64))
+    data = root / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {
+        "lora_model_dir": str(adapter),
+        "datasets": [{"path": str(data), "ds_type": "json", "type": "alpaca"}],
+        "dataset_prepared_path": str(root / "prepared"),
+    }
+
+    def configure(name: str, **changes) -> Path:
+        folder = root / name
+        folder.mkdir(exist_ok=True)
+        return write_config(folder, base, **_SETTINGS | common | changes)
+
+    return configure
+
+
+def trained(config: Path) -> dict[str, torch.Tensor]:
+    return load_file(config.parent / "out" / "adapter_model.safetensors")
+
+
+def assert_same_training(config: Path, other: Path) -> None:
+    one, two = trained(config), trained(other)
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
+    for key in ("loss", "grad_norm"):
+        assert losses(config.parent / "out", key) == pytest.approx(losses(other.parent / "out", key), abs=1e-5)
