@@ -21,6 +21,7 @@ MLX := 0.32.4
 MLX_LM := 0.32.2
 AUTOAWQ := 0.2.9
 AUTO_ROUND := 0.16.1
+DEEPSPEED := 0.19.8
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 GPU := $(shell nvidia-smi -L 2>/dev/null | head -1)
 GPU_PYTHON ?= $(PYTHON)
@@ -41,7 +42,7 @@ SERVE := serve
 SERVE_PIN := vllm==$(VLLM)
 endif
 
-.PHONY: help demo test lint types package test-train test-serve test-gpu-check gpu-check fuzz stress format clean
+.PHONY: help demo test lint types package test-train test-deepspeed test-serve test-gpu-check gpu-check fuzz stress format clean
 help:
 	@sed -n '1,10p' Makefile
 
@@ -71,6 +72,11 @@ format: .venv/.installed
 # Not tests/serve: those run where vLLM is. tests/e2e calls programs of both environments.
 test-train: .venv/.installed .venv-serve/.installed .cache/auto_gptq .cache/autoawq .cache/auto_round
 	.venv/bin/python -m pytest tests --ignore tests/serve --durations 10
+
+# Not part of `make test`: DeepSpeed is not installed where all other tests run, for transformers and accelerate import it
+# wherever it is.
+test-deepspeed: .venv/.installed .cache/deepspeed/.installed
+	PYTHONPATH=$(CURDIR)/.cache/deepspeed .venv/bin/python -m pytest tests/e2e/test_deepspeed.py --durations 10
 
 test-serve: .venv-serve/.installed
 	.venv-serve/bin/python -m pytest tests/serve --durations 10
@@ -113,6 +119,11 @@ endif
 	$(PYTHON) -m venv .venv-gpu
 	.venv-gpu/bin/pip install $(PIP_FLAGS) torch==2.11.0 triton==3.6.0 transformers==5.17.0 peft==0.21.0 accelerate==1.15.0 \
 		"numpy<2.3" safetensors blake3 threadpoolctl pydantic rich typer pytest hypothesis
+	touch $@
+
+.cache/deepspeed/.installed: .venv/.installed
+	DS_BUILD_OPS=0 .venv/bin/pip install $(PIP_FLAGS) --no-deps --no-build-isolation --upgrade --target .cache/deepspeed \
+		deepspeed==$(DEEPSPEED) hjson msgpack py-cpuinfo
 	touch $@
 
 # AutoGPTQ no longer imports, but one file of its wheel packs the layout that its checkpoints have: an oracle for tests.

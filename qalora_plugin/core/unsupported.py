@@ -68,11 +68,16 @@ _TABLE = (
     _Refusal("it loads bitsandbytes weights, and the base is GPTQ", ("qlora_sharded_model_loading",)),
     # other ways to run
     _Refusal(
-        "sharding packed weights is not supported yet; use DDP (the default with several GPUs)",
-        ("fsdp", "fsdp_config", "deepspeed"),
+        "it is the key of FSDP1, which flattens what trains together with what does not; FSDP2's are fsdp_version: 2 "
+        "and fsdp_config",
+        ("fsdp",),
     ),
     _Refusal("packed weights cannot be split over ranks while training", ("tensor_parallel_size",), allowed=(1,)),
-    _Refusal("mixture-of-experts layers are not trained yet", ("expert_parallel_size",), allowed=(1,)),
+    _Refusal(
+        "its all-to-all exchange is made for dense experts, and a packed layer would not take part",
+        ("expert_parallel_size",),
+        allowed=(1,),
+    ),
     _Refusal(
         "TRL sends vLLM merged weights or a plain LoRA, and this adapter is neither",
         ("trl.use_vllm",),

@@ -15,6 +15,13 @@ from qalora_plugin.eval.tokens import sample_dataset
 from qalora_plugin.formats.fusion import dense_modules, unservable
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.formats.qalora import require_offset_dtype
+from qalora_plugin.integrations.peft.sharded import (
+    RestoreAdapter,
+    full_adapter,
+    is_to_be_sharded,
+    make_shardable,
+    require_one_base,
+)
 from qalora_plugin.layers.summary import training_dtype, training_summary
 
 logger = logging.getLogger(__name__)
@@ -69,6 +76,13 @@ class QALoraMergeCallback(TrainerCallback):
                 f"{found}. Give QALoraMergeCallback the base (and the revision) that load_base was given."
             )
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Only now is it known everywhere that the Trainer's own arguments ask for FSDP."""
+        model = kwargs["model"]
+        if is_to_be_sharded() and hasattr(model, "get_base_model"):
+            make_shardable(model.get_base_model())
+            self._say_how(model, args, state)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -81,8 +95,14 @@ class QALoraMergeCallback(TrainerCallback):
                 "Pass the model that add_adapter(load_base(…)) returns; or, to a trainer of TRL, load_base(…) and "
                 "peft_config=LoraConfig(…)."
             )
+        require_one_base(config.qalora["base_fingerprint"])
         self._require_places(args)
         self._require_base(config.qalora["base_fingerprint"])
+        RestoreAdapter().on_train_begin(args, state, control, model=model)
+        if not is_to_be_sharded():  # else it is by now, and was said before
+            self._say_how(model, args, state)
+
+    def _say_how(self, model: Any, args: TrainingArguments, state: TrainerState) -> None:
         if state.is_world_process_zero:
             for line in training_summary(model, training_dtype(model, args.bf16, args.fp16)):
                 print(f"qalora: {line}")
@@ -90,8 +110,11 @@ class QALoraMergeCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        model = kwargs["model"]
+        # Where ranks share the weights, all of them give their parts.
+        whole = {"state_dict": full_adapter(model)} if is_to_be_sharded() else {}
         if state.is_world_process_zero:
-            kwargs["model"].save_pretrained(args.output_dir)
+            model.save_pretrained(args.output_dir, **whole)
             if (processing := kwargs.get("processing_class")) is not None:
                 processing.save_pretrained(args.output_dir)
             merged = merge(self.base, str(args.output_dir), self._target(args), **self.merge_kwargs).folder

@@ -11,13 +11,17 @@ from qalora_plugin.core.weight import GroupwiseSpec, GroupwiseWeight
 from qalora_plugin.core.words import codes_per_period
 from qalora_plugin.kernels.autograd import linear
 from qalora_plugin.kernels.unpacking import dequantized
+from qalora_plugin.layers.sharding import Layout, flatten, views
+
+_HELD = ("qweight", "zeros", "scales", "offsets", "g_idx", "group_order", "bias")
 
 
 class QuantLinear(nn.Module):
     """``y = x·[scales·(q − zeros) + offsets] + bias``.
 
     Its tensors are those of a :class:`~qalora_plugin.core.weight.GroupwiseWeight`, as buffers: none is a parameter, for
-    they never train. A new layer is empty; :meth:`set_weight` fills it.
+    they never train. A new layer is empty; :meth:`set_weight` fills it. Where ranks share the weight between them,
+    it is in ``words`` instead (:mod:`.sharding`).
 
     Args:
         spec: sizes, bits and group size.
@@ -33,6 +37,7 @@ class QuantLinear(nn.Module):
     g_idx: Tensor | None
     group_order: Tensor | None
     bias: Tensor | None
+    words: nn.Parameter | None
 
     def __init__(self, spec: GroupwiseSpec):
         super().__init__()
@@ -43,6 +48,8 @@ class QuantLinear(nn.Module):
         for name in ("qweight", "zeros", "scales", "offsets", "g_idx", "bias"):
             self.register_buffer(name, None)
         self.register_buffer("group_order", None, persistent=False)
+        self.register_parameter("words", None)
+        self._layout: Layout | None = None
 
     def set_weight(self, weight: GroupwiseWeight, bias: Tensor | None = None) -> "QuantLinear":
         """Hold these tensors. bias: ``[N]`` or None."""
@@ -51,18 +58,28 @@ class QuantLinear(nn.Module):
         self.bias = bias
         return self
 
+    def make_shardable(self, dtype: torch.dtype) -> None:
+        """Move all tensors into ``words``, a parameter of the model's own ``dtype``."""
+        if self.words is None:
+            self.words, self._layout = flatten([getattr(self, name) for name in _HELD], dtype)
+            for name in _HELD:
+                setattr(self, name, None)
+
+    def held(self) -> tuple[GroupwiseWeight, Tensor | None]:
+        """The weight as kernels and formats take it, and the bias ``[N]``."""
+        flat = self._layout is not None
+        tensors = views(self.words, self._layout) if flat else [getattr(self, name) for name in _HELD]
+        return GroupwiseWeight.of(tensors[:-1], self.bits, self.group_size), tensors[-1]
+
     @property
     def quantized(self) -> GroupwiseWeight:
-        """The weight as kernels and formats take it."""
-        return GroupwiseWeight(
-            self.qweight, self.zeros, self.scales, self.offsets, self.g_idx, self.group_order,
-            self.bits, self.group_size,
-        )  # fmt: skip
+        return self.held()[0]
 
     def forward(self, x: Tensor, delta: OffsetDelta | None = None) -> Tensor:
         """``[..., K] → [..., N]``, with an adapter folded in if one is given."""
-        y = linear(x, self.quantized, delta)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        weight, bias = self.held()
+        y = linear(x, weight, delta)
+        return y if bias is None else y + bias.to(y.dtype)
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """A new dense ``[K, N]`` weight, offsets included. For tests, reports and exports."""
@@ -72,8 +89,11 @@ class QuantLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
-            f"group_size={self.group_size}, act_order={self.g_idx is not None}, offsets={self.offsets is not None}"
+            f"group_size={self.group_size}, act_order={self._has('g_idx')}, offsets={self._has('offsets')}"
         )
+
+    def _has(self, name: str) -> bool:
+        return (getattr(self, name) if self._layout is None else self._layout.parts[_HELD.index(name)]) is not None
 
 
 def require_packable(spec: GroupwiseSpec) -> None:

@@ -1,7 +1,11 @@
-"""Trains with the HF Trainer; run alone or by ``torch.distributed.run``. Arguments: base, output folder, batch size."""
+"""Trains with the HF Trainer; run alone or by ``torch.distributed.run``.
+
+Arguments: base, output folder, batch size; and ``fsdp`` for FSDP2.
+"""
 
 import os
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -10,18 +14,29 @@ from transformers import Trainer, TrainingArguments
 
 from qalora_plugin import QALoraMergeCallback, add_adapter, load_base
 
-base, out, batch_size = sys.argv[1], sys.argv[2], int(sys.argv[3])
+base, out, batch_size, sharded = sys.argv[1], sys.argv[2], int(sys.argv[3]), "fsdp" in sys.argv
+options = {}
+if sharded:
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from support.axolotl_process import use_gloo
+
+    use_gloo(sharded=True)
+    options = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 rows = [{"input_ids": list(range(4 + i, 40 + i)), "labels": list(range(4 + i, 40 + i))} for i in range(32)]
 torch.manual_seed(0)
 arguments = TrainingArguments(
     out, max_steps=4, per_device_train_batch_size=batch_size, learning_rate=0.1, optim="sgd", report_to=[],
     use_cpu=True, max_grad_norm=0.0, lr_scheduler_type="constant",
-    ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
+    ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None, **options,
 )  # fmt: skip
 model = add_adapter(load_base(base, dtype=torch.float32), r=4, target_modules="all-linear")
 trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[QALoraMergeCallback(base)])
 trainer.train()
-if dist.is_initialized():
+if sharded:
+    words = [parameter for name, parameter in model.named_parameters() if name.endswith(".words")]
+    assert words
+    assert all(parameter.to_local().numel() * 2 == parameter.numel() for parameter in words)
+elif dist.is_initialized():
     wrapped = trainer.model_wrapped
     assert isinstance(wrapped, DistributedDataParallel)
     sent = sum(buffer.nbytes for buffer in wrapped.modules_buffers)

@@ -1,4 +1,4 @@
-"""Two processes train what one process trains."""
+"""Two processes train what one process trains, each with a whole model (DDP) or with half of one (FSDP2)."""
 
 from pathlib import Path
 
@@ -16,9 +16,12 @@ def test_two_processes_train_what_one_does(base, tmp_path):
     command(python, SCRIPT, base, tmp_path / "one", "4")
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     command(python, *launch, SCRIPT, base, tmp_path / "two", "2")
-    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys()
+    command(python, *launch, SCRIPT, base, tmp_path / "sharded", "2", "fsdp")
+    names = ("one", "two", "sharded")
+    one, two, sharded = (load_file(tmp_path / name / "adapter_model.safetensors") for name in names)
+    assert one.keys() == two.keys() == sharded.keys()
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(two[name], sharded[name], rtol=0, atol=1e-5)
     assert any(tensor.abs().max() > 1e-4 for name, tensor in one.items() if "lora_B" in name)
-    assert (tmp_path / "two" / "merged" / "offsets.safetensors").is_file()
+    assert all((tmp_path / name / "merged" / "offsets.safetensors").is_file() for name in names)

@@ -46,8 +46,8 @@ def test_other_adapters_are_left_alone():
     "key",
     [
         "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel", "peft_use_dora", "load_in_4bit",
-        "load_in_8bit", "lora_modules_to_save", "lora_target_parameters", "peft_layer_replication", "deepspeed",
-        "peft_trainable_token_indices", "unfrozen_parameters", "qat", "fsdp_config", "fsdp", "lora_fan_in_fan_out",
+        "load_in_8bit", "lora_modules_to_save", "lora_target_parameters", "peft_layer_replication",
+        "peft_trainable_token_indices", "unfrozen_parameters", "qat", "fsdp", "lora_fan_in_fan_out",
         "fix_untrained_tokens", "reward_model", "process_reward_model",
     ],
 )  # fmt: skip
@@ -87,3 +87,46 @@ def test_preference_training_from_an_adapter():
         refuse_unmergeable(config | {"rl": "dpo"})
     refuse_unmergeable(config | {"rl": "orpo"})
     refuse_unmergeable(config | {"rl": "dpo", "merge_lora": True})
+
+
+LAYERS = {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"fsdp_config": LAYERS},
+        {"fsdp_version": 1, "fsdp_config": LAYERS},
+        {"fsdp_config": LAYERS | {"version": 1}},
+        {"fsdp_config": LAYERS | {"fsdp_version": 1}},
+    ],
+)
+def test_fsdp1_is_refused(keys):
+    with pytest.raises(QALoraError, match=r"fsdp_config is for FSDP1 .* Set fsdp_version: 2"):
+        refuse_unmergeable(GOOD | keys)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"fsdp_version": 2, "fsdp_config": LAYERS},
+        {"fsdp_config": LAYERS | {"fsdp_version": 2}},
+        {"fsdp_version": 2, "fsdp_config": LAYERS | {"mixed_precision_policy": "bf16"}, "bf16": True},
+        {"deepspeed": "zero3.json"},
+    ],
+)
+def test_sharding_is_accepted(keys):
+    refuse_unmergeable(GOOD | keys)
+
+
+def test_mixed_precision_that_casts_packed_weights_is_refused():
+    keys = {"fsdp_version": 2, "fsdp_config": LAYERS | {"mixed_precision_policy": "fp16"}, "bf16": True}
+    with pytest.raises(QALoraError, match=r"mixed_precision_policy is fp16, .* loaded for bf16.* set it to bf16"):
+        refuse_unmergeable(GOOD | keys)
+
+
+@pytest.mark.parametrize("key", ["tensor_parallel_size", "expert_parallel_size"])
+def test_splitting_linears_or_experts_is_refused(key):
+    with pytest.raises(QALoraError, match=f"{key}: 2 cannot be combined with adapter: qalora"):
+        refuse_unmergeable(GOOD | {key: 2})
+    refuse_unmergeable(GOOD | {key: 1})

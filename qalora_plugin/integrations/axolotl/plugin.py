@@ -84,7 +84,9 @@ class QALoraPlugin(BasePlugin):
 
         from qalora_plugin.integrations.peft.binding import bind_config
         from qalora_plugin.integrations.peft.loading import load_adapter
+        from qalora_plugin.integrations.peft.sharded import require_one_base
 
+        require_one_base(model.hf_quantizer.base_fingerprint())
         if cfg.lora_model_dir and not config_only:
             peft_model: Any = load_adapter(model, cfg.lora_model_dir, is_trainable=not inference)
             config = peft_model.peft_config["default"]
@@ -116,6 +118,10 @@ class QALoraPlugin(BasePlugin):
             trainer.model, training_dtype(trainer.model, trainer.args.bf16, trainer.args.fp16)
         ):
             LOG.info("qalora: %s", line)
+        if cfg.fsdp_config:
+            from qalora_plugin.integrations.peft.sharded import RestoreAdapter
+
+            trainer.add_callback(RestoreAdapter(cfg.resume_from_checkpoint))
         if cfg.rl:
             # TRL wraps the base in the adapter itself, and Axolotl then saves both: let the base save the adapter.
             trainer.model.get_base_model().save_pretrained = trainer.model.save_pretrained
@@ -123,6 +129,13 @@ class QALoraPlugin(BasePlugin):
             from qalora_plugin.eval.tokens import sample_dataset
 
             self._samples = sample_dataset(trainer.eval_dataset or trainer.train_dataset, cfg.qalora.verify_tokens)
+
+    def post_train(self, cfg: Any, model: Any) -> None:
+        """Called before the adapter is saved (and after it, too)."""
+        if cfg.adapter == ADAPTER and cfg.fsdp_config:
+            from qalora_plugin.integrations.peft.sharded import remove_checkpointing
+
+            remove_checkpointing(model)
 
     def post_train_unload(self, cfg: Any) -> None:
         """After the adapter is saved and the model gone; called once, where ``post_train`` is called twice."""

@@ -25,6 +25,7 @@ from qalora_plugin.integrations.peft.conversion import leave_alone
 from qalora_plugin.kernels.pooling import pool
 from qalora_plugin.layers.experts import QuantExpertLinear
 from qalora_plugin.layers.linear import QuantLinear
+from qalora_plugin.layers.sharding import factor
 
 
 @dataclass
@@ -144,7 +145,7 @@ class QALoraLayer(nn.Module, LoraLayer):
             return base(x)
         if len(active) == 1 and not self._drops(active[0]):
             name = active[0]
-            return base(x, OffsetDelta(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]))
+            return base(x, OffsetDelta(factor(self.lora_A[name]), factor(self.lora_B[name]), self.scaling[name]))
         y = base(x)
         for name in active:
             lora_a, lora_b = self.lora_A[name], self.lora_B[name]

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from qalora_plugin.integrations.peft.adapter import QALoraConfig, QALoraLayer, require_adapters
 from qalora_plugin.integrations.peft.binding import bind_config
+from qalora_plugin.integrations.peft.sharded import is_to_be_sharded, make_shardable
 from qalora_plugin.layers.linear import QuantLinear
 
 
@@ -35,6 +36,8 @@ class QALoraModel(LoraModel):
         if layers and is_first:
             config = self.peft_config[adapter_name]
             require_adapters(model, {name for name in layers if check_target_module_exists(config, name)})
+        if layers and is_to_be_sharded():
+            make_shardable(model)
         # DDP broadcasts every buffer at every forward, but the packed weights never change. It looks for this on what
         # it wraps, the PeftModel, which asks here.
         self._ddp_params_and_buffers_to_ignore = [

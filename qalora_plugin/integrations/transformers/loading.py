@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from transformers.configuration_utils import PretrainedConfig
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -86,6 +87,12 @@ class QALoraHfQuantizer(HfQuantizer):
         for name in self._linears:
             add_stand_in(cast(QuantLinear, model.get_submodule(name)))
 
+    def update_device_map(self, device_map: Any) -> Any:
+        """Without an accelerator the CPU is the only place, though launchers name the device of each process's rank."""
+        if not isinstance(device_map, dict) or torch.accelerator.is_available():
+            return device_map
+        return {name: place if str(place) in ("meta", "disk") else "cpu" for name, place in device_map.items()}
+
     def update_weight_conversions(self, weight_conversions: list) -> list:
         """Called with the rules by which tensors are about to be renamed: hold the packed linears against them."""
         require_every_tensor(self._model, self.checkpoint, self._linears, weight_conversions)
@@ -96,7 +103,7 @@ class QALoraHfQuantizer(HfQuantizer):
         for name, stored in self._linears.items():
             layer = cast(QuantLinear, model.get_submodule(name))
             remove_stand_in(layer)
-            adopt_stored(layer, self.opened.specs[stored], self.opened.format)
+            adopt_stored(layer, self.opened.specs[stored], self.opened.format, self.checkpoint.tensor)
         for name, projection in self._experts.items():
             read_experts(cast(QuantExpertLinear, model.get_submodule(name)), projection, self.opened)
         for name in self.names:

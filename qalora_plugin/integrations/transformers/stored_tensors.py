@@ -4,6 +4,8 @@ transformers loads and saves by names. So a new layer starts with the checkpoint
 device; once they are loaded, the format makes a weight of them, and when the model is saved, these of it again.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,9 +23,16 @@ def expect_stored(layer: QuantLinear, spec: GroupwiseSpec, fmt: CheckpointFormat
         layer.register_buffer(part, torch.empty(info.shape, dtype=getattr(torch, info.torch_dtype), device="meta"))
 
 
-def adopt_stored(layer: QuantLinear, spec: GroupwiseSpec, fmt: CheckpointFormat) -> None:
-    """Make the weight of the loaded buffers."""
+def adopt_stored(layer: QuantLinear, spec: GroupwiseSpec, fmt: CheckpointFormat, load: Callable[[str], Tensor]) -> None:
+    """Make the weight of the loaded buffers.
+
+    Args:
+        load: reads a tensor from disk. Where a rank leaves weights to another one that will send them, its buffers are
+            on the meta device; but whether columns are in order is a question of ``g_idx``'s values.
+    """
     stored = {f"{spec.name}.{part}": layer.get_buffer(part) for part in fmt.parts(spec)}
+    if layer.qweight.is_meta and spec.has_g_idx:
+        stored[f"{spec.name}.g_idx"] = load(f"{spec.name}.g_idx")
     bias = stored.get(f"{spec.name}.bias")
     weight = fmt.read(spec, stored.__getitem__)
     for part in fmt.parts(spec):

@@ -1,0 +1,43 @@
+"""``axolotl train`` with ZeRO as two processes trains what data parallel trains. Run by ``make test-deepspeed``."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from support.two_processes import assert_same_training, report, same_training, train_as_two
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed: make test-deepspeed"),
+]
+
+ZERO3 = json.loads((Path(__file__).parents[2] / "example_configs" / "zero3.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def configured(tmp_path_factory):
+    return same_training(tmp_path_factory.mktemp("zero"))
+
+
+@pytest.fixture(scope="module")
+def data_parallel(configured) -> Path:
+    config = configured("ddp")
+    train_as_two(config)
+    return config
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_trains_what_data_parallel_does(configured, data_parallel, stage):
+    zero = ZERO3["zero_optimization"] if stage == 3 else {"stage": stage, "contiguous_gradients": True}
+    settings = data_parallel.parent.parent / f"zero{stage}.json"
+    settings.write_text(json.dumps(ZERO3 | {"zero_optimization": zero}))
+    config = configured(f"zero{stage}", deepspeed=str(settings))
+    train_as_two(config)
+    assert_same_training(config, data_parallel)
+    for rank in (0, 1):
+        found = report(config, rank)
+        assert (found["mode"], found["backend"], found["world"]) == ("DISTRIBUTED", "gloo", 2)
+        assert found["here"] == found["packed"] / (2 if stage == 3 else 1)
+    assert load_file(config.parent / "out" / "merged" / "offsets.safetensors").keys()

@@ -1,0 +1,98 @@
+"""Packed weights as FSDP2 shards them: one flat parameter a linear, whose views are the weight, bit for bit."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from layers.sharded_ranks import CASES
+from support.fabricate import make_base
+from support.two_processes import launch
+
+from qalora_plugin import add_adapter, load_base
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.integrations.peft.sharded import make_shardable
+from qalora_plugin.layers.linear import QuantLinear
+from qalora_plugin.layers.sharding import flatten, views
+
+TENSORS = [
+    torch.arange(-7, 8, dtype=torch.int32),  # as bfloat16 or float16, some of these are NaN
+    None,
+    torch.full((3, 5), 200, dtype=torch.uint8),
+    torch.tensor([[1.5, -2.0]], dtype=torch.float16),
+    torch.arange(4),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_views_are_what_was_flattened(dtype):
+    flat, layout = flatten(TENSORS, dtype)
+    assert flat.dtype == dtype
+    assert not flat.requires_grad
+    moved = flat.data.clone()  # what sharding does with it
+    for tensor, view in zip(TENSORS, views(moved, layout), strict=True):
+        assert (view is None) == (tensor is None)
+        assert tensor is None or (view.dtype == tensor.dtype and torch.equal(view, tensor))
+        assert view is None or view.data_ptr() % 16 == moved.data_ptr() % 16
+
+
+def test_a_cast_parameter_is_refused():
+    flat, layout = flatten(TENSORS, torch.float32)
+    with pytest.raises(QALoraError, match=r"cast from float32 to bfloat16, which destroys .* in bfloat16"):
+        views(flat.to(torch.bfloat16), layout)
+
+
+def test_half_a_parameter_is_refused():
+    flat, layout = flatten(TENSORS, torch.float32)
+    with pytest.raises(QALoraError, match="sharded over the ranks"):
+        views(flat[: len(flat) // 2], layout)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bases")
+    make_base(folder / "plain")
+    make_base(folder / "three", bits=3)
+    make_base(folder / "ordered", act_order=True, bias=True)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["plain", "three", "ordered"])
+def test_without_memory_the_layout_is_the_same(bases, name):
+    """A rank that leaves the weights to rank 0 knows from the files' headers, and from g_idx, what it will get."""
+    layouts = []
+    for place in ("cpu", "meta"):
+        model = add_adapter(
+            load_base(bases / name, dtype=torch.float32, device_map=place), r=4, target_modules="all-linear"
+        )
+        make_shardable(model.get_base_model())
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+        layouts.append({name: (layer._layout, repr(layer)) for name, layer in layers.items()})
+        assert not any(buffer.is_meta for _, buffer in model.named_buffers())
+        assert all(parameter.is_meta == (place == "meta") for n, parameter in model.named_parameters() if "words" in n)
+    assert layouts[0] == layouts[1]
+
+
+@pytest.fixture(scope="module")
+def ranks(bases, tmp_path_factory) -> list[dict]:
+    results = tmp_path_factory.mktemp("ranks")
+    launch(Path(__file__).with_name("sharded_ranks.py"), bases, results)
+    return [json.loads((results / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_compute_what_each_would_alone(ranks, case):
+    bar = 0.02 if case == "bfloat16" else 1e-5
+    for found in (rank[case] for rank in ranks):
+        assert found["same"]
+        assert found["loss"] <= bar
+        assert found["gradients"] <= bar
+        assert found["share"] == 0.5
+        assert found["saved"] == 0
+
+
+def test_every_rank_is_told(ranks):
+    for found in ranks:
+        assert "were cast from float32 to bfloat16" in found["cast"]
+        assert "rank 1 loaded another base than rank 0" in found["other base"]
+        assert "can be read only while the model runs" in found["read while sharded"]

@@ -1,0 +1,76 @@
+"""Runs a script, or ``axolotl train``, as two processes on a CPU."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.axolotl_runs import BIN, ENVIRONMENT, losses, write_config
+from support.fabricate import make_adapter, make_base
+
+_SETTINGS = {
+    "micro_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 4, "save_steps": 2, "val_set_size": None,
+    "eval_steps": None, "gradient_checkpointing": False, "optimizer": "adamw_torch", "adam_epsilon": 1e-3,
+    "learning_rate": 0.005, "lr_scheduler": "constant", "qalora": {"verify": False},
+}  # fmt: skip
+_ADDRESS = ("--standalone", "--nproc_per_node", "2")
+
+
+def launch(*arguments: str | Path, code: int = 0, timeout: int = 600) -> str:
+    """Run a Python script with its arguments as two processes; returns their output, of both in one."""
+    program = (BIN / "python", "-m", "torch.distributed.run", *_ADDRESS)
+    done = subprocess.run(
+        [str(argument) for argument in (*program, *arguments)],
+        capture_output=True, text=True, env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"}, timeout=timeout,
+    )  # fmt: skip
+    output = done.stdout + done.stderr
+    assert (done.returncode != 0) == (code != 0), output[-8000:]
+    return output
+
+
+def train_as_two(config: Path, **options) -> str:
+    """``axolotl train``; each rank leaves a report beside the config, see :func:`report`."""
+    return launch(Path(__file__).with_name("axolotl_process.py"), config, **options)
+
+
+def report(config: Path, rank: int) -> dict:
+    """What a rank found when training began: ``mode``, ``backend``, ``model``, ``packed`` and ``here`` (bytes)."""
+    return json.loads((config.parent / f"rank{rank}.json").read_text())
+
+
+def same_training(root: Path) -> Callable[..., Path]:
+    """Makes configs that differ by what they are called with; all train the same adapter on the same base and data."""
+    base = make_base(root / "base", act_order=True, bias=True)
+    adapter = make_adapter(base, root / "adapter", r=8, lora_alpha=16)
+    # Of one length: Axolotl has each rank average over its own tokens, which one process with all rows does not.
+    rows = ({"instruction": f"say {i:03d}", "input": "", "output": f"{i * i:05d} is its square"} for i in range(64))
+    data = root / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {
+        "lora_model_dir": str(adapter),
+        "datasets": [{"path": str(data), "ds_type": "json", "type": "alpaca"}],
+        "dataset_prepared_path": str(root / "prepared"),
+    }
+
+    def configure(name: str, **changes) -> Path:
+        folder = root / name
+        folder.mkdir(exist_ok=True)
+        return write_config(folder, base, **_SETTINGS | common | changes)
+
+    return configure
+
+
+def trained(config: Path) -> dict[str, torch.Tensor]:
+    return load_file(config.parent / "out" / "adapter_model.safetensors")
+
+
+def assert_same_training(config: Path, other: Path) -> None:
+    one, two = trained(config), trained(other)
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
+    for key in ("loss", "grad_norm"):
+        assert losses(config.parent / "out", key) == pytest.approx(losses(other.parent / "out", key), abs=1e-5)
