@@ -67,8 +67,10 @@ class QuantLinear(nn.Module):
 
     def held(self) -> tuple[GroupwiseWeight, Tensor | None]:
         """The weight as kernels and formats take it, and the bias ``[N]``."""
-        flat = self._layout is not None
-        tensors = views(self.words, self._layout) if flat else [getattr(self, name) for name in _HELD]
+        if self.words is None or self._layout is None:
+            tensors = [getattr(self, name) for name in _HELD]
+        else:
+            tensors = views(self.words, self._layout)
         return GroupwiseWeight.of(tensors[:-1], self.bits, self.group_size), tensors[-1]
 
     @property

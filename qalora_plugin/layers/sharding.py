@@ -47,7 +47,8 @@ def flatten(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[nn.Pa
     Args:
         dtype: of the parameter, the model's own and so that of mixed precision's ``param_dtype``.
     """
-    parts, end = [], 0
+    parts: list[Part | None] = []
+    end = 0
     for tensor in tensors:
         if tensor is None:
             parts.append(None)

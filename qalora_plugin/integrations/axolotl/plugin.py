@@ -86,7 +86,8 @@ class QALoraPlugin(BasePlugin):
         from qalora_plugin.integrations.peft.loading import load_adapter
         from qalora_plugin.integrations.peft.sharded import require_one_base
 
-        require_one_base(model.hf_quantizer.base_fingerprint())
+        quantizer: Any = model.hf_quantizer
+        require_one_base(quantizer.base_fingerprint())
         if cfg.lora_model_dir and not config_only:
             peft_model: Any = load_adapter(model, cfg.lora_model_dir, is_trainable=not inference)
             config = peft_model.peft_config["default"]

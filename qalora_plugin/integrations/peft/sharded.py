@@ -6,7 +6,7 @@ accelerate, torch and DeepSpeed do the sharding; they find parameters that they 
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -39,7 +39,9 @@ def make_shardable(model: PreTrainedModel) -> None:
     Ranks that leave the weights to rank 0 hold a model on the meta device. What nobody will send them is made here:
     buffers that are in no file, and memory for the factors, by whose addresses accelerate knows the optimizer's.
     """
-    dtype = model.get_input_embeddings().weight.dtype  # of the dense parameters, and so of mixed precision
+    dtype = cast(
+        nn.Embedding, model.get_input_embeddings()
+    ).weight.dtype  # of the dense parameters, and so of mixed precision
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.make_shardable(dtype)
@@ -54,7 +56,7 @@ def make_shardable(model: PreTrainedModel) -> None:
 
 def _fill_buffers(model: PreTrainedModel) -> None:
     """Compute buffers that no checkpoint holds (rotary frequencies) where they are on the meta device."""
-    owners = {}
+    owners: dict[nn.Module, PreTrainedModel] = {}
     for owner in (module for module in model.modules() if isinstance(module, PreTrainedModel)):
         owners |= dict.fromkeys(owner.modules(), owner)  # the innermost, which knows how
     for module, owner in owners.items():
@@ -101,7 +103,7 @@ def full_adapter(model: nn.Module) -> dict[str, Tensor]:
     """The whole tensors of a model's adapters, on the CPU, by their names in it. Every rank calls it."""
     named = [(name.replace(_WRAPPED, ""), parameter) for name, parameter in model.named_parameters() if "lora_" in name]
     if any(hasattr(parameter, "ds_id") for _, parameter in named):
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.zero import GatheredParameters  # type: ignore[import-not-found]  # only where it runs
 
         with GatheredParameters([parameter for _, parameter in named]):
             return {name: parameter.detach().cpu().clone() for name, parameter in named}
@@ -123,12 +125,13 @@ def restore_adapter(model: PeftModel, checkpoint: Path) -> None:
     if not file.is_file():
         raise QALoraError(f"{checkpoint} has no {file.name} to resume from. Resume an earlier checkpoint.")
     saved = load_file(file) if dist.get_rank() == 0 else {}
+    parameter: Any  # a DTensor
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
             continue
         stored = name.replace(_WRAPPED, "").replace(f".{model.active_adapter}.", ".")
         whole = saved.get(stored, torch.empty(parameter.shape)).to(parameter.dtype)
-        parts = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=0)
+        parts: Any = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=0)
         parameter.detach().to_local().copy_(parts.to_local())
 
 
@@ -146,7 +149,9 @@ class RestoreAdapter(TrainerCallback):
     def __init__(self, folder: str | None = None):
         self.folder = folder
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         found = resumed_from(args, state)
         if found is not None:
             restore_adapter(kwargs["model"], Path(self.folder or found))

@@ -37,7 +37,7 @@ class QALoraModel(LoraModel):
             config = self.peft_config[adapter_name]
             require_adapters(model, {name for name in layers if check_target_module_exists(config, name)})
         if layers and is_to_be_sharded():
-            make_shardable(model)
+            make_shardable(cast(PreTrainedModel, model))
         # DDP broadcasts every buffer at every forward, but the packed weights never change. It looks for this on what
         # it wraps, the PeftModel, which asks here.
         self._ddp_params_and_buffers_to_ignore = [
