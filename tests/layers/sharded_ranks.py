@@ -52,7 +52,7 @@ def shard(model, param_dtype=None):
     return fully_shard(model, **options)
 
 
-def step(model, rank: int, adapter_dtype=None):
+def step(model, rank: int):
     ids = torch.randint(4, 99, (2, 24), generator=torch.Generator().manual_seed(2 + rank))
     torch.manual_seed(3 + rank)  # of dropout
     loss = model(input_ids=ids, labels=ids).loss
