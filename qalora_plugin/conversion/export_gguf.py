@@ -61,7 +61,14 @@ class GgufExport:
 
     def summary(self) -> list[str]:
         types = ", ".join(f"{count} × {name}" for name, count in self.types.items())
-        return [f"{self.file}: {self.nbytes / 1e6:.1f} MB ({types})", f"llama-cli -m {self.file}"]
+        loss = self.total
+        rounded = {
+            "offsets by ≤ {:.2g} of a step": loss.largest_step,
+            "scales by ≤ {:.2g}": loss.scales,
+            "dense tensors by ≤ {:.2g} of their rows": loss.dense,
+        }
+        lost = ", ".join(text.format(value) for text, value in rounded.items() if value) or "nothing"
+        return [f"{self.file}: {self.nbytes / 1e6:.1f} MB ({types}); rounded: {lost}", f"llama-cli -m {self.file}"]
 
     @property
     def total(self) -> Loss:
