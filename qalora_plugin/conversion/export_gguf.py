@@ -37,12 +37,8 @@ _EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 _RECOMPUTED = "rotary_emb.inv_freq"  # stored by old versions of transformers
 _FILE_TYPES = {"Q4_0": "MOSTLY_Q4_0", "Q4_1": "MOSTLY_Q4_1", "Q8_0": "MOSTLY_Q8_0", "F16": "MOSTLY_F16"}
 _NOT_COPIED = (
-    "general.architecture",
-    "general.file_type",
-    "general.quantization_version",
-    "general.alignment",
-    "split.",
-)
+    "general.architecture", "general.file_type", "general.quantization_version", "general.alignment", "split.",
+)  # fmt: skip
 
 
 @dataclass
