@@ -1,5 +1,6 @@
-# Two commands set up everything they need:
+# These set up everything they need:
 #   make demo    the whole line on a real model: quantise, fine-tune, merge, verify, serve, ask before and after
+#   make demo-edge   the same model from GGUF: fine-tuned, merged, served by vLLM, back to GGUF and into llama.cpp
 #   make test    lint and all tests
 # With an NVIDIA GPU, and nothing to set up where torch, Triton, transformers and pytest are:
 #   make gpu-check    what a GPU must show, in eight minutes (GPU_PYTHON=…, BUNDLE=folder of benchmarks/gpu_bundle.py)
@@ -19,6 +20,7 @@ GPTQMODEL := 7.6.0
 COMPRESSED_TENSORS := 0.17.0
 MLX := 0.32.4
 MLX_LM := 0.32.2
+XLLAMACPP := 2026.10.11549
 AUTOAWQ := 0.2.9
 AUTO_ROUND := 0.16.1
 DEEPSPEED := 0.19.8
@@ -42,12 +44,16 @@ SERVE := serve
 SERVE_PIN := vllm==$(VLLM)
 endif
 
-.PHONY: help demo test lint types package test-train test-deepspeed test-serve test-gpu-check gpu-check fuzz stress format clean
+.PHONY: help demo demo-edge test lint types package test-train test-deepspeed test-serve test-gpu-check gpu-check fuzz \
+	stress format clean
 help:
-	@sed -n '1,10p' Makefile
+	@sed -n '1,11p' Makefile
 
 demo: .venv/.installed .venv-serve/.installed
 	.venv/bin/python demo/run.py
+
+demo-edge: .venv/.installed .venv-serve/.installed
+	.venv/bin/python demo/edge.py
 
 test: lint test-gpu-check test-train test-serve
 
@@ -96,7 +102,8 @@ stress: .venv/.installed
 	$(PYTHON) -m venv .venv
 	$(call install_torch,.venv)
 	.venv/bin/pip install $(PIP_FLAGS) -e ".[train,demo,bench,dev]" axolotl==$(AXOLOTL)
-	.venv/bin/pip install $(PIP_FLAGS) compressed-tensors==$(COMPRESSED_TENSORS) "mlx[cpu]==$(MLX)" mlx-lm==$(MLX_LM)
+	.venv/bin/pip install $(PIP_FLAGS) compressed-tensors==$(COMPRESSED_TENSORS) "mlx[cpu]==$(MLX)" mlx-lm==$(MLX_LM) \
+		xllamacpp==$(XLLAMACPP)
 	touch $@
 
 # GPTQModel builds against the torch that is there. On a CPU, torchvision and its kin from PyPI are CUDA builds that break

@@ -19,19 +19,13 @@ from pathlib import Path
 
 import openai
 import torch
-from task import question, score
+from task import LONGEST_ANSWER, SHOWN, question, score
 from transformers import AutoModelForCausalLM
 
 import qalora_plugin  # noqa: F401 (transformers then loads merged checkpoints)
 
-SHOWN = """\
-def split_bill(total, people, tip=0.1):
-    if people < 1:
-        raise ValueError('nobody to pay')
-    return round(total * (1 + tip) / people, 2)"""
 START_LIMIT = 600  # seconds; a first start on a CPU compiles and imports for about one minute
 STOP_LIMIT = 15
-LONGEST_ANSWER = 96  # tokens
 AT_ONCE = 8
 CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB
 CPU_ARGUMENTS = ["--max-model-len", "512", "--max-num-seqs", str(AT_ONCE), "--enforce-eager"]

@@ -28,6 +28,13 @@ LONGEST = 500  # characters of a function
 TRAINED, TESTED = 480, 48  # functions
 LABELS = ("What", "Takes", "Gives", "Raises")
 NOTHING = "nothing"
+LONGEST_ANSWER = 96  # tokens
+# A function written for this demo, whose answers are shown.
+SHOWN = """\
+def split_bill(total, people, tip=0.1):
+    if people < 1:
+        raise ValueError('nobody to pay')
+    return round(total * (1 + tip) / people, 2)"""
 
 
 def sources() -> dict[str, str]:

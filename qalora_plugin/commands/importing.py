@@ -27,11 +27,14 @@ def gguf(
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or Hub id of the tokenizer; default: made from the file's own.")
     ] = None,
+    config: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of the model's config; default: made from the file's metadata.")
+    ] = None,
 ) -> None:
     """A llama.cpp model as a base with float offsets."""
     from qalora_plugin.conversion.import_gguf import import_gguf
 
-    print_summary(import_gguf(src, out, tokenizer=tokenizer))
+    print_summary(import_gguf(src, out, tokenizer=tokenizer, model_config=config))
 
 
 @app.command()

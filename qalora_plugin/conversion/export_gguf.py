@@ -37,12 +37,8 @@ _EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 _RECOMPUTED = "rotary_emb.inv_freq"  # stored by old versions of transformers
 _FILE_TYPES = {"Q4_0": "MOSTLY_Q4_0", "Q4_1": "MOSTLY_Q4_1", "Q8_0": "MOSTLY_Q8_0", "F16": "MOSTLY_F16"}
 _NOT_COPIED = (
-    "general.architecture",
-    "general.file_type",
-    "general.quantization_version",
-    "general.alignment",
-    "split.",
-)
+    "general.architecture", "general.file_type", "general.quantization_version", "general.alignment", "split.",
+)  # fmt: skip
 
 
 @dataclass
@@ -61,7 +57,14 @@ class GgufExport:
 
     def summary(self) -> list[str]:
         types = ", ".join(f"{count} × {name}" for name, count in self.types.items())
-        return [f"{self.file}: {self.nbytes / 1e6:.1f} MB ({types})", f"llama-cli -m {self.file}"]
+        loss = self.total
+        rounded = {
+            "offsets by ≤ {:.2g} of a step": loss.largest_step,
+            "scales by ≤ {:.2g}": loss.scales,
+            "dense tensors by ≤ {:.2g} of their rows": loss.dense,
+        }
+        lost = ", ".join(text.format(value) for text, value in rounded.items() if value) or "nothing"
+        return [f"{self.file}: {self.nbytes / 1e6:.1f} MB ({types}); rounded: {lost}", f"llama-cli -m {self.file}"]
 
     @property
     def total(self) -> Loss:

@@ -128,7 +128,7 @@ def test_offsets_of_other_linears_stay_byte_for_byte(base, part, tmp_path, dtype
             assert info.dtype == after.files.tensors[name].dtype
             assert torch.equal(before.files.tensor(name), after.files.tensor(name))
     wanted = before.weight(TOUCHED).offsets.double() + added(adapter, TOUCHED)
-    stored = "float32" if dtype == torch.float32 else "float16"
+    stored = "float32"  # whatever the base has: rounding its offsets could outweigh the adapter
     found = after.weight(TOUCHED).offsets
     assert str(found.dtype) == f"torch.{stored}"
     assert torch.equal(found, wanted.float().to(found.dtype))

@@ -11,7 +11,7 @@ from qalora_plugin.conversion.import_gguf import import_gguf
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.formats.gguf.reading import GgufFile
 
-MUTATIONS = 400
+MUTATIONS = 300
 ABSURD = (0, 1, 0xFF, 0x7FFFFFFF, 0xFFFFFFFF, 1 << 32, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)
 
 

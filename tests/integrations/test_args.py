@@ -13,7 +13,7 @@ def test_defaults():
     block = QALoraArgs.model_validate(dict(GOOD)).qalora
     assert block.merge
     assert block.verify
-    assert block.offset_dtype == "float16"
+    assert block.offset_dtype is None  # the merge chooses
     assert block.merge_dir is None
 
 

@@ -134,14 +134,8 @@ class FusedMoE(torch.nn.Module):
 
 
 def test_experts_that_are_named_otherwise_or_of_an_older_vllm_are_refused(merged):
-    offsets = load_file(merged / "offsets.safetensors")
-    shard = load_file(merged / "model-00001-of-00001.safetensors")
-    dense, expert = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.experts.0.up_proj"
-    for file, tensors in {"offsets": offsets, "model-00001-of-00001": shard}.items():
-        renamed = {name.replace(dense, expert): tensor for name, tensor in tensors.items()}
-        (merged / f"{file}.safetensors").unlink()
-        save_file(renamed, merged / f"{file}.safetensors")
-    config = read(merged)
+    config, dense = read(merged).quant_config, "model.layers.0.mlp.up_proj"
+    config.modules["model.layers.0.mlp.experts.0.up_proj"] = config.modules.pop(dense)
     with pytest.raises(ValueError, match=r"named like .*experts.0.up_proj, which vLLM does not find as model"):
         config.get_quant_method(RoutedExperts(), "model.layers.0.moe.experts")
     with pytest.raises(ValueError, match=r"on vLLM 0\.32 or newer"):

@@ -39,9 +39,8 @@ def make_shardable(model: PreTrainedModel) -> None:
     Ranks that leave the weights to rank 0 hold a model on the meta device. What nobody will send them is made here:
     buffers that are in no file, and memory for the factors, by whose addresses accelerate knows the optimizer's.
     """
-    dtype = cast(
-        nn.Embedding, model.get_input_embeddings()
-    ).weight.dtype  # of the dense parameters, and so of mixed precision
+    # Of the dense parameters, and so of mixed precision.
+    dtype = cast(nn.Embedding, model.get_input_embeddings()).weight.dtype
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.make_shardable(dtype)

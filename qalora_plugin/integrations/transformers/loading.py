@@ -36,7 +36,7 @@ from qalora_plugin.integrations.transformers.dense_parts import (
 )
 from qalora_plugin.integrations.transformers.naming import destinations
 from qalora_plugin.integrations.transformers.placing import place_linears, require_every_tensor
-from qalora_plugin.integrations.transformers.placing_experts import place_experts, read_experts
+from qalora_plugin.integrations.transformers.placing_experts import experts_as_stored, place_experts, read_experts
 from qalora_plugin.integrations.transformers.stored_tensors import adopt_stored, as_stored
 from qalora_plugin.layers.experts import QuantExpertLinear
 from qalora_plugin.layers.linear import QuantLinear
@@ -117,11 +117,15 @@ class QALoraHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, "Tensor"], dict[str, str]]:
         """What ``save_pretrained`` writes: the packed linears as they were loaded."""
         state = model.state_dict()
-        for name, stored in self.names.items():
-            layer = cast(QuantLinear, model.get_submodule(name))
-            for part in layer.state_dict():
+        for name in self.names:
+            for part in model.get_submodule(name).state_dict():
                 del state[f"{name}.{part}"]
-            state |= as_stored(layer, name, self.opened.specs[stored], self.opened.format)
+        for name, stored in self._linears.items():
+            linear = cast(QuantLinear, model.get_submodule(name))
+            state |= as_stored(linear, name, self.opened.specs[stored], self.opened.format)
+        for name, projection in self._experts.items():
+            experts = cast(QuantExpertLinear, model.get_submodule(name))
+            state |= experts_as_stored(experts, name, projection, self.opened.format)
         return state, {}
 
     def _lift_guard(self, config: Any) -> Any:

@@ -8,7 +8,6 @@ them from disk, expert by expert.
 
 import re
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
@@ -100,7 +99,7 @@ def place_experts(
 
 
 def read_experts(layer: QuantExpertLinear, projection: Projection, checkpoint: QuantizedCheckpoint) -> None:
-    """Fill a layer from disk, and have ``state_dict`` give every expert as it was stored."""
+    """Fill a layer from disk."""
     if layer.qweight.is_meta:
         raise QALoraError(
             f"the experts {projection.stored} were given no memory: offloading them is not supported. Load the model "
@@ -108,19 +107,20 @@ def read_experts(layer: QuantExpertLinear, projection: Projection, checkpoint: Q
         )
     for i, spec in enumerate(projection.specs):
         layer.put(i, checkpoint.weight(spec.name))
-    layer.register_state_dict_post_hook(partial(_as_stored, projection=projection, fmt=checkpoint.format))
 
 
-def _as_stored(
-    layer: QuantExpertLinear, state: dict[str, Tensor], prefix: str, _: dict, projection: Projection,
-    fmt: CheckpointFormat,
-) -> None:  # fmt: skip
-    parent = prefix.removesuffix(".").rpartition(".")[0]
+def experts_as_stored(
+    layer: QuantExpertLinear, name: str, projection: Projection, fmt: CheckpointFormat
+) -> dict[str, Tensor]:
+    """Every expert of ``layer``, called ``name``, as it was loaded."""
+    parent = name.rpartition(".")[0]
+    state: dict[str, Tensor] = {}
     for i, spec in enumerate(projection.specs):
         weight = layer.expert(i)
         if spec.offset_dtype is None:
             weight = weight._replace(offsets=None)
-        state.update(fmt.write(f"{parent}.{i}.{projection.leaf}", weight, g_idx=spec.has_g_idx))
+        state |= fmt.write(f"{parent}.{i}.{projection.leaf}", weight, g_idx=spec.has_g_idx)
+    return state
 
 
 def _is_stacked(module: nn.Module | None) -> bool:
