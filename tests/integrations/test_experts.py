@@ -18,6 +18,7 @@ from qalora_plugin.core import reference
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.integrations.peft.experts import QALoraExpertsLayer
+from qalora_plugin.integrations.peft.sharded import make_shardable
 from qalora_plugin.layers.experts import QuantExpertLinear
 
 IDS = torch.arange(4, 68).view(2, 32)
@@ -178,6 +179,12 @@ def test_a_merged_model_loads_and_saves_back_bit_equal(mixtral, adapter, tmp_pat
     first, again = Checkpoint.open(merged), Checkpoint.open(tmp_path / "again")
     assert first.tensors.keys() == again.tensors.keys()
     assert all(torch.equal(first.tensor(name), again.tensor(name)) for name in first.tensors)
+
+
+def test_sharding_experts_is_refused(mixtral):
+    model = load_base(mixtral, dtype=torch.float32)
+    with pytest.raises(QALoraError, match=r"experts.* cannot be sharded over ranks yet"):
+        make_shardable(model)
 
 
 def test_export_as_lora_is_refused(mixtral, adapter, tmp_path):

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.integrations.peft.adapter import QALoraLayer
+from qalora_plugin.layers.experts import QuantExpertLinear
 from qalora_plugin.layers.linear import QuantLinear
 from qalora_plugin.layers.sharding import ShardedFactor
 
@@ -41,7 +42,12 @@ def make_shardable(model: PreTrainedModel) -> None:
     """
     # Of the dense parameters, and so of mixed precision.
     dtype = cast(nn.Embedding, model.get_input_embeddings()).weight.dtype
-    for module in model.modules():
+    for name, module in model.named_modules():
+        if isinstance(module, QuantExpertLinear):
+            raise QALoraError(
+                f"{name} holds quantized experts, which cannot be sharded over ranks yet (FSDP, DeepSpeed). Train with "
+                "DDP, or on a base whose experts are dense."
+            )
         if isinstance(module, QuantLinear):
             module.make_shardable(dtype)
         if isinstance(module, QALoraLayer):
