@@ -38,6 +38,19 @@ def adapter_offsets(lora_a: Tensor, lora_b: Tensor, scaling: float, dtype: torch
     return (scaling * lora_a.to(dtype)).t() @ lora_b.to(dtype)
 
 
+def adapter_scales(scales: Tensor, d: Tensor, c: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """What merging adds to the scales ``[G, N]``: ``scales ⊙ D·C``, D ``[G, R]``, C ``[R, N]``."""
+    return scales.to(dtype) * (d.to(dtype) @ c.to(dtype))
+
+
+def scaled_weight(weight: GroupwiseWeight, d: Tensor, c: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """``s⊙(1 + D·C)·(q − z) + offsets`` ``[K, N]``, differentiable in D and C."""
+    still = dequantize(weight._replace(offsets=None), dtype)
+    group = column_groups(weight)
+    dense = still * (1 + d.to(dtype) @ c.to(dtype))[group]
+    return dense if weight.offsets is None else dense + weight.offsets.to(dtype)[group]
+
+
 def adapter_linear(
     x: Tensor, weight: Tensor, g_idx: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, bias: Tensor | None = None
 ) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qalora_plugin.core.delta import OffsetDelta
+from qalora_plugin.core.delta import OffsetDelta, ScaleDelta
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.weight import GroupwiseSpec, GroupwiseWeight
 from qalora_plugin.core.words import codes_per_period
@@ -17,7 +17,8 @@ class QuantLinear(nn.Module):
     """``y = x·[scales·(q − zeros) + offsets] + bias``.
 
     Its tensors are those of a :class:`~qalora_plugin.core.weight.GroupwiseWeight`, as buffers: none is a parameter, for
-    they never train. A new layer is empty; :meth:`set_weight` fills it.
+    they never train. A new layer is empty; :meth:`set_weight` fills it. Where a checkpoint stores ``scales_delta`` beside
+    the scales, the layer holds both as stored, half the size of their sum in float32.
 
     Args:
         spec: sizes, bits and group size.
@@ -29,6 +30,7 @@ class QuantLinear(nn.Module):
     qweight: Tensor | None
     zeros: Tensor | None
     scales: Tensor | None
+    scales_delta: Tensor | None
     offsets: Tensor | None
     g_idx: Tensor | None
     group_order: Tensor | None
@@ -40,7 +42,7 @@ class QuantLinear(nn.Module):
         self.in_features, self.out_features = spec.in_features, spec.out_features
         self.bits, self.group_size, self.groups = spec.bits, spec.group_size, spec.groups
         self.base_fingerprint: Callable[..., str] | None = None  # of the checkpoint this comes from; set by its loader
-        for name in ("qweight", "zeros", "scales", "offsets", "g_idx", "bias"):
+        for name in ("qweight", "zeros", "scales", "scales_delta", "offsets", "g_idx", "bias"):
             self.register_buffer(name, None)
         self.register_buffer("group_order", None, persistent=False)
 
@@ -48,20 +50,23 @@ class QuantLinear(nn.Module):
         """Hold these tensors. bias: ``[N]`` or None."""
         self.qweight, self.zeros, self.scales = weight.qweight, weight.zeros, weight.scales
         self.offsets, self.g_idx, self.group_order = weight.offsets, weight.g_idx, weight.group_order
-        self.bias = bias
+        self.scales_delta, self.bias = None, bias
         return self
 
     @property
     def quantized(self) -> GroupwiseWeight:
-        """The weight as kernels and formats take it."""
+        """The weight as kernels and formats take it, its scales the ones to multiply by."""
+        scales = self.scales if self.scales_delta is None else self.scales.float() + self.scales_delta
         return GroupwiseWeight(
-            self.qweight, self.zeros, self.scales, self.offsets, self.g_idx, self.group_order,
+            self.qweight, self.zeros, scales, self.offsets, self.g_idx, self.group_order,
             self.bits, self.group_size,
         )  # fmt: skip
 
-    def forward(self, x: Tensor, delta: OffsetDelta | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, delta: OffsetDelta | None = None, scale_delta: ScaleDelta | None = None
+    ) -> Tensor:
         """``[..., K] → [..., N]``, with an adapter folded in if one is given."""
-        y = linear(x, self.quantized, delta)
+        y = linear(x, self.quantized, delta, scale_delta)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -65,6 +65,14 @@ def adapter_for(layer, rank, dtype=torch.float32, seed=1):
     return lora_a.requires_grad_(), lora_b.requires_grad_()
 
 
+def scale_factors_for(layer, rank, dtype=torch.float32, seed=2):
+    """D ``[G, R]`` and C ``[R, N]`` that move the scales by a tenth."""
+    generator = torch.Generator().manual_seed(seed)
+    d = torch.randn(layer.groups, rank, generator=generator, dtype=torch.float64).to(dtype)
+    c = torch.randn(rank, layer.out_features, generator=generator, dtype=torch.float64).to(dtype) * 0.1
+    return d.requires_grad_(), c.requires_grad_()
+
+
 def delta(lora_a, lora_b, scaling=1.0):
     """The adapter as layers take it; None for none."""
     return None if lora_a is None else OffsetDelta(lora_a, lora_b, scaling)
