@@ -50,11 +50,17 @@ def export_lora(
             adapter names.
 
     Raises:
-        QALoraError: not an adapter of ours, another base, no base to be found, or ``out`` exists.
+        QALoraError: not an adapter of ours, one with trained scales, another base, no base to be found, or ``out``
+            exists.
     """
     out = expanded(out)
     require_absent(out)
     opened = AdapterFolder.open(adapter)
+    if opened.has_scales:
+        raise QALoraError(
+            f"the adapter {opened.folder} has trained scales, which multiply the base's weights group by group: no "
+            "LoRA can do that. Merge it (qalora merge), or train without scales (qalora: {scales: false})."
+        )
     base = base or opened.config.get("base_model_name_or_path")
     if not base:
         raise QALoraError(f"the adapter {opened.folder} does not name its base. Pass it: --base BASE.")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
-from qalora_plugin.core.reference import adapter_offsets
+from qalora_plugin.core.reference import adapter_offsets, adapter_scales
 
 
 def compare_logits(
@@ -18,8 +18,8 @@ def compare_logits(
 ) -> dict[str, float]:
     """How far the merged checkpoint's logits are from those of base + adapter; keys as in ``VerifyReport``.
 
-    The merged model runs twice: with its offsets as stored, then with those of the other dtype. So one of the two has
-    them exact, and one rounded to float16.
+    The merged model runs twice: with its offsets and changes of scales as stored, then with those of the other dtype.
+    So one of the two has them exact, and one rounded to float16.
     """
     from qalora_plugin.integrations.peft.loading import load_adapter
     from qalora_plugin.integrations.transformers.loading import load_base, load_model
@@ -28,7 +28,7 @@ def compare_logits(
         options = {"model_class": adapter.model_class, "dtype": dtype}
         model = load_adapter(load_base(base, **options), adapter.folder)
         expected = list(_logits(model, sequences, device))
-        offsets = exact_offsets(model)
+        exact = exact_values(model)
         del model
         gc.collect()
         model = load_model(merged, **options)
@@ -41,10 +41,13 @@ def compare_logits(
             kl += (log_p.exp() * (log_p - log_q)).sum().item()
             agree += (p.argmax(-1) == q.argmax(-1)).sum().item()
         stored_exactly = False
-        for name, exact in offsets.items():
+        for name, (offsets, scales_delta) in exact.items():
             layer = model.get_submodule(name)
             stored_exactly = layer.offsets.dtype == torch.float32
-            layer.offsets = exact.to(model.device, torch.float16 if stored_exactly else torch.float32)
+            other = torch.float16 if stored_exactly else torch.float32
+            layer.offsets = offsets.to(model.device, other)
+            if scales_delta is not None:
+                layer.scales_delta = scales_delta.to(model.device, other)
         for p, q in zip(expected, _logits(model, sequences, device), strict=True):
             again = _larger(again, p - q)
     error, sensitivity = (stored, again) if stored_exactly else (again, stored)
@@ -58,20 +61,28 @@ def compare_logits(
     }
 
 
-def exact_offsets(model: nn.Module) -> dict[str, Tensor]:
-    """``α/R·(B·A)ᵀ`` [G, N] of every adapted linear of a PEFT model, in float32: what its merge stores rounded."""
+def exact_values(model: nn.Module) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Offsets and changes of scales (None for none) [G, N] of every adapted linear of a PEFT model, in float32: what
+    its merge stores rounded."""
     from qalora_plugin.integrations.peft.adapter import QALoraLayer
 
-    offsets = {}
+    values = {}
     for name, layer in model.named_modules():
         if isinstance(layer, QALoraLayer):
             (active,) = layer.active_adapters
             lora_a, lora_b = (part[active].weight.detach().cpu() for part in (layer.lora_A, layer.lora_B))
-            exact = adapter_offsets(lora_a, lora_b, layer.scaling[active])
-            if (before := layer.get_base_layer().offsets) is not None:
-                exact += before.cpu()
-            offsets[name.removeprefix("base_model.model.")] = exact.float()
-    return offsets
+            exact, change = adapter_offsets(lora_a, lora_b, layer.scaling[active]), None
+            base = layer.get_base_layer()
+            if base.offsets is not None:
+                exact += base.offsets.cpu()
+            if active in layer.lora_D:
+                d, c = (part[active].weight.detach().cpu().double() for part in (layer.lora_D, layer.lora_C))
+                change = adapter_scales(base.quantized.scales.cpu(), d * layer.scales_ratio[active] ** 2, c)
+                if base.scales_delta is not None:
+                    change += base.scales_delta.cpu()
+                change = change.float()
+            values[name.removeprefix("base_model.model.")] = exact.float(), change
+    return values
 
 
 def _larger(value: float, difference: Tensor) -> float:

@@ -17,8 +17,8 @@ class QuantLinear(nn.Module):
     """``y = x·[scales·(q − zeros) + offsets] + bias``.
 
     Its tensors are those of a :class:`~qalora_plugin.core.weight.GroupwiseWeight`, as buffers: none is a parameter, for
-    they never train. A new layer is empty; :meth:`set_weight` fills it. Where a checkpoint stores ``scales_delta`` beside
-    the scales, the layer holds both as stored, half the size of their sum in float32.
+    they never train. A new layer is empty; :meth:`set_weight` fills it. Where a checkpoint stores ``scales_delta``
+    beside the scales, the layer holds both as stored, half the size of their sum in float32.
 
     Args:
         spec: sizes, bits and group size.
@@ -62,9 +62,7 @@ class QuantLinear(nn.Module):
             self.bits, self.group_size,
         )  # fmt: skip
 
-    def forward(
-        self, x: Tensor, delta: OffsetDelta | None = None, scale_delta: ScaleDelta | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, delta: OffsetDelta | None = None, scale_delta: ScaleDelta | None = None) -> Tensor:
         """``[..., K] → [..., N]``, with an adapter folded in if one is given."""
         y = linear(x, self.quantized, delta, scale_delta)
         return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -11,7 +11,11 @@ from transformers.pytorch_utils import Conv1D
 from qalora_plugin.checkpoint.adapter_folder import (
     ADAPTER_FORMAT,
     POOLING,
+    SCALES_FORMAT,
+    SCALES_LR_RATIO,
+    WISHES,
     check_config_patterns,
+    check_wishes,
 )
 from qalora_plugin.checkpoint.folder import Checkpoint
 from qalora_plugin.checkpoint.module_names import shorten
@@ -33,8 +37,14 @@ _DENSE_LAYERS = (
 )  # PEFT's
 
 
-def bind_config(model: PreTrainedModel, config: LoraConfig) -> QALoraConfig:
-    """``config`` as a :class:`QALoraConfig` that names the base of ``model`` and targets only its quantised linears."""
+def bind_config(
+    model: PreTrainedModel, config: LoraConfig, scales: bool | None = None, scales_lr_ratio: float | None = None
+) -> QALoraConfig:
+    """``config`` as a :class:`QALoraConfig` that names the base of ``model`` and targets only its quantised linears.
+
+    Args:
+        scales, scales_lr_ratio: of :class:`QALoraConfig`; default: as ``config`` asks for, if it does.
+    """
     quantizer = getattr(model, "hf_quantizer", None)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
     if not layers or not hasattr(quantizer, "base_fingerprint"):
@@ -42,6 +52,10 @@ def bind_config(model: PreTrainedModel, config: LoraConfig) -> QALoraConfig:
             f"this {type(model).__name__} was not loaded by qalora_plugin.load_base: it has no packed GPTQ linear. "
             "Load the base with load_base(path), then add the adapter."
         )
+    given = getattr(config, "qalora", None) or {}
+    wishes = {key: given[key] for key in WISHES if given.get(key) is not None}
+    wishes |= {key: value for key, value in zip(WISHES, (scales, scales_lr_ratio), strict=True) if value is not None}
+    check_wishes(wishes, "the adapter's config")
     fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
     for name in ("peft_type", "runtime_config", "qalora"):
         fields.pop(name, None)
@@ -57,6 +71,9 @@ def bind_config(model: PreTrainedModel, config: LoraConfig) -> QALoraConfig:
         "base_fingerprint": quantizer.base_fingerprint(),
         "model_class": type(model).__name__,
     }
+    if wishes.get("scales"):
+        ratio = {"scales_lr_ratio": float(wishes.get("scales_lr_ratio", SCALES_LR_RATIO))}
+        bound.qalora |= {"format_version": SCALES_FORMAT, "scales": True, **ratio}
     if names := shorten({name: quantizer.names[name] for name in targets}):
         bound.qalora["names"] = names
     return bound

@@ -11,9 +11,17 @@ from torch import Tensor
 
 from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.base import CheckpointFormat, Headers
+from qalora_plugin.formats.qalora import SCALES
 from qalora_plugin.layers.linear import QuantLinear
 
-_WEIGHT = ("qweight", "zeros", "scales", "offsets", "g_idx")  # buffers of a QuantLinear that a format stores
+_WEIGHT = (
+    "qweight",
+    "zeros",
+    "scales",
+    "scales_delta",
+    "offsets",
+    "g_idx",
+)  # buffers of a QuantLinear that a format stores
 
 
 def expect_stored(layer: QuantLinear, spec: GroupwiseSpec, fmt: CheckpointFormat, tensors: Headers) -> None:
@@ -32,6 +40,8 @@ def adopt_stored(layer: QuantLinear, spec: GroupwiseSpec, fmt: CheckpointFormat)
         if part not in (*_WEIGHT, "bias"):
             delattr(layer, part)
     layer.set_weight(weight, bias)
+    if spec.scales_delta_dtype:
+        layer.scales, layer.scales_delta = (stored[f"{spec.name}.{part}"] for part in SCALES)
 
     layer.register_state_dict_post_hook(partial(_as_stored, spec=spec, fmt=fmt))
 
@@ -41,4 +51,5 @@ def _as_stored(
 ) -> None:
     for part in _WEIGHT:
         state.pop(f"{prefix}{part}", None)
-    state.update(fmt.write(prefix.removesuffix("."), layer.quantized, g_idx=spec.has_g_idx))
+    scales = {f"{prefix}{part}": getattr(layer, part) for part in SCALES} if spec.scales_delta_dtype else {}
+    state.update(fmt.write(prefix.removesuffix("."), layer.quantized, g_idx=spec.has_g_idx) | scales)
