@@ -17,6 +17,7 @@ def read_stored(stored: dict, bits: int, fmt: str = "gptq") -> GroupwiseWeight:
     spec = GroupwiseSpec(
         "layer", k, n, bits, k // groups, has_g_idx="g_idx" in stored,
         offset_dtype="float16" if "offsets" in stored else None,
+        scales_delta_dtype="float16" if "scales_delta" in stored else None,
     )  # fmt: skip
     return QALora({"checkpoint_format": fmt}).read(spec, lambda name: stored[name.removeprefix("layer.")])
 
