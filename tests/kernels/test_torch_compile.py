@@ -12,9 +12,10 @@ from qalora_plugin.integrations.peft.adapter import QALoraConfig, QALoraLayer
 class Block(nn.Module):
     """A residual MLP of our layers with norms: the shape of a decoder layer, nothing of transformers."""
 
-    def __init__(self, dim, hidden, seed, bits=4, act_order=False):
+    def __init__(self, dim, hidden, seed, bits=4, act_order=False, scales=False):
         super().__init__()
-        config = QALoraConfig(r=4, lora_alpha=8)
+        wish = {"scales": True, "scales_lr_ratio": 3.0} if scales else None
+        config = QALoraConfig(r=4, lora_alpha=8, qalora=wish)
         self.norm = nn.LayerNorm(dim).requires_grad_(False)
         self.up = QALoraLayer(make_quant_linear(dim, hidden, seed, bits, act_order), "default", config, 4, 8)
         self.down = QALoraLayer(make_quant_linear(hidden, dim, seed + 1, bits, act_order), "default", config, 4, 8)
@@ -37,7 +38,7 @@ def block_step(model, run, x):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("variant", [{}, {"act_order": True}, {"bits": 3}])
+@pytest.mark.parametrize("variant", [{}, {"act_order": True}, {"bits": 3}, {"scales": True}])
 def test_compiled_layers_are_one_graph(variant, autocast):
     """``fullgraph`` refuses a graph break; aot_eager runs the traced forward and backward without a code generator."""
     model, x = blocks(**variant)
