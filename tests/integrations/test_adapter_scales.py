@@ -233,3 +233,18 @@ def test_edited_folders(adapter, tmp_path, change, match):
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(QALoraError, match=match):
         AdapterFolder.open(folder)
+
+
+def test_axolotl_goes_on_with_what_the_adapter_has(base, adapter, tmp_path):
+    from qalora_plugin.integrations.axolotl.args import read_block
+    from qalora_plugin.integrations.axolotl.preflight import check_axolotl
+
+    cfg = {"adapter": "qalora", "base_model": str(base), "lora_model_dir": str(adapter), "output_dir": str(tmp_path)}
+    check_axolotl(cfg)
+    check_axolotl(cfg | {"qalora": {"scales": True}})
+    with pytest.raises(QALoraError, match=r"qalora\.scales is false, but lora_model_dir .* was trained with scales"):
+        check_axolotl(cfg | {"qalora": {"scales": False}})
+    with pytest.raises(QALoraError, match=r"scales is not true: nothing would learn faster"):
+        read_block({"scales_lr_ratio": 3})
+    with pytest.raises(QALoraError, match=r"scales_lr_ratio -1\.0, expected a positive number"):
+        read_block({"scales": True, "scales_lr_ratio": -1})
