@@ -24,7 +24,7 @@ from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.gptq import Gptq
 from qalora_plugin.formats.opened import BASES
-from qalora_plugin.formats.qalora import QALora
+from qalora_plugin.formats.qalora import MERGED_PARTS, QALora
 from vllm_ext.compat import experts_problem, is_experts, load_every_tensor
 from vllm_ext.kernels.select import PATH_KEY, TIMED_KEY, forced_path, timed_path
 from vllm_ext.linear import QALoraLinearMethod
@@ -138,14 +138,16 @@ class QALoraConfig(QuantizationConfig):
         return name
 
     def _require_offsets(self, folder: Path) -> None:
-        """Refuse a merged checkpoint whose offsets are not there: it would be served as its base."""
+        """Refuse a merged checkpoint whose offsets, or changes of scales, are not there: it would be served as its
+        base."""
         if self.quantization["quant_method"] != QALora.method:
             return
-        found = [name for name, module in self.modules.items() if module.offset_dtype is not None]
+        found = [f"{name}.offsets" for name, module in self.modules.items() if module.offset_dtype is not None]
+        found += [f"{name}.scales_delta" for name, module in self.modules.items() if module.scales_delta_dtype]
         index = folder / INDEX_NAME
         listed = read_json(index).get("weight_map") if index.is_file() else None
         listed = [name for name in listed if isinstance(name, str)] if isinstance(listed, dict) else []
-        missing = [name for name in listed if name.endswith(".offsets") and name.removesuffix(".offsets") not in found]
+        missing = [name for name in listed if name.endswith(MERGED_PARTS) and name not in found]
         if missing or not found:
             what = missing[0] if missing else "every .offsets tensor"
             raise QALoraError(
@@ -222,7 +224,9 @@ class QALoraConfig(QuantizationConfig):
             kinds = {(part.bits, part.group_size, part.in_features, part.out_features) for part in alike}
             if len(kinds) != 1 or any(name.rpartition(".")[2] == leaf for name in self.weights):
                 return []
-            parts.append(next((module for module in alike if module.offset_dtype is not None), alike[0]))
+            parts.append(
+                max(alike, key=lambda part: (part.scales_delta_dtype is not None, part.offset_dtype is not None))
+            )
         return parts
 
 

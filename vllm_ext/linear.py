@@ -1,4 +1,5 @@
-"""The linear of a merged checkpoint in vLLM: ``y = x·[scales·(q − zeros)] + P(x)·offsets + bias``.
+"""The linear of a merged checkpoint in vLLM: ``y = x·[scales·(q − zeros)] + P(x)·offsets + bias``, the scales with what
+training changed them by: ``scales + scales_delta`` in float32, then in the kernel's own dtype as any scales.
 
 The first term is a kernel of vLLM's, on the base's own INT weights; the second is ``ops.add_offsets``, [G, N] wide, or
 part of the kernel's zero-points; without a kernel, ``dense`` computes both in one matmul (``paths`` chooses). Whether a
@@ -73,6 +74,8 @@ class QALoraLinearMethod(LinearMethodBase):
         self.scale_dtype = reduce(torch.promote_types, [getattr(torch, part.scale_dtype) for part in parts])
         offset_dtypes = [getattr(torch, part.offset_dtype) for part in parts if part.offset_dtype is not None]
         self.offset_dtype = reduce(torch.promote_types, offset_dtypes) if offset_dtypes else None
+        deltas = [getattr(torch, part.scales_delta_dtype) for part in parts if part.scales_delta_dtype is not None]
+        self.scales_delta_dtype = reduce(torch.promote_types, deltas) if deltas else None
         self.has_g_idx = any(part.has_g_idx for part in parts)
 
     def create_weights(
@@ -117,6 +120,8 @@ class QALoraLinearMethod(LinearMethodBase):
         register("scales", self.scale_dtype)
         if self.offset_dtype is not None:
             register("offsets", self.offset_dtype)
+        if self.scales_delta_dtype is not None:
+            register("scales_delta", self.scales_delta_dtype)
         if self.has_g_idx:
             g_idx = self.in_order().repeat(len(output_partition_sizes), 1)  # stays so with --load-format dummy
             layer.register_parameter("g_idx", BasevLLMParameter(data=g_idx, weight_loader=load_g_idx))
@@ -171,6 +176,9 @@ class QALoraLinearMethod(LinearMethodBase):
         if order is not None:
             layer.qweight.data = _sort_rows(layer.qweight.data, self.bits, order, self.output_sizes)
         self._require_finite(layer)
+        if self.scales_delta_dtype is not None:
+            layer.scales.data = layer.scales.data.float() + layer.scales_delta.data
+            layer.register_parameter("scales_delta", None)
         layer.register_buffer("input_order", order, persistent=False)
         if self.has_g_idx:
             del layer.g_idx
@@ -218,12 +226,14 @@ class QALoraLinearMethod(LinearMethodBase):
             start = sum(columns[:row])
             if self.offset_dtype is not None and part.offset_dtype is None:
                 layer.offsets.data[:, start : start + n] = 0
+            if self.scales_delta_dtype is not None and part.scales_delta_dtype is None:
+                layer.scales_delta.data[:, start : start + n] = 0
             if self.has_g_idx and not part.has_g_idx:
                 layer.g_idx.data[row] = self.in_order().to(layer.g_idx.device)
 
     def _require_finite(self, layer: Layer) -> None:
         """Refuse NaN and Inf, which would make every answer of the server worthless; the tensor is named."""
-        for name in ("scales", "offsets"):
+        for name in ("scales", "offsets", "scales_delta"):
             if (stored := getattr(layer, name, None)) is None or stored.data.isfinite().all():
                 continue
             column = int((~stored.data.isfinite()).any(0).nonzero()[0])

@@ -21,28 +21,56 @@ from qalora_plugin.core.weight import GroupwiseSpec
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_TYPE = "QALORA"
-ADAPTER_FORMAT = 1
+ADAPTER_FORMAT, SCALES_FORMAT = 1, 2  # the second with trained scales
+WISHES = ("scales", "scales_lr_ratio")  # of `qalora` in the config, what users may ask for
+SCALES_LR_RATIO = 3.0
+_LARGEST_RATIO = 1e6
 POOLING = "sum"
 _LARGEST_ALPHA = 1e9
 _MOST_EXPERTS = 1 << 13  # of a layer
 _FLOATS = ("F16", "BF16", "F32", "F64")
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[ABCD])\.weight")
 
 
 def check_pooling(qalora: dict, what: str) -> None:
     """Refuse an adapter that this version would scale wrongly."""
     if not qalora:
         raise QALoraError(f"{what} does not say how it pools (its config has no `qalora`). Save it again with qalora.")
-    if qalora.get("format_version") != ADAPTER_FORMAT:
+    version = qalora.get("format_version")
+    if version not in (ADAPTER_FORMAT, SCALES_FORMAT) or isinstance(version, bool):
         raise QALoraError(
-            f"{what} has format_version {short(qalora.get('format_version'))}, this version of qalora reads "
-            f"{ADAPTER_FORMAT}. Update qalora, or train it with this version."
+            f"{what} has format_version {short(version)}, this version of qalora reads "
+            f"{ADAPTER_FORMAT} and {SCALES_FORMAT}. Update qalora, or train it with this version."
+        )
+    check_wishes(qalora, what)
+    if bool(qalora.get("scales")) != (version == SCALES_FORMAT) or (
+        qalora.get("scales") and len(set(WISHES) & set(qalora)) < 2
+    ):
+        raise QALoraError(
+            f"{what} has format_version {version}, but qalora.scales is {short(qalora.get('scales'))}, with the ratio "
+            f"{short(qalora.get('scales_lr_ratio'))}. The config was edited: save the adapter again."
         )
     if qalora.get("pooling") != POOLING:
         raise QALoraError(
             f"{what} has pooling {short(qalora.get('pooling'))}, expected {POOLING!r}: it would be scaled wrongly. "
             "Train it with this version of qalora."
         )
+
+
+def check_wishes(qalora: dict, what: str) -> None:
+    """Refuse ``scales`` that are no boolean, and a ratio that is no positive number, or of nothing."""
+    scales, ratio = qalora.get("scales"), qalora.get("scales_lr_ratio")
+    if not isinstance(scales, bool | None):
+        raise QALoraError(f"{what} has scales: {short(scales)}, expected true or false. Correct it.")
+    if ratio is None:
+        return
+    if not scales:
+        raise QALoraError(
+            f"{what} has scales_lr_ratio {short(ratio)}, but scales is not true: nothing would learn faster. Set "
+            "scales: true, or remove scales_lr_ratio."
+        )
+    if type(ratio) not in (int, float) or not 1 / _LARGEST_RATIO <= ratio <= _LARGEST_RATIO:
+        raise QALoraError(f"{what} has scales_lr_ratio {short(ratio)}, expected a positive number, as 3. Correct it.")
 
 
 @dataclass
@@ -116,10 +144,17 @@ class AdapterFolder:
                     f"{folder / WEIGHTS_NAME}: {key} is {tensors[key].dtype}, expected a float type. Save it again."
                 )
             found.setdefault(match["module"], set()).add(match["part"])
-        half = [module for module, parts in found.items() if len(parts) < 2]
+        wanted = "ABCD" if config["qalora"].get("scales") else "AB"
+        half = [module for module, parts in found.items() if not parts.issuperset(wanted)]
         if half or not found:
             raise QALoraError(
-                f"{folder / WEIGHTS_NAME} lacks A or B of {half[0] if half else 'every layer'}. Save it again."
+                f"{folder / WEIGHTS_NAME} lacks {' or '.join(wanted)} of {half[0] if half else 'every layer'}. Save it "
+                "again."
+            )
+        if stray := next((module for module, parts in found.items() if len(parts) > len(wanted)), None):
+            raise QALoraError(
+                f"{folder / WEIGHTS_NAME} holds trained scales of {stray}, but {CONFIG_NAME} does not say so. They do "
+                "not belong together: save the adapter again."
             )
         check_config_patterns(config, sorted(found), folder / CONFIG_NAME)
         prefixes = config["qalora"].get("names") or {}
@@ -151,13 +186,19 @@ class AdapterFolder:
     def base_fingerprint(self) -> str | None:
         return self.config["qalora"].get("base_fingerprint")
 
+    @property
+    def has_scales(self) -> bool:
+        """Whether scales were trained beside the offsets."""
+        return bool(self.config["qalora"].get("scales"))
+
     @os_errors_in_one_line()
     def digest(self) -> str:
         """``"blake3:…"`` of what a merge takes from this folder: the weights file, and the scaling of each linear."""
         with open(self.folder / WEIGHTS_NAME, "rb") as file:
             weights = hashlib.file_digest(file, blake3).hexdigest()  # type: ignore[arg-type]  # typeshed: hashlib's own only
         scalings = [(module, self.scaling(module)) for module in self.modules]
-        return f"blake3:{blake3(json.dumps([weights, scalings]).encode()).hexdigest()}"
+        ratio = [self._ratio] if self.has_scales else []
+        return f"blake3:{blake3(json.dumps([weights, scalings, *ratio]).encode()).hexdigest()}"
 
     def require_base(self, fingerprint: str, base: str | Path) -> None:
         """Refuse a base other than the one trained on."""
@@ -194,7 +235,10 @@ class AdapterFolder:
             if spec is None:
                 raise QALoraError(f"{self.folder} adapts {name}, which the base does not quantise. Use its own base.")
             rank = self.rank(name)
-            for part, expected in (("A", (rank, spec.groups)), ("B", (spec.out_features, rank))):
+            shapes = {"A": (rank, spec.groups), "B": (spec.out_features, rank)}
+            if self.has_scales:
+                shapes |= {"D": (spec.groups, rank), "C": (rank, spec.out_features)}
+            for part, expected in shapes.items():
                 found = self._info(name, part).shape
                 if found != expected:
                     raise QALoraError(
@@ -205,10 +249,27 @@ class AdapterFolder:
 
     def factors(self, module: str) -> tuple[np.ndarray, np.ndarray]:
         """A ``[R, G]`` and B ``[N, R]`` of one linear, as stored (bfloat16 as float32)."""
-        lora_a, lora_b = (read_array(self.folder, self._info(module, part)) for part in "AB")
-        if not (all_finite(lora_a) and all_finite(lora_b)):
+        return self._finite(module, "A"), self._finite(module, "B")
+
+    def scale_factors(self, module: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """D ``[G, R]`` and C ``[R, N]`` of one linear, float64; None where no scales were trained.
+
+        Stored is each divided by ``scales_lr_ratio``.
+        """
+        if not self.has_scales:
+            return None
+        d, c = (self._ratio * self._finite(module, part).astype(np.float64) for part in "DC")
+        return d, c
+
+    @property
+    def _ratio(self) -> float:
+        return float(self.config["qalora"]["scales_lr_ratio"])
+
+    def _finite(self, module: str, part: str) -> np.ndarray:
+        found = read_array(self.folder, self._info(module, part))
+        if not all_finite(found):
             raise QALoraError(f"{self.folder}: the adapter of {module} holds NaN or Inf. The training diverged.")
-        return lora_a, lora_b
+        return found
 
     def _info(self, module: str, part: str) -> TensorInfo:
         """Where A or B of one linear lies: of an expert, within the stacked tensor."""

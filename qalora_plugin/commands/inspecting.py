@@ -28,6 +28,7 @@ class InspectReport:
     act_order: bool | None = None
     zeros: str | None = None
     with_offsets: int = 0
+    with_changed_scales: int = 0
     dense: tuple[str, ...] = ()
     rank: int = 0
     trainable_parameters: int = 0
@@ -48,6 +49,8 @@ class InspectReport:
             ]
         if self.with_offsets:
             rows.append(("offsets", f"on {self.with_offsets} linears"))
+        if self.with_changed_scales:
+            rows.append(("changed scales", f"on {self.with_changed_scales} linears"))
         rows.append(("can be a base", "yes" if self.can_be_base else f"no: {self.why_not}"))
         if self.can_be_base:
             rows += [
@@ -94,6 +97,7 @@ def inspect(path: str | Path, rank: int = 16) -> InspectReport:
             "act_order": source.act_order,
             "zeros": source.format.reading,
             "with_offsets": sum(spec.offset_dtype is not None for spec in specs),
+            "with_changed_scales": sum(spec.scales_delta_dtype is not None for spec in specs),
             "dense": tuple(sorted(_dense_matrices(checkpoint))),
             "rank": rank,
             "trainable_parameters": parameters,

@@ -28,6 +28,9 @@ def model_card(name: str, quantization: dict, adapter: AdapterFolder, new_bytes:
     """
     base = quantization["base_model"]
     metadata = "" if is_local(base) else f"base_model: {_yaml(base)}\n"
+    also, scales, delta = "", "scales", ""
+    if adapter.has_scales:
+        also, scales, delta = " and as many of changes of the scales", "(scales + scales_delta)", " and scales_delta"
     return f"""---
 {metadata}library_name: transformers
 tags: [qalora, gptq, {quantization["bits"]}-bit]
@@ -40,9 +43,9 @@ transformers, and whatever is built on it, then loads this folder like any other
 Without the package both stop: transformers at the missing file `{NEEDS_QALORA}`, vLLM at the unknown method `qalora`.
 
 A QA-LoRA fine-tune merged into its {quantization["bits"]}-bit GPTQ base without re-quantising anything: the base's
-tensors are unchanged, byte for byte, and the adapter is {len(adapter.modules)} tensors of group-wise offsets.
+tensors are unchanged, byte for byte, and the adapter is {len(adapter.modules)} tensors of group-wise offsets{also}.
 
-    w' = scales · (q − zeros) + offsets
+    w' = {scales} · (q − zeros) + offsets
 
 | | |
 |---|---|
@@ -50,7 +53,7 @@ tensors are unchanged, byte for byte, and the adapter is {len(adapter.modules)} 
 | adapter | rank {adapter.config["r"]}, alpha {adapter.config["lora_alpha"]} (`{quantization["adapter"]}`) |
 | bits · group size · symmetric · act-order | {quantization["bits"]} · {quantization.get("group_size")} · \
 {quantization["sym"]} · {quantization["desc_act"]} |
-| added | {new_bytes / 1e6:.1f} MB of {quantization["offset_dtype"]} offsets on {base_bytes / 1e6:.1f} MB |
+| added | {new_bytes / 1e6:.1f} MB of {quantization["offset_dtype"]} offsets{delta} on {base_bytes / 1e6:.1f} MB |
 {_EXACTNESS}{_UNVERIFIED} |
 
 ## Use

@@ -53,7 +53,8 @@ def export_lora(
             adapter names.
 
     Raises:
-        QALoraError: not an adapter of ours, another base, no base to be found, or ``out`` exists.
+        QALoraError: not an adapter of ours, one with trained scales, another base, no base to be found, or ``out``
+            exists.
     """
     out = expanded(out)
     require_absent(out)
@@ -62,6 +63,11 @@ def export_lora(
         raise QALoraError(
             f"the adapter {opened.folder} is on the experts of a mixture-of-experts model ({next(iter(opened.experts))}"
             "), which neither stock PEFT nor vLLM read as a LoRA a linear. Merge it: qalora merge."
+        )
+    if opened.has_scales:
+        raise QALoraError(
+            f"the adapter {opened.folder} has trained scales, which multiply the base's weights group by group: no "
+            "LoRA can do that. Merge it (qalora merge), or train without scales (qalora: {scales: false})."
         )
     base = base or opened.config.get("base_model_name_or_path")
     if not base:

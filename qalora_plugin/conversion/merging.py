@@ -1,8 +1,9 @@
 """Adapter + base → merged INT4 checkpoint. One addition, nothing re-quantized, the model is never loaded.
 
 The base's shards are linked (or copied) unchanged; the adapter becomes ``<module>.offsets`` [G, N] in files of its own:
-``w' = scales·(q − zeros) + offsets``, added to what the base has already. At any model size it takes the memory of two
-shards of offsets: one is computed while the other is written.
+``w' = scales·(q − zeros) + offsets``, added to what the base has already. Trained scales become
+``<module>.scales_delta`` [G, N] likewise, ``scales ⊙ D·C``, where the scales are those that were trained on. At any
+model size it takes the memory of two shards of offsets: one is computed while the other is written.
 """
 
 import logging
@@ -29,7 +30,7 @@ from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 from qalora_plugin.core.folding import fold, fold_workers, squared_norm
 from qalora_plugin.formats.fusion import dense_modules, unservable
 from qalora_plugin.formats.opened import QuantizedCheckpoint
-from qalora_plugin.formats.qalora import QALora, require_offset_dtype
+from qalora_plugin.formats.qalora import MERGED_PARTS, QALora, require_offset_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -50,17 +51,17 @@ _KEPT_KEYS = (
 
 @dataclass(frozen=True)
 class _Folded:
-    """One linear's ``offsets`` [G, N] as stored, the squared norm of what they should be, and of what rounding lost."""
+    """A tensor [G, N] of one linear as stored, the squared norm of what the adapter adds, and of what rounding lost."""
 
     name: str
-    offsets: np.ndarray
+    stored: np.ndarray
     wanted: float
     lost: float
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What a merge wrote: the folder, how many linears got offsets, bytes that are new, whether shards were linked."""
+    """What a merge wrote: the folder, how many linears it changed, bytes that are new, whether shards were linked."""
 
     folder: Path
     modules: int
@@ -84,8 +85,8 @@ def merge(
         base: folder or Hub id of the base that the adapter was trained on: GPTQ, or one of ours with offsets.
         adapter: folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
         out: the new folder; complete or absent, whatever happens.
-        offset_dtype: ``"float16"`` (error 0.03 % of the adapter's own contribution) or ``"float32"``; default: float16,
-            and float32 where the base has offsets already.
+        offset_dtype: ``"float16"`` (error 0.03 % of the adapter's own contribution) or ``"float32"``, of offsets and
+            changes of scales; default: float16, and float32 where the base has any already.
         copy: copy the base's shards even where they could be hard-linked.
 
     Raises:
@@ -109,6 +110,7 @@ def merge(
     offset_dtype = offset_dtype or default_offset_dtype(source)
     itemsize = np.dtype(offset_dtype).itemsize
     new_bytes = sum(source.specs[name].groups * source.specs[name].out_features for name in opened.modules) * itemsize
+    new_bytes *= 2 if opened.has_scales else 1
     kept = _kept_files(files)
     out.parent.mkdir(parents=True, exist_ok=True)
     linked = bool(kept) and not copy and same_disk(files.folder / files.files[0], out.parent)
@@ -123,7 +125,7 @@ def merge(
         writer = ShardWriter(work, "offsets", SHARD_BYTES, taken=set(kept.values()))
         added = _write_offsets(writer, source, opened, offset_dtype, progress)
         new_bytes = writer.nbytes
-        old = sum(info.end - info.start for name, info in files.tensors.items() if name.endswith(".offsets"))
+        old = sum(info.end - info.start for name, info in files.tensors.items() if name.endswith(MERGED_PARTS))
         write_index(work, weight_map | added, files.nbytes - old + new_bytes)
         quantization = _quantization_config(source) | {
             "offset_dtype": offset_dtype,
@@ -131,7 +133,7 @@ def merge(
             "base_fingerprint": base_fingerprint,
             "adapter": opened.digest(),
         }
-        write_config(work, files.config, quantization)
+        write_config(work, files.config, quantization, any(name.endswith(".scales_delta") for name in added))
         copy_companions(files.folder, opened.folder, work)
         carry_special_tokens(files.folder, work)
         card = model_card(out.name, quantization, opened, new_bytes, files.nbytes)
@@ -142,20 +144,22 @@ def merge(
 
 
 def default_offset_dtype(base: QuantizedCheckpoint) -> str:
-    """float16, or float32 where the base has offsets already: rounding those could outweigh what the adapter adds."""
-    return "float32" if base.has_offsets else "float16"
+    """float16, or float32 where the base has offsets or changed scales already: rounding those could outweigh what the
+    adapter adds."""
+    changed = any(spec.offset_dtype or spec.scales_delta_dtype for spec in base.specs.values())
+    return "float32" if changed else "float16"
 
 
 def _kept_files(files: Checkpoint) -> dict[str, str]:
-    """Shards that the merge takes as they are → their names in it: all but those that hold offsets."""
-    changed = {info.file for name, info in files.tensors.items() if name.endswith(".offsets")}
+    """Shards that the merge takes as they are → their names in it: all but those that hold what merges wrote."""
+    changed = {info.file for name, info in files.tensors.items() if name.endswith(MERGED_PARTS)}
     renamed = {SINGLE_NAME: "model-00001-of-00001.safetensors"}  # beside an index, transformers would prefer the single
     return {file: renamed.get(file, file) for file in files.files if file not in changed}
 
 
 def _write_rest(work: Path, files: Checkpoint, changed: set[str], taken: set[str]) -> dict[str, str]:
-    """Copy what else lies in files that hold offsets (none in those that we write); returns its weight map."""
-    rest = [name for name, info in files.tensors.items() if info.file in changed and not name.endswith(".offsets")]
+    """Copy what else lies in files with what merges wrote (none in those that we write); returns its weight map."""
+    rest = [name for name, info in files.tensors.items() if info.file in changed and not name.endswith(MERGED_PARTS)]
     writer = ShardWriter(work, "rest", taken=taken)
     for name in rest:
         writer.add(name, files.tensor(name))
@@ -199,36 +203,40 @@ def is_merge_of(
 def _write_offsets(
     writer: ShardWriter, base: QuantizedCheckpoint, adapter: AdapterFolder, dtype: str, progress: bool
 ) -> dict[str, str]:
-    """Write the offset files; returns their part of the weight map."""
-    wanted, lost, suffering = 0.0, 0.0, 0
-    for one in track(
-        _folded(base, adapter, dtype), "merging", len(adapter.modules), disable=not progress, transient=True
-    ):
-        writer.add(f"{one.name}.offsets", one.offsets)
-        wanted, lost = wanted + one.wanted, lost + one.lost
+    """Write the files of offsets and changes of scales; returns their part of the weight map."""
+    wanted, lost, suffering = dict.fromkeys(MERGED_PARTS, 0.0), dict.fromkeys(MERGED_PARTS, 0.0), 0
+    count, written = len(adapter.modules) * (2 if adapter.has_scales else 1), set()
+    for one in track(_folded(base, adapter, dtype), "merging", count, disable=not progress, transient=True):
+        writer.add(one.name, one.stored)
+        written.add(one.name)
+        part = next(part for part in MERGED_PARTS if one.name.endswith(part))
+        wanted[part], lost[part] = wanted[part] + one.wanted, lost[part] + one.lost
         suffering += one.lost > MOST_LOST**2 * one.wanted
     for name, spec in base.specs.items():
-        if spec.offset_dtype and name not in adapter.keys:
-            stored = f"{name}.offsets"
-            as_is = base.files.tensor if spec.offset_dtype == "bfloat16" else base.files.array
-            writer.add(stored, as_is(stored))
+        for part, kept in zip(MERGED_PARTS, (spec.offset_dtype, spec.scales_delta_dtype), strict=True):
+            if kept and (stored := f"{name}{part}") not in written:
+                writer.add(stored, (base.files.tensor if kept == "bfloat16" else base.files.array)(stored))
     if suffering:
+        share = max((lost[part] / wanted[part] for part in MERGED_PARTS if wanted[part]), default=float("inf"))
         logger.warning(
             "qalora: %d of %d adapted linears are so small that %s loses more than %.1g of what the adapter adds to "
             "them (%.2g of the whole adapter, in the Euclidean norm). Merge with offset_dtype float32.",
-            suffering, len(adapter.modules), dtype, MOST_LOST, (lost / wanted) ** 0.5,
+            suffering, count, dtype, MOST_LOST, share**0.5,
         )  # fmt: skip
     return writer.finish()
 
 
 def _folded(base: QuantizedCheckpoint, adapter: AdapterFolder, dtype: str) -> Iterator[_Folded]:
-    """Every adapted linear's offsets in order, computed ahead of who takes them, by a shard at most."""
+    """What is stored of every adapted linear, in order, computed ahead of who takes it, by a shard at most."""
+    tasks = [(_offsets, name) for name in adapter.modules]
+    if adapter.has_scales:
+        tasks = [task for name in adapter.modules for task in ((_offsets, name), (_scales_delta, name))]
     begun: deque[Future[_Folded]] = deque()
     size = max(spec.groups * spec.out_features for spec in base.specs.values()) * np.dtype(dtype).itemsize
     ahead = max(2, SHARD_BYTES // size)
     with fold_workers() as workers:
-        for name in adapter.modules:
-            begun.append(workers.submit(_offsets, base, adapter, name, dtype))
+        for task, name in tasks:
+            begun.append(workers.submit(task, base, adapter, name, dtype))
             if len(begun) > ahead:
                 yield begun.popleft().result()
         while begun:
@@ -247,7 +255,19 @@ def _offsets(base: QuantizedCheckpoint, adapter: AdapterFolder, name: str, dtype
         lost = float(np.square(exact - offsets, dtype=np.float64).sum())
         if before is None:
             wanted = float(np.square(exact, dtype=np.float64).sum())
-    return _Folded(name, offsets, wanted, lost)
+    return _Folded(f"{name}.offsets", offsets, wanted, lost)
+
+
+def _scales_delta(base: QuantizedCheckpoint, adapter: AdapterFolder, name: str, dtype: str) -> _Folded:
+    d, c = adapter.scale_factors(name)
+    scales, before = base.scales(name)
+    delta = fold(d.T, c.T, 1.0, dtype, before, scales)
+    if not all_finite(delta):
+        raise QALoraError(f"the changed scales of {name} exceed what {dtype} can hold. {_TOO_LARGE[dtype]}.")
+    added = fold(d.T, c.T, 1.0, "float32", None, scales)
+    exact = added if before is None else fold(d.T, c.T, 1.0, "float32", before, scales)
+    lost = np.square(exact - delta, dtype=np.float64).sum() if dtype == "float16" else 0.0
+    return _Folded(f"{name}.scales_delta", delta, float(np.square(added, dtype=np.float64).sum()), float(lost))
 
 
 def _quantization_config(base: QuantizedCheckpoint) -> dict:

@@ -11,7 +11,7 @@ import numpy as np
 
 from qalora_plugin.checkpoint.folder import INDEX_NAME
 from qalora_plugin.checkpoint.json_files import write_json
-from qalora_plugin.formats.qalora import as_config
+from qalora_plugin.formats.qalora import MERGED_PARTS, as_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,12 +89,12 @@ def write_index(folder: Path, weight_map: Mapping[str, str], nbytes: int) -> Non
     write_json(folder / INDEX_NAME, {"metadata": {"total_size": nbytes}, "weight_map": dict(weight_map)})
 
 
-def write_config(folder: Path, config: dict[str, Any], quantization: dict[str, Any]) -> None:
+def write_config(folder: Path, config: dict[str, Any], quantization: dict[str, Any], has_scales: bool = False) -> None:
     """``config.json`` of a checkpoint of ours, or of a GPTQ base (``quantization["quant_method"]``)."""
     if quantization.get("quant_method") == "gptq":
         write_json(folder / "config.json", {**config, "quantization_config": quantization})
     else:
-        write_json(folder / "config.json", as_config(config, quantization))
+        write_json(folder / "config.json", as_config(config, quantization, has_scales))
 
 
 def write_model(
@@ -106,14 +106,15 @@ def write_model(
     """
     weights, offsets = ShardWriter(folder, "model"), ShardWriter(folder, "offsets")
     for name, tensor in tensors:
-        (offsets if name.endswith(".offsets") else weights).add(name, tensor)
+        (offsets if name.endswith(MERGED_PARTS) else weights).add(name, tensor)
     weight_map = {**weights.finish(), **offsets.finish()}
+    has_scales = any(name.endswith(".scales_delta") for name in weight_map)
     if set(weight_map.values()) == {"model.safetensors"}:
-        write_config(folder, config, quantization)
+        write_config(folder, config, quantization, has_scales)
         return
     if "model.safetensors" in weight_map.values():  # transformers would prefer it over the index
         only = "model-00001-of-00001.safetensors"
         (folder / "model.safetensors").rename(folder / only)
         weight_map = {name: only if file == "model.safetensors" else file for name, file in weight_map.items()}
     write_index(folder, weight_map, weights.nbytes + offsets.nbytes)
-    write_config(folder, config, quantization)
+    write_config(folder, config, quantization, has_scales)

@@ -1,6 +1,7 @@
 """What an adapter adds to a weight, and the one place where its factors are multiplied.
 
-offsets[γ,n] += α/R·(B·A)ᵀ          A [R, G], B [N, R]          (QA-LoRA, arXiv 2309.14717, eq. 4)
+offsets[γ,n] += α/R·(B·A)ᵀ            A [R, G], B [N, R]          (QA-LoRA, arXiv 2309.14717, eq. 4)
+scales[γ,n]  *= 1 + (D·C)[γ,n]        D [G, R], C [R, N]
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -34,6 +35,29 @@ class OffsetDelta(NamedTuple):
         """dA ``[R, G]`` and dB ``[N, R]`` of the gradient of the offsets, ``[G, N]``."""
         a, b = self.lora_a.to(gradient.dtype), self.lora_b.to(gradient.dtype)
         return scaled_product(b.t(), gradient.t(), self.scaling), scaled_product(gradient.t(), a.t(), self.scaling)
+
+
+class ScaleDelta(NamedTuple):
+    """A low-rank change of the step sizes of one linear, in parts of what they are.
+
+    Attributes:
+        d: ``[G, R]``. c: ``[R, N]``.
+    """
+
+    d: "Tensor"
+    c: "Tensor"
+
+    def materialize(self, scales: "Tensor") -> "Tensor":
+        """``scales ⊙ (1 + D·C)`` ``[G, N]``, float32 or better."""
+        import torch
+
+        dtype = torch.promote_types(self.d.dtype, torch.float32)
+        return (self.d.to(dtype) @ self.c.to(dtype)).add_(1).mul_(scales)
+
+    def gradients(self, gradient: "Tensor") -> "tuple[Tensor, Tensor]":
+        """dD ``[G, R]`` and dC ``[R, N]`` of the gradient of ``D·C``, ``[G, N]``."""
+        d, c = self.d.to(gradient.dtype), self.c.to(gradient.dtype)
+        return gradient @ c.t(), d.t() @ gradient
 
 
 def scaled_product(a: "Tensor", b: "Tensor", scaling: float) -> "Tensor":

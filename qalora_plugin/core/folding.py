@@ -23,13 +23,18 @@ def fold_workers() -> Iterator[Executor]:
 
 
 def fold(
-    lora_a: np.ndarray, lora_b: np.ndarray, scaling: float, dtype: str, base: np.ndarray | None = None
+    lora_a: np.ndarray,
+    lora_b: np.ndarray,
+    scaling: float,
+    dtype: str,
+    base: np.ndarray | None = None,
+    factor: np.ndarray | None = None,
 ) -> np.ndarray:
-    """``base + scaling·(B·A)ᵀ`` in weight units, computed in float64; what exceeds the dtype becomes infinite.
+    """``base + factor ⊙ scaling·(B·A)ᵀ``, computed in float64; what exceeds the dtype becomes infinite.
 
     Args:
         lora_a: ``[R, G]``. lora_b: ``[N, R]``. dtype: ``"float16"`` or ``"float32"``.
-        base: offsets ``[G, N]`` that are there already.
+        base: ``[G, N]``, what is there already. factor: ``[G, N]``; None: 1.
 
     Returns:
         ``[G, N]``.
@@ -39,7 +44,7 @@ def fold(
     rows = max(1, _BLOCK // b.shape[1])
     for start in range(0, len(a), rows):
         block = slice(start, start + rows)
-        _multiply(a[block], b, None if base is None else base[block], offsets[block])
+        _multiply(a[block], b, *(None if t is None else t[block] for t in (base, factor)), offsets[block])
     return offsets
 
 
@@ -49,9 +54,14 @@ def squared_norm(lora_a: np.ndarray, lora_b: np.ndarray, scaling: float) -> floa
     return scaling**2 * float(((a @ a.T) * (b.T @ b)).sum())
 
 
-def _multiply(a: np.ndarray, b: np.ndarray, base: np.ndarray | None, out: np.ndarray) -> None:
-    """``base + a·b`` in float64, rounded to float32, then to ``out``'s dtype (as torch rounds float64 to float16)."""
+def _multiply(
+    a: np.ndarray, b: np.ndarray, base: np.ndarray | None, factor: np.ndarray | None, out: np.ndarray
+) -> None:
+    """``base + factor ⊙ a·b`` in float64, rounded to float32, then to ``out``'s dtype (as torch rounds float64 to
+    float16)."""
     product = a @ b
+    if factor is not None:
+        product *= factor
     if base is not None:
         product += base
     with np.errstate(over="ignore"):

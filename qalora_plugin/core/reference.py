@@ -14,9 +14,13 @@ from qalora_plugin.core.weight import GroupwiseWeight
 def dequantize(weight: GroupwiseWeight, dtype: torch.dtype = torch.float64) -> Tensor:
     """``w[k,n] = scales[γ,n]·(q[k,n] − zeros[γ,n]) + offsets[γ,n]`` with γ the group of column k → ``[K, N]``."""
     group = column_groups(weight)
-    codes = unpack_rows(weight.qweight, weight.bits).to(dtype)
-    dense = weight.scales.to(dtype)[group] * (codes - weight.zeros.to(dtype)[group])
+    dense = weight.scales.to(dtype)[group] * unit_steps(weight, dtype)
     return dense if weight.offsets is None else dense + weight.offsets.to(dtype)[group]
+
+
+def unit_steps(weight: GroupwiseWeight, dtype: torch.dtype = torch.float64) -> Tensor:
+    """``q − zeros`` ``[K, N]``: what scales multiply."""
+    return unpack_rows(weight.qweight, weight.bits).to(dtype) - weight.zeros.to(dtype)[column_groups(weight)]
 
 
 def column_groups(weight: GroupwiseWeight) -> Tensor:
@@ -36,6 +40,19 @@ def adapter_offsets(lora_a: Tensor, lora_b: Tensor, scaling: float, dtype: torch
     """What merging adds: ``α/R · (B·A)ᵀ``, A ``[R, G]``, B ``[N, R]`` → ``[G, N]`` in weight units."""
     lora_b = lora_b.t().contiguous()  # or BLAS takes five times as long
     return (scaling * lora_a.to(dtype)).t() @ lora_b.to(dtype)
+
+
+def adapter_scales(scales: Tensor, d: Tensor, c: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """What merging adds to the scales ``[G, N]``: ``scales ⊙ D·C``, D ``[G, R]``, C ``[R, N]``."""
+    return scales.to(dtype) * (d.to(dtype) @ c.to(dtype))
+
+
+def scaled_weight(weight: GroupwiseWeight, d: Tensor, c: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """``s⊙(1 + D·C)·(q − z) + offsets`` ``[K, N]``, differentiable in D and C."""
+    group = column_groups(weight)
+    scales = weight.scales.to(dtype) + adapter_scales(weight.scales, d, c, dtype)
+    dense = scales[group] * unit_steps(weight, dtype)
+    return dense if weight.offsets is None else dense + weight.offsets.to(dtype)[group]
 
 
 def adapter_linear(

@@ -23,7 +23,7 @@ class GroupwiseSpec:
     Attributes:
         name: on disk.
         bits: of a code. group_size: columns of K that share a scale (K itself for one group).
-        bias_dtype, offset_dtype: None where nothing of the kind is stored.
+        bias_dtype, offset_dtype, scales_delta_dtype: None where nothing of the kind is stored.
         has_g_idx: whether the group of every column is stored, which it may be without act-order.
     """
 
@@ -36,6 +36,7 @@ class GroupwiseSpec:
     bias_dtype: str | None = None
     offset_dtype: str | None = None
     has_g_idx: bool = False
+    scales_delta_dtype: str | None = None
 
     @property
     def groups(self) -> int:
@@ -48,7 +49,7 @@ class GroupwiseWeight(NamedTuple):
     Attributes:
         qweight: int32 words of b-bit codes along K, ``[*E, K·b/32, N]`` (:mod:`.packing`).
         zeros: true zero-points, uint8 ``[*E, G, N]``.
-        scales: ``[*E, G, N]``, float.
+        scales: ``[*E, G, N]``, float; the ones to multiply by, whatever a checkpoint makes them of.
         offsets: ``[*E, G, N]`` in weight units, or None.
         g_idx: int32 ``[K]``, the group of each column in act-order; None where groups are consecutive.
         group_order: int64 ``[K]``, the columns sorted by group; None likewise.

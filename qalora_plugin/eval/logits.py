@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
 from qalora_plugin.core.delta import OffsetDelta
-from qalora_plugin.core.reference import adapter_offsets
+from qalora_plugin.core.reference import adapter_offsets, adapter_scales
 from qalora_plugin.eval.routing import recorded, replayed
 
 
@@ -20,8 +20,9 @@ def compare_logits(
 ) -> dict[str, Any]:
     """How far the merged checkpoint's logits are from those of base + adapter; keys as in ``VerifyReport``.
 
-    The merged model runs twice: with its offsets as stored, then with those of the other dtype. So one of the two has
-    them exact, and one rounded to float16. Its experts follow the routing of base + adapter (:mod:`.routing`).
+    The merged model runs twice: with its offsets and changes of scales as stored, then with those of the other dtype.
+    So one of the two has them exact, and one rounded to float16. Its experts follow the routing of base + adapter
+    (:mod:`.routing`).
     """
     from qalora_plugin.integrations.peft.loading import load_adapter
     from qalora_plugin.integrations.transformers.loading import load_base, load_model
@@ -31,7 +32,7 @@ def compare_logits(
         model: Any = load_adapter(load_base(base, **options), adapter.folder)
         with recorded(model) as routing:
             expected = list(_logits(model, sequences, device))
-        offsets = exact_offsets(model)
+        exact = exact_values(model)
         del model
         gc.collect()
         model = load_model(merged, **options)
@@ -45,10 +46,13 @@ def compare_logits(
                 kl += (log_p.exp() * (log_p - log_q)).sum().item()
                 agree += (p.argmax(-1) == q.argmax(-1)).sum().item()
         stored_exactly = False
-        for name, exact in offsets.items():
+        for name, (offsets, scales_delta) in exact.items():
             layer = model.get_submodule(name)
             stored_exactly = layer.offsets.dtype == torch.float32
-            layer.offsets = exact.to(model.device, torch.float16 if stored_exactly else torch.float32)
+            other = torch.float16 if stored_exactly else torch.float32
+            layer.offsets = offsets.to(model.device, other)
+            if scales_delta is not None:
+                layer.scales_delta = scales_delta.to(model.device, other)
         with replayed(model, routing) as flips_again:
             for p, q in zip(expected, _logits(model, sequences, device), strict=True):
                 again = _larger(again, p - q)
@@ -68,17 +72,18 @@ def compare_logits(
     }
 
 
-def exact_offsets(model: nn.Module) -> dict[str, Tensor]:
-    """``α/R·(B·A)ᵀ`` [G, N] of every adapted linear of a PEFT model ([E, G, N] of experts), in float32: what its merge
-    stores rounded."""
+def exact_values(model: nn.Module) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Offsets and changes of scales (None for none) [G, N] of every adapted linear of a PEFT model ([E, G, N] of
+    experts), in float32: what its merge stores rounded."""
     from qalora_plugin.integrations.peft.adapter import QALoraLayer
     from qalora_plugin.layers.experts import unstacked
 
-    offsets = {}
+    values = {}
     for name, layer in model.named_modules():
         if isinstance(layer, QALoraLayer):
             (active,) = layer.active_adapters
             lora_a, lora_b = (part[active].weight.detach().cpu() for part in (layer.lora_A, layer.lora_B))
+            change = None
             if lora_b.ndim == 3:
                 deltas = unstacked(OffsetDelta(lora_a, lora_b, layer.scaling[active]))
                 exact = torch.stack([adapter_offsets(*delta) for delta in deltas])
@@ -87,8 +92,14 @@ def exact_offsets(model: nn.Module) -> dict[str, Tensor]:
             base: Any = layer.get_base_layer()
             if base.offsets is not None:
                 exact += base.offsets.cpu()
-            offsets[name.removeprefix("base_model.model.")] = exact.float()
-    return offsets
+            if active in layer.lora_D:
+                d, c = (part[active].weight.detach().cpu().double() for part in (layer.lora_D, layer.lora_C))
+                change = adapter_scales(base.quantized.scales.cpu(), d * layer.scales_ratio[active] ** 2, c)
+                if base.scales_delta is not None:
+                    change += base.scales_delta.cpu()
+                change = change.float()
+            values[name.removeprefix("base_model.model.")] = exact.float(), change
+    return values
 
 
 def _larger(value: float, difference: Tensor) -> float:

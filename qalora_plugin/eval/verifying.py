@@ -4,11 +4,13 @@ Storing the offsets rounds them, and that is all that a right merge changes. So 
 do:
 
 1. a base tensor that is not the base's, bit for bit;
-2. an offset that is not its definition, rounded once: off by more than half a unit in the last place of what it is
-   stored in. (Each by itself: a wrong factor, a swapped linear, one wrong number cannot hide behind a large adapter);
+2. an offset, or a change of a scale, that is not its definition, rounded once: off by more than half a unit in the last
+   place of what it is stored in. (Each by itself: a wrong factor, a swapped linear, one wrong number cannot hide behind
+   a large adapter. The sum of scale and change is taken in float64: that it is float32 later, as s·(1 + D·C) was in
+   training, is the base's own rounding);
 3. an adapter so small that the rounding eats it;
 4. logits in float32 that differ where nothing was rounded: base + adapter, as it was trained, against the merged
-   checkpoint, as transformers loads it, with its offsets put to their exact values.
+   checkpoint, as transformers loads it, with its offsets and changes of scales put to their exact values.
 
 What the rounding does to the logits is reported, not judged: a large adapter, or a model that amplifies every error,
 moves them further, and near ties then turn over. (A top-1 token can change only where its margin is below twice the
@@ -28,12 +30,13 @@ from torch import Tensor
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
 from qalora_plugin.checkpoint.folder import Checkpoint
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
-from qalora_plugin.core.reference import adapter_offsets, column_groups, dequantize
+from qalora_plugin.core.reference import adapter_offsets, adapter_scales, column_groups, dequantize, unit_steps
+from qalora_plugin.core.weight import GroupwiseWeight
 from qalora_plugin.eval.logits import compare_logits
 from qalora_plugin.eval.tables import print_facts
 from qalora_plugin.eval.tokens import default_texts, tokenize
 from qalora_plugin.formats.opened import QuantizedCheckpoint
-from qalora_plugin.formats.qalora import QALora
+from qalora_plugin.formats.qalora import MERGED_PARTS, SCALES, QALora
 
 # In units of half a unit in the last place of an offset. (A merge rounds to float32 on the way to float16.)
 ROUNDING_BAR = 1.01
@@ -65,7 +68,8 @@ class VerifyReport:
     weight_error_relative: float
     """‖w' − definition‖ / ‖what the adapter adds‖ over all adapted weights, float64."""
     offset_error: float
-    """Largest error of an offset, in units of half a unit in the last place of what it is stored in."""
+    """Largest error of a weight, in units of what half a unit in the last place of its stored offset, and of the change
+    of its scale where there is one, can do to it."""
     tokens: int
     dtype: str
     logit_difference: float
@@ -185,8 +189,9 @@ def verify(
         raise QALoraError(f"{merged} has quant_method {files.method!r}: it is no merged QA-LoRA checkpoint.")
     result = QuantizedCheckpoint.of(files)
     opened.check_fits(source.specs)
-    # What the adapter changes is no longer the base's: the offsets that a base of ours has already.
-    kept = [name for name in sorted(source.files.tensors) if name not in {f"{m}.offsets" for m in opened.modules}]
+    # What the adapter changes is no longer the base's: offsets, and changes of scales, that a base of ours has already.
+    changed = {f"{module}{part}" for module in opened.modules for part in MERGED_PARTS[: 1 + opened.has_scales]}
+    kept = [name for name in sorted(source.files.tensors) if name not in changed]
     identical, sha256 = _compare_tensors(source.files, files, kept, progress)
     weights = _compare_weights(source, result, opened, progress)
     if sequences is None:
@@ -195,7 +200,7 @@ def verify(
         sequences = tokenize(AutoTokenizer.from_pretrained(result.folder), texts or default_texts(), max_tokens)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     logits = compare_logits(source.folder, opened, result.folder, sequences, dtype, device)
-    offsets = [info.end - info.start for name, info in files.tensors.items() if name.endswith(".offsets")]
+    offsets = [info.end - info.start for name, info in files.tensors.items() if name.endswith(MERGED_PARTS)]
     return VerifyReport(
         base=str(base),
         adapter=str(adapter),
@@ -233,35 +238,60 @@ def _bytes_of(tensor: Tensor) -> Tensor:
 def _compare_weights(
     source: QuantizedCheckpoint, result: QuantizedCheckpoint, adapter: AdapterFolder, progress: bool
 ) -> dict[str, Any]:
-    """Errors of the merged weights against ``w + α/R·(B·A)ᵀ`` per group, in float64."""
-    changed = {name for name, spec in result.specs.items() if spec.offset_dtype}
-    had = {name for name, spec in source.specs.items() if spec.offset_dtype}
-    if stray := sorted(changed.difference(adapter.modules, had)):
-        raise QALoraError(f"{result.folder}: {stray[0]} has offsets, but the adapter does not change it. Merge again.")
+    """Errors of the merged weights against ``w + s·D·C·(q − z) + α/R·(B·A)ᵀ`` per group, in float64."""
+    for what, part, adapted in (
+        ("offsets", "offset_dtype", adapter.modules),
+        ("changed scales", "scales_delta_dtype", adapter.modules if adapter.has_scales else []),
+    ):
+        changed, had = (
+            {name for name, spec in one.specs.items() if getattr(spec, part)} for one in (result, source)
+        )  # fmt: skip
+        if stray := sorted(changed.difference(adapted, had)):
+            raise QALoraError(
+                f"{result.folder}: {stray[0]} has {what}, but the adapter does not change it. Merge again."
+            )
+        if lacking := sorted(had.union(adapted) - changed):
+            raise QALoraError(f"{result.folder}: {lacking[0]} has no {what}, but it should. Merge again.")
     largest, in_roundings, error, contribution = 0.0, 0.0, 0.0, 0.0
     for name in track(adapter.modules, "weights", disable=not progress, transient=True):
-        if (dtype := result.specs[name].offset_dtype) is None:
-            raise QALoraError(f"{result.folder}: {name} has no offsets, but the adapter changes it. Merge again.")
-        before, after = source.weight(name), result.weight(name)
+        dtype, scales_dtype = result.specs[name].offset_dtype, result.specs[name].scales_delta_dtype
+        before, after = _unrounded(source, name), _unrounded(result, name)
         group = column_groups(before)
         lora_a, lora_b = map(torch.from_numpy, adapter.factors(name))
         delta = adapter_offsets(lora_a, lora_b, adapter.scaling(name))
         stored = delta if before.offsets is None else delta + before.offsets.double()
         rounding = half_ulp(stored, dtype) + _NOISE * stored.abs().max()
+        change, scales_rounding = torch.zeros_like(delta), torch.zeros_like(delta)
+        if factors := adapter.scale_factors(name):
+            trained_on, earlier = source.scales(name)
+            change = adapter_scales(torch.from_numpy(trained_on), *map(torch.from_numpy, factors))
+            in_all = change if earlier is None else change + torch.from_numpy(earlier).double()
+            scales_rounding = half_ulp(in_all, scales_dtype) + _NOISE * after.scales.abs()
         for start in range(0, before.out_features, _COLUMNS):
             columns = slice(start, start + _COLUMNS)
-            weight, added = dequantize(before.narrow(n=columns)), delta[group, columns]
+            one = before.narrow(n=columns)
+            steps = unit_steps(one)
+            weight, added = dequantize(one), delta[group, columns] + change[group, columns] * steps
             difference = (dequantize(after.narrow(n=columns)) - (weight + added)).abs_()
             largest = _larger(largest, difference)
             error += difference.square().sum().item()
             contribution += added.square().sum().item()
-            allowed = rounding[group, columns] + _NOISE * weight.abs()
+            allowed = rounding[group, columns] + scales_rounding[group, columns] * steps.abs_()
+            allowed += _NOISE * (weight.abs() + added.abs())
             in_roundings = _larger(in_roundings, difference / allowed)
     return {
         "weight_error_max": largest,
         "weight_error_relative": (error / contribution) ** 0.5 if contribution else 0.0,
         "offset_error": in_roundings,
     }
+
+
+def _unrounded(source: QuantizedCheckpoint, name: str) -> GroupwiseWeight:
+    """One linear, its scales the sum of what is stored in float64."""
+    weight = source.weight(name)
+    if source.specs[name].scales_delta_dtype is None:
+        return weight
+    return weight._replace(scales=sum(source.files.tensor(f"{name}.{part}").double() for part in SCALES))
 
 
 def _larger(value: float, tensor: Tensor) -> float:

@@ -35,7 +35,9 @@ _NOT_FINITE = {
     "scales": "The quantisation of this layer failed: do it again (more calibration data, or a higher damp_percent).",
     "bias": "The checkpoint is damaged: download or copy it again.",
     "offsets": "They are not what a merge writes: merge or download the checkpoint again.",
+    "scales_delta": "They are not what a merge writes: merge or download the checkpoint again.",
 }
+_PARTS = ("qweight", "qzeros", "scales", "g_idx", "bias", "offsets", "scales_delta")
 _JSON_NAMES = {int: "integer", bool: "boolean", str: "string", dict: "object", list: "array"}
 
 
@@ -74,10 +76,10 @@ class Gptq:
         return quantization.get("quant_method") == cls.method
 
     def specs(self, tensors: Headers, where: object) -> dict[str, GroupwiseSpec]:
-        stray = next((name for name in tensors if name.endswith(".offsets")), None)
+        stray = next((name for name in tensors if name.endswith((".offsets", ".scales_delta"))), None)
         if stray and not self.holds_offsets:
             raise QALoraError(
-                f"{where} is a GPTQ checkpoint by its config, but holds the merged offsets {stray}. Use the "
+                f"{where} is a GPTQ checkpoint by its config, but holds the merged {stray}. Use the "
                 "base as it was made, or the merged folder with its own config.json."
             )
         names = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
@@ -86,7 +88,12 @@ class Gptq:
         return {name: self._spec(tensors, name, where) for name in names}
 
     def parts(self, spec: GroupwiseSpec) -> tuple[str, ...]:
-        stored = {"g_idx": spec.has_g_idx, "bias": spec.bias_dtype, "offsets": spec.offset_dtype}
+        stored = {
+            "g_idx": spec.has_g_idx,
+            "bias": spec.bias_dtype,
+            "offsets": spec.offset_dtype,
+            "scales_delta": spec.scales_delta_dtype,
+        }
         return ("qweight", "qzeros", "scales", *(part for part, there in stored.items() if there))
 
     def read(self, spec: GroupwiseSpec, load: "Callable[[str], Tensor]") -> GroupwiseWeight:
@@ -100,10 +107,13 @@ class Gptq:
                 g_idx, order = stored, torch.argsort(stored, stable=True)
                 if not torch.equal(stored[order], in_order):
                     raise QALoraError(_bad_g_idx(f"{spec.name}.g_idx", spec))
+        scales = load(f"{spec.name}.scales")
+        if spec.scales_delta_dtype:
+            scales = scales.float() + load(f"{spec.name}.scales_delta")
         return GroupwiseWeight(
             qweight=load(f"{spec.name}.qweight"),
             zeros=read_zeros(load(f"{spec.name}.qzeros"), spec.bits, self.reading),
-            scales=load(f"{spec.name}.scales"),
+            scales=scales,
             offsets=load(f"{spec.name}.offsets") if spec.offset_dtype else None,
             g_idx=g_idx,
             group_order=order,
@@ -133,8 +143,8 @@ class Gptq:
         return {f"{name}.{part}": tensor.contiguous() for part, tensor in tensors.items() if tensor is not None}
 
     def check_values(self, spec: GroupwiseSpec, load: Callable[[str], np.ndarray], where: object) -> None:
-        for part, stored in {"scales": True, "bias": spec.bias_dtype, "offsets": spec.offset_dtype}.items():
-            if stored and not all_finite(load(f"{spec.name}.{part}")):
+        for part in set(self.parts(spec)) & set(_NOT_FINITE):
+            if not all_finite(load(f"{spec.name}.{part}")):
                 raise QALoraError(f"{where}: {spec.name}.{part} holds NaN or Inf. {_NOT_FINITE[part]}")
         if spec.has_g_idx:
             counts = np.bincount(load(f"{spec.name}.g_idx").clip(-1, spec.groups) + 1)
@@ -153,9 +163,7 @@ class Gptq:
         def fail(problem: str) -> QALoraError:
             return QALoraError(f"{where}: {name}: {problem} The checkpoint is damaged or not in GPTQ layout.")
 
-        parts = {
-            part: tensors.get(f"{name}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx", "bias", "offsets")
-        }
+        parts = {part: tensors.get(f"{name}.{part}") for part in _PARTS}
         _check_dtypes(parts, fail)
         qweight, qzeros, scales = (_found(parts[part]) for part in ("qweight", "qzeros", "scales"))
         groups, out_features = scales.shape
@@ -166,7 +174,8 @@ class Gptq:
         in_features = qweight.shape[0] * 32 // bits
         if qweight.shape[1] != out_features or in_features % codes_per_period(bits):
             raise fail(f"qweight {qweight.shape} does not fit scales {scales.shape} at {bits} bits.")
-        shapes = {"g_idx": (in_features,), "bias": (out_features,), "offsets": (groups, out_features)}
+        each = (groups, out_features)
+        shapes = {"g_idx": (in_features,), "bias": (out_features,), "offsets": each, "scales_delta": each}
         for part, shape in shapes.items():
             found = parts[part]
             if found is not None and found.shape != shape:
@@ -187,6 +196,7 @@ class Gptq:
             bias_dtype=float_dtype("bias"),
             offset_dtype=float_dtype("offsets"),
             has_g_idx=parts["g_idx"] is not None,
+            scales_delta_dtype=float_dtype("scales_delta"),
         )
 
     def _check_against_config(self, where: object, name: str, bits: int, in_features: int, groups: int) -> None:
@@ -222,7 +232,7 @@ def _check_dtypes(parts: dict[str, TensorInfo | None], fail: Callable[[str], QAL
             floats = part == "qzeros" and found.dtype in _FLOATS
             hint = ", not the floats of QA-LoRA's official merge.py: qalora import official SRC OUT" if floats else ""
             raise fail(f"{part} is {found.dtype}, expected int32 words{hint}.")
-    for part, verb in {"scales": "are", "bias": "is", "offsets": "are"}.items():
+    for part, verb in {"scales": "are", "bias": "is", "offsets": "are", "scales_delta": "is"}.items():
         found = parts[part]
         if found is not None and found.dtype not in _FLOATS:
             raise fail(f"{part} {verb} {found.dtype}, expected a float type.")

@@ -69,6 +69,14 @@ class QuantizedCheckpoint:
         """What one linear has already, ``[G, N]``; None for nothing."""
         return self.files.array(f"{name}.offsets") if self.specs[name].offset_dtype else None
 
+    def scales(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """The scales of one linear, float32 ``[G, N]``, and what merges changed them by; None for nothing."""
+        scales = self.files.array(f"{name}.scales").astype(np.float32)
+        if not self.specs[name].scales_delta_dtype:
+            return scales, None
+        delta = self.files.array(f"{name}.scales_delta").astype(np.float32)
+        return scales + delta, delta
+
     def check_values(self) -> None:
         """Refuse NaN, Inf, and an act-order index that is none. Reads 1/g of the whole."""
         for spec in self.specs.values():

@@ -1,11 +1,12 @@
 """``y = x·(w + offsets)`` straight from the packed weight, with the adapter folded in: one GEMM, no dense weight kept.
 
-    forward    w' = dequant(q, scales, zeros, offsets + α/R·(B·A)ᵀ)      y  = x·w'
-    backward   w' again, from the packed tensors                         dx = dy·w'ᵀ
-               dB = α/R · dyᵀ·(P(x)·Aᵀ)                                  dA = α/R · (dy·B)ᵀ·P(x)
+    forward    w' = dequant(q, scales ⊙ (1 + D·C), zeros, offsets + α/R·(B·A)ᵀ)      y  = x·w'
+    backward   w' again, from the packed tensors                                     dx = dy·w'ᵀ
+               dB = α/R · dyᵀ·(P(x)·Aᵀ)                                              dA = α/R · (dy·B)ᵀ·P(x)
+               dD = dM·Cᵀ, dC = Dᵀ·dM, where dM is the gradient of D·C: :mod:`.scales`
 
-Between the two only ``P(x)`` is saved, 1/g of ``x``. The weight multiplied here is, up to the rounding of the stored
-offsets, the one that the merged checkpoint serves.
+Between the two only ``P(x)`` is saved, 1/g of ``x``; with trained scales ``x``. The weight multiplied here is, up to
+the rounding of the stored offsets and scales, the one that the merged checkpoint serves.
 """
 
 from typing import Any
@@ -14,52 +15,60 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qalora_plugin.core.delta import OffsetDelta, scaled_product
+from qalora_plugin.core.delta import OffsetDelta, ScaleDelta, scaled_product
 from qalora_plugin.core.weight import GroupwiseWeight
 from qalora_plugin.kernels.base import Kernel
 from qalora_plugin.kernels.hardware import gemm_dtype
+from qalora_plugin.kernels.scales import factor_gradient
 from qalora_plugin.kernels.select import choose
 from qalora_plugin.kernels.unpacking import product
 
 
-def linear(x: Tensor, weight: GroupwiseWeight, delta: OffsetDelta | None = None) -> Tensor:
-    """``x·w + P(x)·offsets + scaling·P(x)·Aᵀ·Bᵀ`` in the dtype of x (the autocast dtype under autocast).
+def linear(
+    x: Tensor, weight: GroupwiseWeight, delta: OffsetDelta | None = None, scale_delta: ScaleDelta | None = None
+) -> Tensor:
+    """``x·w' + scaling·P(x)·Aᵀ·Bᵀ`` in the dtype of x (the autocast dtype under autocast).
 
     Args:
         x: ``[..., K]``.
+        scale_delta: changes the scales of ``w``.
 
     Returns:
         ``[..., N]``.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _GroupwiseLinear.apply(x, *(delta or (None, None, 1.0)), weight)
+    return _GroupwiseLinear.apply(x, *(delta or (None, None, 1.0)), *(scale_delta or (None, None)), weight)
 
 
 class _GroupwiseLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, weight: GroupwiseWeight
-    ) -> Tensor:
+        ctx: Any, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, d: Tensor | None,
+        c: Tensor | None, weight: GroupwiseWeight,
+    ) -> Tensor:  # fmt: skip
         run = _forward_op if torch.compiler.is_compiling() else _forward
-        wants_adapter = any(ctx.needs_input_grad[1:3])
-        y, pooled = run(x, lora_a, lora_b, scaling, wants_adapter, weight.tensors, weight.bits, weight.group_size)
-        ctx.scaling, ctx.weight = scaling, weight
-        ctx.save_for_backward(pooled, lora_a, lora_b)
+        wants_scales = any(ctx.needs_input_grad[4:6])
+        keep_pooled = any(ctx.needs_input_grad[1:3]) and not wants_scales
+        factors = (lora_a, lora_b, scaling, d, c)
+        y, pooled = run(x, *factors, keep_pooled, weight.tensors, weight.bits, weight.group_size)
+        ctx.scaling, ctx.weight, ctx.wants_scales = scaling, weight, wants_scales
+        ctx.save_for_backward(x if wants_scales else pooled, lora_a, lora_b, d, c)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         run = _backward_op if torch.compiler.is_compiling() else _backward
-        wants_dx, wants_a, wants_b = ctx.needs_input_grad[:3]
+        wants_dx, wants_a, wants_b, _, wants_d, wants_c, _ = ctx.needs_input_grad
+        kept, lora_a, lora_b, d, c = ctx.saved_tensors
         weight = ctx.weight
-        pooled, lora_a, lora_b = ctx.saved_tensors
-        dx, da, db = run(
-            dy, pooled, lora_a, lora_b, ctx.scaling, wants_dx, wants_a or wants_b,
+        dx, da, db, dd, dc = run(
+            dy, kept, lora_a, lora_b, ctx.scaling, d, c, wants_dx, wants_a or wants_b, ctx.wants_scales,
             weight.tensors, weight.bits, weight.group_size,
         )  # fmt: skip
-        return dx if wants_dx else None, da if wants_a else None, db if wants_b else None, None, None
+        found = ((dx, wants_dx), (da, wants_a), (db, wants_b), (None, False), (dd, wants_d), (dc, wants_c))
+        return *(gradient if wanted else None for gradient, wanted in found), None
 
 
 def _forward(
@@ -67,6 +76,8 @@ def _forward(
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     scaling: float,
+    d: Tensor | None,
+    c: Tensor | None,
     keep_pooled: bool,
     tensors: list[Tensor | None],
     bits: int,
@@ -76,34 +87,54 @@ def _forward(
     weight = GroupwiseWeight.of(tensors, bits, group_size)
     delta = None if lora_a is None or lora_b is None else OffsetDelta(lora_a, lora_b, scaling)
     with torch.autocast(x.device.type, enabled=False):
-        y = choose(weight, x.dtype, x.numel() // x.shape[-1]).forward(x, weight, delta)
+        changed = _with_scales(weight, d, c)
+        y = choose(changed, x.dtype, x.numel() // x.shape[-1]).forward(x, changed, delta)
         # After y: allocated before it, what is kept would break up the free memory that y fits into.
         return y, choose(weight, x.dtype).pool(x, weight) if keep_pooled else x.new_empty(0)
 
 
 def _backward(
     dy: Tensor,
-    pooled: Tensor,
+    kept: Tensor,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     scaling: float,
+    d: Tensor | None,
+    c: Tensor | None,
     wants_dx: bool,
     wants_adapter: bool,
+    wants_scales: bool,
     tensors: list[Tensor | None],
     bits: int,
     group_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, A and B; empty where not wanted."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, A, B, D and C; empty where not wanted.
+
+    Args:
+        kept: ``x`` if ``wants_scales``, else ``P(x)``.
+    """
     weight = GroupwiseWeight.of(tensors, bits, group_size)
     delta = None if lora_a is None or lora_b is None else OffsetDelta(lora_a, lora_b, scaling)
-    dx, da, db = (dy.new_empty(0) for _ in range(3))
+    dx, da, db, dd, dc = (dy.new_empty(0) for _ in range(5))
     kernel = choose(weight, dy.dtype)
     with torch.autocast(dy.device.type, enabled=False):
         if wants_dx:
-            dx = kernel.grad_input(dy, weight, delta)
+            dx = kernel.grad_input(dy, _with_scales(weight, d, c), delta)
+        dy = dy.flatten(0, -2)
         if wants_adapter and delta is not None:
-            da, db = _adapter_gradients(dy.flatten(0, -2), pooled.flatten(0, -2), delta, kernel)
-    return dx, da, db
+            pooled = kernel.pool(kept, weight) if wants_scales else kept
+            da, db = _adapter_gradients(dy, pooled.flatten(0, -2), delta, kernel)
+        if wants_scales and d is not None and c is not None:
+            gradient = factor_gradient(kept.flatten(0, -2), dy, weight)
+            dd, dc = ScaleDelta(d, c).gradients(gradient.to(torch.promote_types(d.dtype, torch.float32)))
+            dd, dc = dd.to(d.dtype), dc.to(c.dtype)
+    return dx, da, db, dd, dc
+
+
+def _with_scales(weight: GroupwiseWeight, d: Tensor | None, c: Tensor | None) -> GroupwiseWeight:
+    if d is None or c is None:
+        return weight
+    return weight._replace(scales=ScaleDelta(d, c).materialize(weight.scales))
 
 
 # The same two as ops that torch.compile does not look into: a compiled model stays one graph. Not for Inductor's CUDA
@@ -115,8 +146,9 @@ _backward_op = torch.library.custom_op("qalora::linear_backward", _backward, mut
 
 @_forward_op.register_fake
 def _(
-    x: Tensor, lora_a: Any, lora_b: Any, scaling: float, keep_pooled: bool, tensors: Any, bits: int, group_size: int
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, lora_a: Any, lora_b: Any, scaling: float, d: Any, c: Any, keep_pooled: bool, tensors: Any, bits: int,
+    group_size: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     groups, out_features = tensors[2].shape
     pooled = x.new_empty(*x.shape[:-1], groups) if keep_pooled else x.new_empty(0)
     return x.new_empty(*x.shape[:-1], out_features), pooled
@@ -124,13 +156,14 @@ def _(
 
 @_backward_op.register_fake
 def _(
-    dy: Tensor, pooled: Tensor, lora_a: Any, lora_b: Any, scaling: float, wants_dx: bool, wants_adapter: bool,
-    tensors: Any, bits: int, group_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dy: Tensor, kept: Tensor, lora_a: Any, lora_b: Any, scaling: float, d: Any, c: Any, wants_dx: bool,
+    wants_adapter: bool, wants_scales: bool, tensors: Any, bits: int, group_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     groups = tensors[2].shape[0]
     dx = dy.new_empty(*dy.shape[:-1], groups * group_size) if wants_dx else dy.new_empty(0)
     da, db = (torch.empty_like(t) if wants_adapter else dy.new_empty(0) for t in (lora_a, lora_b))
-    return dx, da, db
+    dd, dc = (torch.empty_like(t) if wants_scales else dy.new_empty(0) for t in (d, c))
+    return dx, da, db, dd, dc
 
 
 def _adapter_gradients(dy: Tensor, pooled: Tensor, delta: OffsetDelta, kernel: Kernel) -> tuple[Tensor, Tensor]:

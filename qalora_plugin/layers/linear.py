@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qalora_plugin.core.delta import OffsetDelta
+from qalora_plugin.core.delta import OffsetDelta, ScaleDelta
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.weight import GroupwiseSpec, GroupwiseWeight
 from qalora_plugin.core.words import codes_per_period
@@ -13,15 +13,16 @@ from qalora_plugin.kernels.autograd import linear
 from qalora_plugin.kernels.unpacking import dequantized
 from qalora_plugin.layers.sharding import Layout, flatten, views
 
-_HELD = ("qweight", "zeros", "scales", "offsets", "g_idx", "group_order", "bias")
+_HELD = ("qweight", "zeros", "scales", "offsets", "g_idx", "group_order", "scales_delta", "bias")
 
 
 class QuantLinear(nn.Module):
     """``y = x·[scales·(q − zeros) + offsets] + bias``.
 
     Its tensors are those of a :class:`~qalora_plugin.core.weight.GroupwiseWeight`, as buffers: none is a parameter, for
-    they never train. A new layer is empty; :meth:`set_weight` fills it. Where ranks share the weight between them,
-    it is in ``words`` instead (:mod:`.sharding`).
+    they never train. A new layer is empty; :meth:`set_weight` fills it. Where a checkpoint stores ``scales_delta``
+    beside the scales, the layer holds both as stored, half the size of their sum in float32. Where ranks share the
+    weight between them, it is in ``words`` instead (:mod:`.sharding`).
 
     Args:
         spec: sizes, bits and group size.
@@ -33,6 +34,7 @@ class QuantLinear(nn.Module):
     qweight: Tensor  # None, like all of these, until there is a weight
     zeros: Tensor
     scales: Tensor
+    scales_delta: Tensor | None
     offsets: Tensor | None
     g_idx: Tensor | None
     group_order: Tensor | None
@@ -45,7 +47,7 @@ class QuantLinear(nn.Module):
         self.in_features, self.out_features = spec.in_features, spec.out_features
         self.bits, self.group_size, self.groups = spec.bits, spec.group_size, spec.groups
         self.base_fingerprint: Callable[..., str] | None = None  # of the checkpoint this comes from; set by its loader
-        for name in ("qweight", "zeros", "scales", "offsets", "g_idx", "bias"):
+        for name in ("qweight", "zeros", "scales", "scales_delta", "offsets", "g_idx", "bias"):
             self.register_buffer(name, None)
         self.register_buffer("group_order", None, persistent=False)
         self.register_parameter("words", None)
@@ -55,7 +57,7 @@ class QuantLinear(nn.Module):
         """Hold these tensors. bias: ``[N]`` or None."""
         self.qweight, self.zeros, self.scales = weight.qweight, weight.zeros, weight.scales
         self.offsets, self.g_idx, self.group_order = weight.offsets, weight.g_idx, weight.group_order
-        self.bias = bias
+        self.scales_delta, self.bias = None, bias
         return self
 
     def make_shardable(self, dtype: torch.dtype) -> None:
@@ -71,16 +73,18 @@ class QuantLinear(nn.Module):
             tensors = [getattr(self, name) for name in _HELD]
         else:
             tensors = views(self.words, self._layout)
-        return GroupwiseWeight.of(tensors[:-1], self.bits, self.group_size), tensors[-1]
+        *weight, change, bias = tensors
+        found = GroupwiseWeight.of(weight, self.bits, self.group_size)
+        return found if change is None else found._replace(scales=found.scales.float() + change), bias
 
     @property
     def quantized(self) -> GroupwiseWeight:
         return self.held()[0]
 
-    def forward(self, x: Tensor, delta: OffsetDelta | None = None) -> Tensor:
+    def forward(self, x: Tensor, delta: OffsetDelta | None = None, scale_delta: ScaleDelta | None = None) -> Tensor:
         """``[..., K] → [..., N]``, with an adapter folded in if one is given."""
         weight, bias = self.held()
-        y = linear(x, weight, delta)
+        y = linear(x, weight, delta, scale_delta)
         return y if bias is None else y + bias.to(y.dtype)
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:

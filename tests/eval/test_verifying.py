@@ -190,7 +190,7 @@ def test_training_that_scales_otherwise_than_the_merge(base, adapter, merged, mo
         self.scaling[name] *= 1.01
 
     monkeypatch.setattr(LoraLayer, "update_layer", misscaled)
-    monkeypatch.setattr(logits, "exact_offsets", lambda model: {})
+    monkeypatch.setattr(logits, "exact_values", lambda model: {})
     report = check(base, adapter, merged)
     assert not report.passed
 

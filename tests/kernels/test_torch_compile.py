@@ -12,9 +12,10 @@ from qalora_plugin.integrations.peft.adapter import QALoraConfig, QALoraLayer
 class Block(nn.Module):
     """A residual MLP of our layers with norms: the shape of a decoder layer, nothing of transformers."""
 
-    def __init__(self, dim, hidden, seed, bits=4, act_order=False):
+    def __init__(self, dim, hidden, seed, bits=4, act_order=False, scales=False):
         super().__init__()
-        config = QALoraConfig(r=4, lora_alpha=8)
+        wish = {"scales": True, "scales_lr_ratio": 3.0} if scales else None
+        config = QALoraConfig(r=4, lora_alpha=8, qalora=wish)
         self.norm = nn.LayerNorm(dim).requires_grad_(False)
         self.up = QALoraLayer(make_quant_linear(dim, hidden, seed, bits, act_order), "default", config, 4, 8)
         self.down = QALoraLayer(make_quant_linear(hidden, dim, seed + 1, bits, act_order), "default", config, 4, 8)
@@ -37,7 +38,7 @@ def block_step(model, run, x):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("variant", [{}, {"act_order": True}, {"bits": 3}])
+@pytest.mark.parametrize("variant", [{}, {"act_order": True}, {"bits": 3}, {"scales": True}])
 def test_compiled_layers_are_one_graph(variant, autocast):
     """``fullgraph`` refuses a graph break; aot_eager runs the traced forward and backward without a code generator."""
     model, x = blocks(**variant)
@@ -75,14 +76,19 @@ def test_compiled_layer_follows_a_change_of_shape():
 
 
 @pytest.mark.parametrize("wants_dx", [False, True])
+@pytest.mark.parametrize("wants_scales", [None, False, True])
 @pytest.mark.parametrize("wants_adapter", [None, False, True])  # None: there is no adapter
-def test_ops_pass_opcheck(wants_adapter, wants_dx):
+def test_ops_pass_opcheck(wants_adapter, wants_scales, wants_dx):
     """torch's own check of a custom op: its schema, its fake tensors, and no output that aliases an input."""
     weight, checks = make_quant_linear(64, 32, 0).quantized, ("test_schema", "test_faketensor")
     stored = (weight.tensors, weight.bits, weight.group_size)
     adapter = (None, None) if wants_adapter is None else (torch.randn(2, 2), torch.randn(32, 2))
-    arguments = (torch.randn(3, 64), *adapter, 0.5, bool(wants_adapter), *stored)
+    factors = (None, None) if wants_scales is None else (torch.randn(2, 2), torch.randn(2, 32))
+    given = (*adapter, 0.5, *factors)
+    x, keep_pooled = torch.randn(3, 64), bool(wants_adapter) and not wants_scales
+    arguments = (x, *given, keep_pooled, *stored)
     torch.library.opcheck(torch.ops.qalora.linear.default, arguments, test_utils=checks)
     y, pooled = torch.ops.qalora.linear(*arguments)
-    arguments = (torch.randn_like(y), pooled, *adapter, 0.5, wants_dx, bool(wants_adapter), *stored)
+    kept, wants = x if wants_scales else pooled, (wants_dx, bool(wants_adapter), bool(wants_scales))
+    arguments = (torch.randn_like(y), kept, *given, *wants, *stored)
     torch.library.opcheck(torch.ops.qalora.linear_backward.default, arguments, test_utils=checks)

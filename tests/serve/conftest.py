@@ -48,3 +48,18 @@ def registered():
     import vllm_ext
 
     vllm_ext.register()
+
+
+@pytest.fixture
+def act_as(monkeypatch):
+    """Make vLLM's layers believe to be ``rank`` of ``ranks``."""
+
+    from vllm.model_executor import parameter
+    from vllm.model_executor.layers import linear
+
+    def change(rank, ranks):
+        for module in (linear, parameter):
+            monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
+            monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: ranks)
+
+    return change

@@ -1,47 +1,31 @@
 """The linear method inside vLLM's own layers, loaded through their weight loaders, against ``quant/reference.py``."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from support.hardware import HAS_KERNEL, needs_kernel
-from support.vllm_layers import K, assert_close, config_for, expected, linear_tensors, load
+from support.vllm_layers import (
+    COMPUTE,
+    HEAD,
+    HEADS,
+    KV_HEADS,
+    SIZES,
+    K,
+    KernelWithoutZeros,
+    assert_close,
+    config_for,
+    expected,
+    linear_tensors,
+    load,
+    run_qkv,
+)  # fmt: skip
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 
 from qalora_plugin.core.errors import QALoraError
-from qalora_plugin.core.packing import unpack_rows
 from vllm_ext import ops
 from vllm_ext.kernels import select
 from vllm_ext.linear import QALoraLinearMethod
 
-HEAD, HEADS, KV_HEADS = 64, 4, 2
-SIZES = {"q": HEAD * HEADS, "k": HEAD * KV_HEADS, "v": HEAD * KV_HEADS}
 pytestmark = pytest.mark.usefixtures("one_rank")
-
-
-def run_qkv(folder, parts, checkpoint_format, dtype, bits=4, path=None):
-    """The fused layer's output and the reference's, for one random input."""
-    modules = {f"attn.{part}_proj": tensors for part, tensors in parts.items()}
-    config = config_for(folder, modules, checkpoint_format, path)
-    layer = QKVParallelLinear(
-        K, HEAD, HEADS, KV_HEADS, bias=True, params_dtype=dtype, quant_config=config, prefix="attn.qkv_proj"
-    )
-    for part, tensors in parts.items():
-        load(layer, tensors, part)
-    layer.quant_method.process_weights_after_loading(layer)
-    x = torch.randn(9, K, generator=torch.Generator().manual_seed(9)).to(dtype)
-    y = torch.cat([expected(x, tensors, checkpoint_format, bits) for tensors in parts.values()], dim=-1)
-    return layer, layer(x)[0], y
-
-
-# The dtype that layers compute in, and the path forced for it.
-COMPUTE = [
-    (torch.bfloat16, None),
-    (torch.bfloat16, "kernel+offsets"),
-    (torch.float16, None),
-    (torch.bfloat16, "dense"),
-    (torch.float32, "dense"),
-]
 
 
 @pytest.mark.parametrize("compute", COMPUTE, ids=str)
@@ -77,21 +61,6 @@ def test_other_bit_widths(tmp_path, bits, compute):
     }
     _, y, wanted = run_qkv(tmp_path, parts, "gptq", dtype, bits, path)
     assert_close(y, wanted)
-
-
-class KernelWithoutZeros:
-    """In the place of a kernel of vLLM's that takes every zero-point as ``2^(b−1)``, as Marlin does with 8 bits."""
-
-    def __init__(self, bits, act_type):
-        self.bits, self.config = bits, SimpleNamespace(zero_points=False, act_type=act_type)
-
-    def process_weights_after_loading(self, layer):
-        pass
-
-    def apply_weights(self, layer, x, bias):
-        codes = unpack_rows(layer.qweight.data, self.bits).double() - 2 ** (self.bits - 1)
-        scales = layer.scales.data.double().repeat_interleave(len(codes) // len(layer.scales), dim=0)
-        return (x.double() @ (codes * scales) + bias.double()).to(x.dtype)
 
 
 @pytest.mark.parametrize("adapted", [True, False])

@@ -11,7 +11,8 @@ from support.fabricate import to_old_layout
 from support.hardware import needs_kernel
 from support.merged_checkpoints import make_merged
 from support.scoring import MEAN_TOLERANCE, score, text_tokens
-from vllm import LLM, SamplingParams
+from support.vllm_scores import OPTIONS, difference, scores
+from vllm import LLM
 from vllm.distributed import cleanup_dist_env_and_memory
 
 pytestmark = pytest.mark.e2e
@@ -36,30 +37,12 @@ CASES = {
 FORCED = {"asym-second-term": "kernel+offsets"} | {case: "dense" for case, (dtype, _) in CASES.items() if dtype == FP32}
 
 
-OPTIONS = {"enforce_eager": True, "max_model_len": 128, "max_num_seqs": 4, "enable_prefix_caching": False}
-
-
 def vllm_scores(folder: Path, tokens: torch.Tensor, dtype: torch.dtype, **kwargs) -> torch.Tensor:
     llm = LLM(str(folder), dtype=str(dtype).removeprefix("torch."), **{**OPTIONS, **kwargs})
     found = scores(llm, tokens)
     del llm
     cleanup_dist_env_and_memory()
     return found
-
-
-def scores(llm: LLM, tokens: torch.Tensor) -> torch.Tensor:
-    prompts = [{"prompt_token_ids": row} for row in tokens.tolist()]
-    outputs = llm.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
-    return torch.tensor(
-        [
-            [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], row[1:], strict=True)]
-            for output, row in zip(outputs, tokens.tolist(), strict=True)
-        ]
-    )
-
-
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    return (a - b).abs().mean().item()
 
 
 @pytest.mark.parametrize(

@@ -2,31 +2,10 @@
 
 import pytest
 import torch
-from support.vllm_layers import K, assert_close, config_for, expected, linear_tensors, load
-from vllm.model_executor import parameter
-from vllm.model_executor.layers import linear
+from support.vllm_layers import K, assert_close, config_for, expected, finished, linear_tensors
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
 
 pytestmark = pytest.mark.usefixtures("one_rank")
-
-
-@pytest.fixture
-def act_as(monkeypatch):
-    """Make vLLM's layers believe to be ``rank`` of ``ranks``."""
-
-    def change(rank, ranks):
-        for module in (linear, parameter):
-            monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
-            monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: ranks)
-
-    return change
-
-
-def finished(layer, parts, shards):
-    for shard, tensors in zip(shards, parts.values(), strict=True):
-        load(layer, tensors, shard)
-    layer.quant_method.process_weights_after_loading(layer)
-    return layer
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

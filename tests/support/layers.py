@@ -17,6 +17,7 @@ def read_stored(stored: dict, bits: int, fmt: str = "gptq") -> GroupwiseWeight:
     spec = GroupwiseSpec(
         "layer", k, n, bits, k // groups, has_g_idx="g_idx" in stored,
         offset_dtype="float16" if "offsets" in stored else None,
+        scales_delta_dtype="float16" if "scales_delta" in stored else None,
     )  # fmt: skip
     return QALora({"checkpoint_format": fmt}).read(spec, lambda name: stored[name.removeprefix("layer.")])
 
@@ -63,6 +64,14 @@ def adapter_for(layer, rank, dtype=torch.float32, seed=1):
     lora_a = torch.randn(rank, layer.groups, generator=generator, dtype=torch.float64).to(dtype)
     lora_b = torch.randn(layer.out_features, rank, generator=generator, dtype=torch.float64).to(dtype) * 0.1
     return lora_a.requires_grad_(), lora_b.requires_grad_()
+
+
+def scale_factors_for(layer, rank, dtype=torch.float32, seed=2):
+    """D ``[G, R]`` and C ``[R, N]`` that move the scales by a tenth."""
+    generator = torch.Generator().manual_seed(seed)
+    d = torch.randn(layer.groups, rank, generator=generator, dtype=torch.float64).to(dtype)
+    c = torch.randn(rank, layer.out_features, generator=generator, dtype=torch.float64).to(dtype) * 0.1
+    return d.requires_grad_(), c.requires_grad_()
 
 
 def delta(lora_a, lora_b, scaling=1.0):

@@ -19,6 +19,7 @@ def make_merged(
     targets: tuple[str, ...] = ALL,
     offset_dtype: torch.dtype = torch.float16,
     quantized_head: bool = False,
+    scales: tuple[str, ...] = (),
     **base_kwargs,
 ) -> Path:
     """Write ``folder/base`` and ``folder/merged``; returns the latter.
@@ -26,17 +27,22 @@ def make_merged(
     Args:
         targets: substrings of the names of the linears that get offsets.
         quantized_head: the base's ``lm_head`` is quantised too.
+        scales: substrings of the names of the linears whose scales are changed.
         base_kwargs: for :func:`support.fabricate.make_base`.
     """
     base = make_base(folder / "base", hidden=HIDDEN, **base_kwargs)
     calm(base)
     if quantized_head:
         quantize_head(base, **base_kwargs)
-    return add_offsets(base, folder / "merged", targets, offset_dtype)
+    return add_offsets(base, folder / "merged", targets, offset_dtype, scales)
 
 
 def add_offsets(
-    base: Path, merged: Path, targets: tuple[str, ...] = ALL, offset_dtype: torch.dtype = torch.float16
+    base: Path,
+    merged: Path,
+    targets: tuple[str, ...] = ALL,
+    offset_dtype: torch.dtype = torch.float16,
+    scales: tuple[str, ...] = (),
 ) -> Path:
     """Write ``merged``, ``base`` with random offsets for the linears whose names hold one of ``targets``."""
     source = QuantizedCheckpoint.open(base)
@@ -51,6 +57,10 @@ def add_offsets(
             step = files.tensor(f"{name}.scales").float()
             shift = 2 ** (spec.bits - 5) * torch.randn(spec.groups, spec.out_features, generator=generator)
             writer.add(f"{name}.offsets", (step * shift).to(offset_dtype))
+        if any(target in name for target in scales):
+            step = files.tensor(f"{name}.scales").float()
+            change = 0.3 * torch.randn(step.shape, generator=torch.Generator().manual_seed(2))
+            writer.add(f"{name}.scales_delta", (step * change).to(offset_dtype))
     write_index(merged, dict.fromkeys(files.tensors, weights) | writer.finish(), 0)
     quantization = files.quantization | {
         "quant_method": "qalora",
@@ -61,7 +71,7 @@ def add_offsets(
         "base_fingerprint": source.fingerprint(),
         "adapter": "none",
     }
-    write_config(merged, files.config, quantization)
+    write_config(merged, files.config, quantization, bool(scales))
     for path in base.glob("tokenizer*"):
         (merged / path.name).hardlink_to(path)
     return merged

@@ -12,7 +12,7 @@ COMPILED = 2e-5  # float32, with other sums and fused multiplications in every l
 def with_random_b(model, std=0.02):
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "lora_C" in name:
             parameter.data.normal_(0, std, generator=generator)
     return model
 

@@ -92,7 +92,9 @@ class QALoraPlugin(BasePlugin):
             peft_model: Any = load_adapter(model, cfg.lora_model_dir, is_trainable=not inference)
             config = peft_model.peft_config["default"]
         else:
-            config = bind_config(model, _build_peft_lora_config(model, cfg))
+            config = bind_config(
+                model, _build_peft_lora_config(model, cfg), cfg.qalora.scales, cfg.qalora.scales_lr_ratio
+            )
             config.shared_a = cfg.qalora.shared_a
             if config_only:
                 return None, config

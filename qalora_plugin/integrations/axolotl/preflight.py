@@ -48,6 +48,7 @@ def check_axolotl(cfg: dict[str, Any], other_adapters: dict[str, list[str]] | No
     modules = check_base(cfg["base_model"], cfg.get("revision_of_model"))
     if cfg.get("lora_model_dir"):
         adapter = AdapterFolder.open(cfg["lora_model_dir"])
+        _require_same_scales(adapter, options)
         if modules is not None:
             adapter.check_fits(modules)
     elif modules is not None:
@@ -85,6 +86,16 @@ def _check_places(cfg: dict[str, Any], options: QALoraBlock) -> None:
                 "exist when the merge begins. Leave merge_dir out (it is then `merged` inside output_dir), or choose "
                 "a folder elsewhere."
             )
+
+
+def _require_same_scales(adapter: AdapterFolder, options: QALoraBlock) -> None:
+    """An adapter that is trained on keeps what it has."""
+    if options.scales is not None and options.scales != adapter.has_scales:
+        has = "was trained with scales" if adapter.has_scales else "has no scales"
+        raise QALoraError(
+            f"qalora.scales is {str(options.scales).lower()}, but lora_model_dir {adapter.folder} {has}. Leave "
+            "qalora.scales out, or train a new adapter on the base (without lora_model_dir)."
+        )
 
 
 def check_targets(cfg: dict[str, Any], modules: dict[str, GroupwiseSpec]) -> None:

@@ -16,12 +16,13 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from qalora_plugin.checkpoint.adapter_folder import PEFT_TYPE, AdapterFolder, check_pooling
+from qalora_plugin.checkpoint.adapter_folder import PEFT_TYPE, AdapterFolder, check_pooling, check_wishes
 from qalora_plugin.checkpoint.hub import is_local
 from qalora_plugin.core.delta import OffsetDelta
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.unsupported import refuse_peft_fields
 from qalora_plugin.integrations.peft.conversion import leave_alone
+from qalora_plugin.integrations.peft.scales import is_bound, new_factors, scale_delta
 from qalora_plugin.kernels.pooling import pool
 from qalora_plugin.layers.experts import QuantExpertLinear
 from qalora_plugin.layers.linear import QuantLinear
@@ -35,7 +36,8 @@ class QALoraConfig(LoraConfig):
     Attributes:
         qalora: ``format_version``, ``pooling`` (``"sum"``), ``group_size`` (None if it differs between layers) and
             ``base_fingerprint``; ``model_class`` that was trained and, where it names its layers other than the
-            checkpoint does, ``names``: prefixes in the model → prefixes on disk. Filled by :func:`bind_config`.
+            checkpoint does, ``names``: prefixes in the model → prefixes on disk. Filled by :func:`bind_config`. Given
+            by the user, if at all: ``scales`` (train step sizes, too) and ``scales_lr_ratio`` (:mod:`.scales`).
         shared_a: one A for all experts of a mixture-of-experts layer, instead of one each. Saves memory.
     """
 
@@ -49,7 +51,9 @@ class QALoraConfig(LoraConfig):
             self.use_qalora = False  # set in what is saved, see to_dict
         super().__post_init__()
         refuse_peft_fields(self)
-        if self.qalora is not None:
+        if self.qalora is not None and not is_bound(self.qalora):
+            check_wishes(self.qalora, "this adapter")
+        elif self.qalora is not None:
             check_pooling(self.qalora, "this adapter")
         from qalora_plugin.integrations.peft.experts import QALoraExpertsLayer  # a subclass of the layer below
 
@@ -94,13 +98,18 @@ class QALoraLayer(nn.Module, LoraLayer):
     """``y = base(x) + α/R · P(x)·Aᵀ·Bᵀ`` over a :class:`QuantLinear`; A is ``[R, G]``, B ``[N, R]``.
 
     One active adapter without dropout runs folded into the base's GEMM; otherwise each adapter adds a second path.
+    With ``scales`` the base's own are ``scales ⊙ (1 + ΣD·C)`` meanwhile, on every path (dropout is the offsets' alone).
     """
+
+    adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_D", "lora_C")
+    other_param_names = (*LoraLayer.other_param_names, "scales_ratio")
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: QALoraConfig, r: int, lora_alpha: int, **kwargs: Any
     ):
         super().__init__()
         LoraLayer.__init__(self, base_layer, **kwargs)
+        self.lora_D, self.lora_C, self.scales_ratio = nn.ModuleDict(), nn.ModuleDict(), {}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
@@ -114,7 +123,7 @@ class QALoraLayer(nn.Module, LoraLayer):
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         base = cast(QuantLinear, self.get_base_layer())
-        if not isinstance(config, QALoraConfig) or (base.base_fingerprint and not config.qalora):
+        if not isinstance(config, QALoraConfig) or (base.base_fingerprint and not is_bound(config.qalora)):
             raise QALoraError(
                 f"adapter {adapter_name!r} has a {type(config).__name__} that says nothing of its base. Give it the "
                 'first one\'s: QALoraConfig(..., qalora=model.peft_config["default"].qalora).'
@@ -132,6 +141,13 @@ class QALoraLayer(nn.Module, LoraLayer):
                 "add_adapter."
             )
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        if (config.qalora or {}).get("scales"):
+            self.scales_ratio[adapter_name] = ratio = config.qalora["scales_lr_ratio"]
+            self.lora_D[adapter_name], self.lora_C[adapter_name] = new_factors(
+                base.groups, base.out_features, r, ratio, config.init_lora_weights
+            )
+            self._move_adapter_to_device_of_base_layer(adapter_name)
+            self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[..., K] → [..., N]``."""
@@ -143,10 +159,12 @@ class QALoraLayer(nn.Module, LoraLayer):
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
         if not active:
             return base(x)
+        scales = scale_delta(self.lora_D, self.lora_C, self.scales_ratio, active)
         if len(active) == 1 and not self._drops(active[0]):
             name = active[0]
-            return base(x, OffsetDelta(factor(self.lora_A[name]), factor(self.lora_B[name]), self.scaling[name]))
-        y = base(x)
+            delta = OffsetDelta(factor(self.lora_A[name]), factor(self.lora_B[name]), self.scaling[name])
+            return base(x, delta, scales)
+        y = base(x, None, scales)
         for name in active:
             lora_a, lora_b = self.lora_A[name], self.lora_B[name]
             pooled = pool(self.lora_dropout[name](x), base.quantized).to(lora_a.weight.dtype)

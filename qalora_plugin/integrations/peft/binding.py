@@ -12,13 +12,18 @@ from transformers.pytorch_utils import Conv1D
 from qalora_plugin.checkpoint.adapter_folder import (
     ADAPTER_FORMAT,
     POOLING,
+    SCALES_FORMAT,
+    SCALES_LR_RATIO,
+    WISHES,
     check_config_patterns,
+    check_wishes,
 )
 from qalora_plugin.checkpoint.folder import Checkpoint
 from qalora_plugin.checkpoint.module_names import shorten
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.integrations.peft.adapter import QALoraConfig
 from qalora_plugin.integrations.transformers.naming import destinations
+from qalora_plugin.layers.experts import QuantExpertLinear
 from qalora_plugin.layers.linear import QuantLinear, ReadableQuantLinear
 
 logger = logging.getLogger(__name__)
@@ -34,8 +39,14 @@ _DENSE_LAYERS = (
 )  # PEFT's
 
 
-def bind_config(model: PreTrainedModel, config: LoraConfig) -> QALoraConfig:
-    """``config`` as a :class:`QALoraConfig` that names the base of ``model`` and targets only its quantised linears."""
+def bind_config(
+    model: PreTrainedModel, config: LoraConfig, scales: bool | None = None, scales_lr_ratio: float | None = None
+) -> QALoraConfig:
+    """``config`` as a :class:`QALoraConfig` that names the base of ``model`` and targets only its quantised linears.
+
+    Args:
+        scales, scales_lr_ratio: of :class:`QALoraConfig`; default: as ``config`` asks for, if it does.
+    """
     quantizer: Any = getattr(model, "hf_quantizer", None)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
     if not layers or not hasattr(quantizer, "base_fingerprint"):
@@ -43,6 +54,10 @@ def bind_config(model: PreTrainedModel, config: LoraConfig) -> QALoraConfig:
             f"this {type(model).__name__} was not loaded by qalora_plugin.load_base: it has no packed GPTQ linear. "
             "Load the base with load_base(path), then add the adapter."
         )
+    given = getattr(config, "qalora", None) or {}
+    wishes = {key: given[key] for key in WISHES if given.get(key) is not None}
+    wishes |= {key: value for key, value in zip(WISHES, (scales, scales_lr_ratio), strict=True) if value is not None}
+    check_wishes(wishes, "the adapter's config")
     fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
     for name in ("peft_type", "runtime_config", "qalora"):
         fields.pop(name, None)
@@ -59,6 +74,14 @@ def bind_config(model: PreTrainedModel, config: LoraConfig) -> QALoraConfig:
         "base_fingerprint": quantizer.base_fingerprint(),
         "model_class": type(model).__name__,
     }
+    if wishes.get("scales"):
+        if experts := next((name for name in targets if isinstance(layers[name], QuantExpertLinear)), None):
+            raise QALoraError(
+                f"scales: true, but {experts} holds a mixture of experts, whose scales do not train yet. Set scales: "
+                "false, or exclude the experts (lora_exclude_modules)."
+            )
+        ratio = {"scales_lr_ratio": float(wishes.get("scales_lr_ratio", SCALES_LR_RATIO))}
+        bound.qalora |= {"format_version": SCALES_FORMAT, "scales": True, **ratio}
     if names := shorten({name: quantizer.names[name] for name in targets}):
         bound.qalora["names"] = names
     return bound

@@ -14,19 +14,29 @@ from qalora_plugin.integrations.peft.adapter import QALoraConfig, require_adapte
 from qalora_plugin.integrations.peft.binding import bind_config
 
 
-def add_adapter(model: PreTrainedModel, config: LoraConfig | None = None, **lora_kwargs: Any) -> PeftModel:
+def add_adapter(
+    model: PreTrainedModel,
+    config: LoraConfig | None = None,
+    scales: bool | None = None,
+    scales_lr_ratio: float | None = None,
+    **lora_kwargs: Any,
+) -> PeftModel:
     """Wrap a model loaded by :func:`load_base` with a trainable pooled adapter.
 
     Args:
         model: from :func:`load_base`.
         config: a ``LoraConfig`` (or :class:`QALoraConfig`); or pass its fields as ``lora_kwargs``
             (``r``, ``lora_alpha``, ``target_modules="all-linear"`` …).
+        scales: train step sizes beside the offsets, ``scales ⊙ (1 + D·C)``; half as much again to compute, and
+            more accurate. (To a trainer of TRL: ``peft_config=QALoraConfig(qalora={"scales": True}, …)``.)
+        scales_lr_ratio: how many times as fast D and C learn as A and B; default 3.
 
     Raises:
         QALoraError: an option that cannot be merged, or targets that are not quantised.
     """
     config = config or QALoraConfig(**{"task_type": "CAUSAL_LM", **lora_kwargs})
-    return cast(PeftModel, get_peft_model(model, bind_config(model, config)))  # not a mixed one
+    bound = bind_config(model, config, scales, scales_lr_ratio)
+    return cast(PeftModel, get_peft_model(model, bound))  # not a mixed one
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool = False, **kwargs: Any) -> PeftModel:

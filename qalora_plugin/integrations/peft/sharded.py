@@ -51,7 +51,7 @@ def make_shardable(model: PreTrainedModel) -> None:
         if isinstance(module, QuantLinear):
             module.make_shardable(dtype)
         if isinstance(module, QALoraLayer):
-            for factors in (module.lora_A, module.lora_B):
+            for factors in (module.lora_A, module.lora_B, module.lora_D, module.lora_C):
                 for linear in factors.values():
                     linear.__class__ = ShardedFactor
                     if linear.weight.is_meta:

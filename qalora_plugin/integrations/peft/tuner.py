@@ -15,8 +15,10 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 
+from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.integrations.peft.adapter import QALoraConfig, QALoraLayer, require_adapters
 from qalora_plugin.integrations.peft.binding import bind_config
+from qalora_plugin.integrations.peft.scales import is_bound
 from qalora_plugin.integrations.peft.sharded import is_to_be_sharded, make_shardable
 from qalora_plugin.layers.linear import QuantLinear
 
@@ -29,7 +31,7 @@ class QALoraModel(LoraModel):
         is_first = not any(isinstance(module, QALoraLayer) for module in model.modules())
         if layers:
             config = self.peft_config[adapter_name]
-            if is_first and not (isinstance(config, QALoraConfig) and config.qalora):
+            if is_first and not (isinstance(config, QALoraConfig) and is_bound(config.qalora)):
                 config = self._prepare_adapter_config(copy(config), self.get_model_config(model))  # default targets
                 self.peft_config[adapter_name] = bind_config(cast(PreTrainedModel, model), config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -46,6 +48,17 @@ class QALoraModel(LoraModel):
             if isinstance(module, QuantLinear)
             for buffer, _ in module.named_buffers()
         ]
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """PEFT's, which knows A and B alone."""
+        if with_scales := [
+            name for name in adapters if (getattr(self.peft_config[name], "qalora", None) or {}).get("scales")
+        ]:
+            raise QALoraError(
+                f"adapter {with_scales[0]!r} has trained scales, which PEFT would leave out of the sum. Activate the "
+                "adapters together instead (set_adapter with a list of names)."
+            )
+        super().add_weighted_adapter(adapters, *args, **kwargs)
 
 
 PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = QALoraModel

@@ -11,9 +11,17 @@ from torch import Tensor
 
 from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.base import CheckpointFormat, Headers
+from qalora_plugin.formats.qalora import SCALES
 from qalora_plugin.layers.linear import QuantLinear
 
-_WEIGHT = ("qweight", "zeros", "scales", "offsets", "g_idx")  # buffers of a QuantLinear that a format stores
+_WEIGHT = (
+    "qweight",
+    "zeros",
+    "scales",
+    "scales_delta",
+    "offsets",
+    "g_idx",
+)  # buffers of a QuantLinear that a format stores
 
 
 def expect_stored(layer: QuantLinear, spec: GroupwiseSpec, fmt: CheckpointFormat, tensors: Headers) -> None:
@@ -39,9 +47,12 @@ def adopt_stored(layer: QuantLinear, spec: GroupwiseSpec, fmt: CheckpointFormat,
         if part not in (*_WEIGHT, "bias"):
             delattr(layer, part)
     layer.set_weight(weight, bias)
+    if spec.scales_delta_dtype:
+        layer.scales, layer.scales_delta = (stored[f"{spec.name}.{part}"] for part in SCALES)
 
 
 def as_stored(layer: QuantLinear, name: str, spec: GroupwiseSpec, fmt: CheckpointFormat) -> dict[str, Tensor]:
     """The tensors of ``layer``, called ``name``, as they were loaded."""
     bias = {} if layer.bias is None else {f"{name}.bias": layer.bias}
-    return fmt.write(name, layer.quantized, g_idx=spec.has_g_idx) | bias
+    scales = {f"{name}.{part}": getattr(layer, part) for part in SCALES} if spec.scales_delta_dtype else {}
+    return fmt.write(name, layer.quantized, g_idx=spec.has_g_idx) | bias | scales

@@ -1,9 +1,10 @@
 """Kernels for CPUs in C++, compiled at the first use (a few seconds, cached on disk).
 
-``fill.cpp`` unpacks a weight into a dense one in one pass where plain torch makes some fifty. ``matmul.cpp`` multiplies
-without a dense weight, as fast as oneDNN multiplies with one; ``pooled.cpp`` is what an adapter adds. Both need
-bfloat16 instructions (AVX512-BF16: AMD since Zen 4, Intel's Cooper Lake and successors); where there is AMX, torch
-multiplies. Without a C++ compiler :mod:`..planes` does the work.
+``fill.cpp`` unpacks a weight into a dense one in one pass where plain torch makes some fifty; ``scales.cpp`` sums up
+the gradient of trained scales likewise. ``matmul.cpp`` multiplies without a dense weight, as fast as oneDNN multiplies
+with one; ``pooled.cpp`` is what an adapter adds. These two need bfloat16 instructions (AVX512-BF16: AMD since Zen 4,
+Intel's Cooper Lake and successors); where there is AMX, torch multiplies. Without a C++ compiler :mod:`..planes` does
+the work.
 """
 
 import ctypes
@@ -109,6 +110,14 @@ def offset_gradient(pooled: Tensor, dy: Tensor) -> Tensor:
         torch.get_num_threads(),
     )  # fmt: skip
     return gradient
+
+
+def factor_gradient(along: Tensor, weight: GroupwiseWeight, gradient: Tensor) -> None:
+    """``Σ_{k∈γ} scales·(q − zeros)·along`` of ``along`` ``[K, N]``, float32 or bfloat16, to ``gradient`` ``[G, N]``."""
+    problem = _Problem(weight, None)
+    library().qalora_factor_gradient(
+        ctypes.byref(problem), along.data_ptr(), along.dtype == torch.bfloat16, gradient.data_ptr()
+    )
 
 
 def adds_offsets() -> bool:

@@ -31,6 +31,7 @@ _P, _N, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _ARGUMENTS = {
     "qalora_bfloat16": (),
     "qalora_fill": (_P, _P, _I),
+    "qalora_factor_gradient": (_P, _P, _I, _P),
     "qalora_matmul": (_P, _P, _N, _P),
     "qalora_matmul_transposed": (_P, _P, _N, _P),
     "qalora_pool": (_P, _N, _N, _N, _P, _I),
@@ -59,7 +60,7 @@ def library() -> ctypes.CDLL | None:
         )
         return None
     for name, arguments in _ARGUMENTS.items():
-        if function := getattr(compiled, name, None):  # without bfloat16 instructions only the first two are there
+        if function := getattr(compiled, name, None):  # without bfloat16 instructions only the first three are there
             function.argtypes = arguments
     return compiled
 

@@ -1,0 +1,63 @@
+"""Trained step sizes of an adapter: D and C of :class:`~qalora_plugin.core.delta.ScaleDelta`, as PEFT holds them.
+
+Both learn ``scales_lr_ratio`` times as fast as A and B. Parameter groups would have to be made for every optimizer of
+every trainer; instead what PEFT holds is ``D / ratio`` and ``C / ratio``, and their gradients are those of D and C. So
+a step of D is ``ratio`` times as large as the optimizer's, while clipping and the optimizer see the gradients that
+parameter groups would show them. It is the same for every optimizer whose step depends on gradients alone. One that
+looks at the parameters themselves differs: weight decay takes from D and C the share per step that it takes from A and
+B, not ``ratio`` times that share; Adafactor's ``scale_parameter`` undoes the ratio.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qalora_plugin.checkpoint.adapter_folder import WISHES
+from qalora_plugin.core.delta import ScaleDelta
+from qalora_plugin.layers.sharding import factor
+
+
+class _Stretched(torch.autograd.Function):
+    """``ratio·parameter``, whose gradient is the parameter's."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, ratio: float) -> Tensor:
+        return parameter * ratio
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def is_bound(qalora: dict[str, Any] | None) -> bool:
+    """Whether ``QALoraConfig.qalora`` ties the adapter to a base, and is not only what the user asks for."""
+    return bool(qalora) and not set(qalora) <= set(WISHES)
+
+
+def new_factors(groups: int, out_features: int, rank: int, ratio: float, init: bool | str) -> tuple[nn.Linear, ...]:
+    """Layers whose weights are ``D / ratio`` ``[G, R]``, as A is initialised, and ``C / ratio`` ``[R, N]``, zero."""
+    d, c = nn.Linear(rank, groups, bias=False), nn.Linear(out_features, rank, bias=False)
+    with torch.no_grad():
+        if init == "gaussian":
+            nn.init.normal_(d.weight, std=1 / rank)
+        else:
+            nn.init.kaiming_uniform_(d.weight, a=math.sqrt(5), mode="fan_out")  # by G, what A's is initialised by
+        d.weight /= ratio
+        if init:
+            nn.init.zeros_(c.weight)
+        else:
+            c.weight /= ratio
+    return d, c
+
+
+def scale_delta(lora_d: Any, lora_c: Any, ratios: dict[str, float], names: Iterable[str]) -> ScaleDelta | None:
+    """What the adapters ``names`` make of the scales together: ``Σ D·C``, as one product; None for nothing."""
+    names = [name for name in names if name in lora_d]
+    if not names:
+        return None
+    d = [_Stretched.apply(factor(lora_d[name]), ratios[name]) for name in names]
+    c = [_Stretched.apply(factor(lora_c[name]), ratios[name]) for name in names]
+    return ScaleDelta(d[0], c[0]) if len(names) == 1 else ScaleDelta(torch.cat(d, 1), torch.cat(c, 0))

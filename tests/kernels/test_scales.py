@@ -1,0 +1,88 @@
+"""Trained scales, forward and backward, against ``core/reference.py``."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from support.layers import adapter_for, assert_close, column_groups, delta, make_layer, scale_factors_for
+from test_autograd import TOLERANCE, layers
+
+from qalora_plugin.core import reference
+from qalora_plugin.core.delta import ScaleDelta
+from qalora_plugin.kernels import cpu, scales
+
+
+def compare(layer, x, tolerance, rank=4, factors=torch.float32):
+    """One step of ``layer`` with offsets and scales trained, against float64."""
+    lora_a, lora_b = adapter_for(layer, rank, factors)
+    d, c = scale_factors_for(layer, rank, factors)
+    y = layer(x, delta(lora_a, lora_b, 0.5), ScaleDelta(d, c))
+    assert y.dtype == x.dtype
+    dy = torch.randn_like(y)
+    found = torch.autograd.grad(y, (x, lora_a, lora_b, d, c), dy)
+
+    x64, a64, b64, d64, c64 = (t.detach().double().requires_grad_() for t in (x, lora_a, lora_b, d, c))
+    weight = reference.scaled_weight(layer.quantized, d64, c64)
+    bias = None if layer.bias is None else layer.bias.double()
+    y64 = reference.adapter_linear(x64, weight, column_groups(layer), a64, b64, 0.5, bias)
+    expected = torch.autograd.grad(y64, (x64, a64, b64, d64, c64), dy.double())
+    for pair in zip((y, *found), (y64, *expected), strict=True):
+        assert_close(*pair, tolerance)
+
+
+@given(layers)
+@settings(max_examples=25, deadline=None)
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_forward_and_backward(dtype, shape):
+    bits, group_size, fmt, act_order, offsets, in_features, out_features = shape
+    layer = make_layer(in_features, out_features, bits, group_size, fmt, act_order, offsets, bias=True)
+    x = torch.randn(2, 5, in_features, dtype=dtype, requires_grad=True)
+    compare(layer, x, TOLERANCE[dtype], factors=torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_compiled_kernels_and_several_blocks(monkeypatch, bits, dtype):
+    """Layers that the C++ kernels take, and groups that make up more than one block."""
+    monkeypatch.setitem(scales.BLOCK, "cpu", 3 * 64 * 544)
+    layer = make_layer(512, 544, bits, 64, offsets=True, negative_scales=True)
+    assert cpu.why_not_fill(layer.quantized, dtype) is None or bits == 3
+    compare(layer, torch.randn(70, 512).to(dtype).requires_grad_(), TOLERANCE[dtype])
+
+
+def test_gradcheck():
+    layer = make_layer(64, 32, 4, 32, act_order=True)
+    x = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
+    d, c = scale_factors_for(layer, 2, torch.float64)
+    assert torch.autograd.gradcheck(lambda x, d, c: layer(x, None, ScaleDelta(d, c)), (x, d, c))
+
+
+def test_saves_the_input_instead_of_the_pooled_one():
+    layer, x = make_layer(256, 64, 4, 32), torch.randn(10, 256, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x, delta(*adapter_for(layer, 4)), ScaleDelta(*scale_factors_for(layer, 4)))
+    assert sorted(tuple(t.shape) for t in saved) == sorted([(10, 256), (4, 8), (64, 4), (8, 4), (4, 64)])
+    assert any(t.data_ptr() == x.data_ptr() for t in saved)  # x itself: what reads it beside this layer shares it
+
+
+def test_frozen_scales_save_no_input():
+    layer, x = make_layer(256, 64, 4, 32), torch.randn(10, 256, requires_grad=True)
+    d, c = (t.detach() for t in scale_factors_for(layer, 4))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+        layer(x, delta(*adapter_for(layer, 4)), ScaleDelta(d, c)).sum().backward()
+    assert (10, 256) not in saved
+
+
+def test_checkpointing_and_autocast():
+    layer = make_layer(64, 32, 4, 32)
+    lora, factors = delta(*adapter_for(layer, 2)), ScaleDelta(*scale_factors_for(layer, 2))
+    x, grads = torch.randn(3, 64), []
+    for run in (layer, lambda *args: torch.utils.checkpoint.checkpoint(layer, *args, use_reentrant=False)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = run(x, lora, factors)
+        assert y.dtype == torch.bfloat16
+        grads.append(torch.autograd.grad(y.float().square().sum(), (*lora[:2], *factors)))
+    for one, other in zip(*grads, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, other)
