@@ -34,7 +34,8 @@ from rich.progress import track
 from rich.table import Table
 from safetensors.torch import save_file
 
-from qalora_plugin.checkpoint.adapter_folder import ADAPTER_FORMAT, CONFIG_NAME, PEFT_TYPE, POOLING, WEIGHTS_NAME
+from qalora_plugin.checkpoint.adapter_config import ADAPTER_FORMAT, POOLING
+from qalora_plugin.checkpoint.adapter_folder import CONFIG_NAME, PEFT_TYPE, WEIGHTS_NAME
 from qalora_plugin.checkpoint.folder import Checkpoint
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 

@@ -74,7 +74,7 @@ def _with_adapter(model: nn.Module, method: str, rank: int, group_size: int) -> 
 
     lora = {"r": rank, "lora_alpha": rank, "target_modules": TARGETS, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
     if method == "ours":
-        from qalora_plugin.checkpoint.adapter_folder import ADAPTER_FORMAT, POOLING
+        from qalora_plugin.checkpoint.adapter_config import ADAPTER_FORMAT, POOLING
         from qalora_plugin.integrations.peft.adapter import QALoraConfig
 
         binding = {"format_version": ADAPTER_FORMAT, "pooling": POOLING, "group_size": group_size}

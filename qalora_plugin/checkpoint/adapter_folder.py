@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
+from qalora_plugin.checkpoint.adapter_config import check_config, check_config_patterns, check_pooling
 from qalora_plugin.checkpoint.hub import expanded
 from qalora_plugin.checkpoint.json_files import read_json, short
 from qalora_plugin.checkpoint.module_names import stored_name
-from qalora_plugin.checkpoint.patterns import check_patterns, matching_pattern
+from qalora_plugin.checkpoint.patterns import matching_pattern
 from qalora_plugin.checkpoint.tensors import TensorInfo, all_finite, read_array, read_header
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 from qalora_plugin.core.weight import GroupwiseSpec
@@ -21,56 +22,9 @@ from qalora_plugin.core.weight import GroupwiseSpec
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_TYPE = "QALORA"
-ADAPTER_FORMAT, SCALES_FORMAT = 1, 2  # the second with trained scales
-WISHES = ("scales", "scales_lr_ratio")  # of `qalora` in the config, what users may ask for
-SCALES_LR_RATIO = 3.0
-_LARGEST_RATIO = 1e6
-POOLING = "sum"
-_LARGEST_ALPHA = 1e9
 _MOST_EXPERTS = 1 << 13  # of a layer
 _FLOATS = ("F16", "BF16", "F32", "F64")
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[ABCD])\.weight")
-
-
-def check_pooling(qalora: dict, what: str) -> None:
-    """Refuse an adapter that this version would scale wrongly."""
-    if not qalora:
-        raise QALoraError(f"{what} does not say how it pools (its config has no `qalora`). Save it again with qalora.")
-    version = qalora.get("format_version")
-    if version not in (ADAPTER_FORMAT, SCALES_FORMAT) or isinstance(version, bool):
-        raise QALoraError(
-            f"{what} has format_version {short(version)}, this version of qalora reads "
-            f"{ADAPTER_FORMAT} and {SCALES_FORMAT}. Update qalora, or train it with this version."
-        )
-    check_wishes(qalora, what)
-    if bool(qalora.get("scales")) != (version == SCALES_FORMAT) or (
-        qalora.get("scales") and len(set(WISHES) & set(qalora)) < 2
-    ):
-        raise QALoraError(
-            f"{what} has format_version {version}, but qalora.scales is {short(qalora.get('scales'))}, with the ratio "
-            f"{short(qalora.get('scales_lr_ratio'))}. The config was edited: save the adapter again."
-        )
-    if qalora.get("pooling") != POOLING:
-        raise QALoraError(
-            f"{what} has pooling {short(qalora.get('pooling'))}, expected {POOLING!r}: it would be scaled wrongly. "
-            "Train it with this version of qalora."
-        )
-
-
-def check_wishes(qalora: dict, what: str) -> None:
-    """Refuse ``scales`` that are no boolean, and a ratio that is no positive number, or of nothing."""
-    scales, ratio = qalora.get("scales"), qalora.get("scales_lr_ratio")
-    if not isinstance(scales, bool | None):
-        raise QALoraError(f"{what} has scales: {short(scales)}, expected true or false. Correct it.")
-    if ratio is None:
-        return
-    if not scales:
-        raise QALoraError(
-            f"{what} has scales_lr_ratio {short(ratio)}, but scales is not true: nothing would learn faster. Set "
-            "scales: true, or remove scales_lr_ratio."
-        )
-    if type(ratio) not in (int, float) or not 1 / _LARGEST_RATIO <= ratio <= _LARGEST_RATIO:
-        raise QALoraError(f"{what} has scales_lr_ratio {short(ratio)}, expected a positive number, as 3. Correct it.")
 
 
 @dataclass
@@ -123,7 +77,7 @@ class AdapterFolder:
         Raises:
             QALoraError: as :meth:`open`.
         """
-        _check_config(config, folder / CONFIG_NAME)
+        check_config(config, folder / CONFIG_NAME)
         check_pooling(config.get("qalora") or {}, str(folder))
         if not (folder / WEIGHTS_NAME).is_file():
             pickled = (
@@ -302,44 +256,6 @@ def _stored_names(name: str, shapes: list[tuple[int, ...]], path: Path) -> dict[
         )
     parent, _, leaf = name.rpartition(".")
     return {f"{parent}.{i}.{leaf}": i for i in range(experts)}
-
-
-def _check_config(config: dict, path: Path) -> None:
-    """Refuse what no PEFT adapter has in its config where a merge reads it."""
-
-    def check(name: str, value: Any, right: bool, expected: str) -> None:
-        if not right:
-            raise QALoraError(f"{path}: {name} is {short(value)}, expected {expected}. Save the adapter again.")
-
-    for name, kind, expected in (
-        ("qalora", dict, "an object"),
-        ("rank_pattern", dict, "an object"),
-        ("alpha_pattern", dict, "an object"),
-        ("use_rslora", bool, "a boolean"),
-        ("base_model_name_or_path", str, "a string"),
-    ):
-        check(name, config.get(name), isinstance(config.get(name), kind | None), expected)
-    recorded = (config.get("qalora") or {}).get("base_fingerprint")
-    check("qalora.base_fingerprint", recorded, isinstance(recorded, str | None), "a string")
-    ranks = {"r": config.get("r"), **_named("rank_pattern", config)}
-    for name, rank in ranks.items():
-        check(name, rank, type(rank) is int and rank > 0, "a positive integer")
-    for name, alpha in {"lora_alpha": config.get("lora_alpha"), **_named("alpha_pattern", config)}.items():
-        check(name, alpha, type(alpha) in (int, float) and abs(alpha) < _LARGEST_ALPHA, "a finite number")
-
-
-def _named(field: str, config: dict) -> dict[str, Any]:
-    return {f"{field}[{key!r}]": value for key, value in (config.get(field) or {}).items()}
-
-
-def check_config_patterns(config: dict, modules: list[str], what: object) -> None:
-    """Refuse patterns that PEFT, loading this config, could match for ever; see :mod:`.patterns`."""
-    for name in ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern"):
-        found = config.get(name) or ()
-        patterns = [found] if isinstance(found, str) else found
-        if isinstance(patterns, int | float) or not all(isinstance(pattern, str) for pattern in patterns):
-            raise QALoraError(f"{what}: {name} is {short(found)}, expected names. Save the adapter again.")
-        check_patterns(patterns, modules, f"{what}: {name}")
 
 
 def _plain(value: Any) -> str:

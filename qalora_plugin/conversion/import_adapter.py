@@ -18,14 +18,8 @@ from rich.console import Console
 from rich.progress import track
 from safetensors.numpy import save_file
 
-from qalora_plugin.checkpoint.adapter_folder import (
-    ADAPTER_FORMAT,
-    CONFIG_NAME,
-    PEFT_TYPE,
-    POOLING,
-    WEIGHTS_NAME,
-    AdapterFolder,
-)
+from qalora_plugin.checkpoint.adapter_config import ADAPTER_FORMAT, POOLING
+from qalora_plugin.checkpoint.adapter_folder import CONFIG_NAME, PEFT_TYPE, WEIGHTS_NAME, AdapterFolder
 from qalora_plugin.checkpoint.atomic import new_folder, require_space
 from qalora_plugin.checkpoint.hub import expanded
 from qalora_plugin.checkpoint.json_files import write_json

@@ -259,7 +259,9 @@ def _offsets(base: QuantizedCheckpoint, adapter: AdapterFolder, name: str, dtype
 
 
 def _scales_delta(base: QuantizedCheckpoint, adapter: AdapterFolder, name: str, dtype: str) -> _Folded:
-    d, c = adapter.scale_factors(name)
+    factors = adapter.scale_factors(name)
+    assert factors is not None  # only adapters with scales come here
+    d, c = factors
     scales, before = base.scales(name)
     delta = fold(d.T, c.T, 1.0, dtype, before, scales)
     if not all_finite(delta):

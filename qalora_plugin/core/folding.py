@@ -44,7 +44,8 @@ def fold(
     rows = max(1, _BLOCK // b.shape[1])
     for start in range(0, len(a), rows):
         block = slice(start, start + rows)
-        _multiply(a[block], b, *(None if t is None else t[block] for t in (base, factor)), offsets[block])
+        before, times = (None if tensor is None else tensor[block] for tensor in (base, factor))
+        _multiply(a[block], b, before, times, offsets[block])
     return offsets
 
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from qalora_plugin.checkpoint.adapter_folder import check_wishes
+from qalora_plugin.checkpoint.adapter_config import check_wishes
 from qalora_plugin.checkpoint.json_files import short
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.unsupported import refuse_axolotl_keys

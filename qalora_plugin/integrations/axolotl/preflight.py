@@ -9,7 +9,8 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from qalora_plugin.checkpoint import autogptq
-from qalora_plugin.checkpoint.adapter_folder import AdapterFolder, check_config_patterns, matching_pattern
+from qalora_plugin.checkpoint.adapter_config import check_config_patterns
+from qalora_plugin.checkpoint.adapter_folder import AdapterFolder, matching_pattern
 from qalora_plugin.checkpoint.atomic import require_absent
 from qalora_plugin.checkpoint.hub import expanded, is_local, resolve
 from qalora_plugin.checkpoint.json_files import read_json

@@ -16,7 +16,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from qalora_plugin.checkpoint.adapter_folder import PEFT_TYPE, AdapterFolder, check_pooling, check_wishes
+from qalora_plugin.checkpoint.adapter_config import check_pooling, check_wishes
+from qalora_plugin.checkpoint.adapter_folder import PEFT_TYPE, AdapterFolder
 from qalora_plugin.checkpoint.hub import is_local
 from qalora_plugin.core.delta import OffsetDelta
 from qalora_plugin.core.errors import QALoraError
@@ -109,7 +110,8 @@ class QALoraLayer(nn.Module, LoraLayer):
     ):
         super().__init__()
         LoraLayer.__init__(self, base_layer, **kwargs)
-        self.lora_D, self.lora_C, self.scales_ratio = nn.ModuleDict(), nn.ModuleDict(), {}
+        self.lora_D, self.lora_C = nn.ModuleDict(), nn.ModuleDict()
+        self.scales_ratio: dict[str, float] = {}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
@@ -141,7 +143,7 @@ class QALoraLayer(nn.Module, LoraLayer):
                 "add_adapter."
             )
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
-        if (config.qalora or {}).get("scales"):
+        if config.qalora and config.qalora.get("scales"):
             self.scales_ratio[adapter_name] = ratio = config.qalora["scales_lr_ratio"]
             self.lora_D[adapter_name], self.lora_C[adapter_name] = new_factors(
                 base.groups, base.out_features, r, ratio, config.init_lora_weights

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qalora_plugin.checkpoint.adapter_folder import (
+from qalora_plugin.checkpoint.adapter_config import (
     ADAPTER_FORMAT,
     POOLING,
     SCALES_FORMAT,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qalora_plugin.checkpoint.adapter_folder import WISHES
+from qalora_plugin.checkpoint.adapter_config import WISHES
 from qalora_plugin.core.delta import ScaleDelta
 from qalora_plugin.layers.sharding import factor
 
@@ -34,7 +34,7 @@ class _Stretched(torch.autograd.Function):
 
 def is_bound(qalora: dict[str, Any] | None) -> bool:
     """Whether ``QALoraConfig.qalora`` ties the adapter to a base, and is not only what the user asks for."""
-    return bool(qalora) and not set(qalora) <= set(WISHES)
+    return qalora is not None and not set(qalora) <= set(WISHES)
 
 
 def new_factors(groups: int, out_features: int, rank: int, ratio: float, init: bool | str) -> tuple[nn.Linear, ...]:

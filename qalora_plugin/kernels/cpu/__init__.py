@@ -115,7 +115,7 @@ def offset_gradient(pooled: Tensor, dy: Tensor) -> Tensor:
 def factor_gradient(along: Tensor, weight: GroupwiseWeight, gradient: Tensor) -> None:
     """``Σ_{k∈γ} scales·(q − zeros)·along`` of ``along`` ``[K, N]``, float32 or bfloat16, to ``gradient`` ``[G, N]``."""
     problem = _Problem(weight, None)
-    library().qalora_factor_gradient(
+    _compiled().qalora_factor_gradient(
         ctypes.byref(problem), along.data_ptr(), along.dtype == torch.bfloat16, gradient.data_ptr()
     )
 

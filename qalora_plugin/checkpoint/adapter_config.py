@@ -1,0 +1,94 @@
+"""``adapter_config.json`` of an adapter: what it must say, and what a merge could not read."""
+
+from pathlib import Path
+from typing import Any
+
+from qalora_plugin.checkpoint.json_files import short
+from qalora_plugin.checkpoint.patterns import check_patterns
+from qalora_plugin.core.errors import QALoraError
+
+ADAPTER_FORMAT, SCALES_FORMAT = 1, 2  # the second with trained scales
+WISHES = ("scales", "scales_lr_ratio")  # of `qalora` in the config, what users may ask for
+SCALES_LR_RATIO = 3.0
+_LARGEST_RATIO = 1e6
+POOLING = "sum"
+_LARGEST_ALPHA = 1e9
+
+
+def check_pooling(qalora: dict, what: str) -> None:
+    """Refuse an adapter that this version would scale wrongly."""
+    if not qalora:
+        raise QALoraError(f"{what} does not say how it pools (its config has no `qalora`). Save it again with qalora.")
+    version = qalora.get("format_version")
+    if version not in (ADAPTER_FORMAT, SCALES_FORMAT) or isinstance(version, bool):
+        raise QALoraError(
+            f"{what} has format_version {short(version)}, this version of qalora reads "
+            f"{ADAPTER_FORMAT} and {SCALES_FORMAT}. Update qalora, or train it with this version."
+        )
+    check_wishes(qalora, what)
+    if bool(qalora.get("scales")) != (version == SCALES_FORMAT) or (
+        qalora.get("scales") and len(set(WISHES) & set(qalora)) < 2
+    ):
+        raise QALoraError(
+            f"{what} has format_version {version}, but qalora.scales is {short(qalora.get('scales'))}, with the ratio "
+            f"{short(qalora.get('scales_lr_ratio'))}. The config was edited: save the adapter again."
+        )
+    if qalora.get("pooling") != POOLING:
+        raise QALoraError(
+            f"{what} has pooling {short(qalora.get('pooling'))}, expected {POOLING!r}: it would be scaled wrongly. "
+            "Train it with this version of qalora."
+        )
+
+
+def check_wishes(qalora: dict, what: str) -> None:
+    """Refuse ``scales`` that are no boolean, and a ratio that is no positive number, or of nothing."""
+    scales, ratio = qalora.get("scales"), qalora.get("scales_lr_ratio")
+    if not isinstance(scales, bool | None):
+        raise QALoraError(f"{what} has scales: {short(scales)}, expected true or false. Correct it.")
+    if ratio is None:
+        return
+    if not scales:
+        raise QALoraError(
+            f"{what} has scales_lr_ratio {short(ratio)}, but scales is not true: nothing would learn faster. Set "
+            "scales: true, or remove scales_lr_ratio."
+        )
+    if type(ratio) not in (int, float) or not 1 / _LARGEST_RATIO <= ratio <= _LARGEST_RATIO:
+        raise QALoraError(f"{what} has scales_lr_ratio {short(ratio)}, expected a positive number, as 3. Correct it.")
+
+
+def check_config(config: dict, path: Path) -> None:
+    """Refuse what no PEFT adapter has in its config where a merge reads it."""
+
+    def check(name: str, value: Any, right: bool, expected: str) -> None:
+        if not right:
+            raise QALoraError(f"{path}: {name} is {short(value)}, expected {expected}. Save the adapter again.")
+
+    for name, kind, expected in (
+        ("qalora", dict, "an object"),
+        ("rank_pattern", dict, "an object"),
+        ("alpha_pattern", dict, "an object"),
+        ("use_rslora", bool, "a boolean"),
+        ("base_model_name_or_path", str, "a string"),
+    ):
+        check(name, config.get(name), isinstance(config.get(name), kind | None), expected)
+    recorded = (config.get("qalora") or {}).get("base_fingerprint")
+    check("qalora.base_fingerprint", recorded, isinstance(recorded, str | None), "a string")
+    ranks = {"r": config.get("r"), **_named("rank_pattern", config)}
+    for name, rank in ranks.items():
+        check(name, rank, type(rank) is int and rank > 0, "a positive integer")
+    for name, alpha in {"lora_alpha": config.get("lora_alpha"), **_named("alpha_pattern", config)}.items():
+        check(name, alpha, type(alpha) in (int, float) and abs(alpha) < _LARGEST_ALPHA, "a finite number")
+
+
+def _named(field: str, config: dict) -> dict[str, Any]:
+    return {f"{field}[{key!r}]": value for key, value in (config.get(field) or {}).items()}
+
+
+def check_config_patterns(config: dict, modules: list[str], what: object) -> None:
+    """Refuse patterns that PEFT, loading this config, could match for ever; see :mod:`.patterns`."""
+    for name in ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern"):
+        found = config.get(name) or ()
+        patterns = [found] if isinstance(found, str) else found
+        if isinstance(patterns, int | float) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise QALoraError(f"{what}: {name} is {short(found)}, expected names. Save the adapter again.")
+        check_patterns(patterns, modules, f"{what}: {name}")
