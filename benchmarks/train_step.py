@@ -68,11 +68,11 @@ BARS = {
 class Worker:
     """A method in its own process: :meth:`step` runs one step there, :meth:`finish` returns its peak memory."""
 
-    def __init__(self, python: str, spec: dict):
+    def __init__(self, python: str, spec: dict, program: Path = HERE / "train_step_worker.py"):
         self.spec = spec
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
         self.process = subprocess.Popen(
-            [python, str(HERE / "train_step_worker.py"), json.dumps(spec)],
+            [python, str(program), json.dumps(spec)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,

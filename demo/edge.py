@@ -16,7 +16,7 @@ from report import device
 from rich.console import Console
 from rich.markup import escape
 from run import DEMO, ENVIRONMENT, ROOT, download
-from stages import Runner, Stage, StageError
+from stages import Runner, Stage, to_the_end
 
 from qalora_plugin.kernels.hardware import emulates
 
@@ -88,18 +88,14 @@ def main(train: Path, serve: Path) -> int:
     console, runs = Console(soft_wrap=True), DEMO / "run"
     console.print(f"GGUF there and back, on {device()}, everything in {escape(str(runs))}")
     run = Runner(runs / "smollm2", console)
-    try:
+
+    def work() -> None:
         run(download(run.folder, train / "bin"))
         for stage in stages(run.folder, train / "bin", serve / "bin"):
             run(stage)
-    except StageError as error:
-        console.print(error.tail, markup=False, highlight=False)
-        console.print(f"[red]{escape(str(error))}[/]")
-        return 1
-    except KeyboardInterrupt:
-        console.print("stopped; the next run goes on from here")
-        return 130
-    return 0 if show(run.folder, console) else 1
+
+    status = to_the_end(work, console)
+    return status or (0 if show(run.folder, console) else 1)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from report import check, collect, device, show
 from rich.console import Console
 from rich.markup import escape
-from stages import Runner, Stage, StageError
+from stages import Runner, Stage, StageError, to_the_end
 
 from qalora_plugin.kernels.hardware import emulates
 
@@ -127,17 +127,16 @@ def main(train: Path, serve: Path, pretrain: bool) -> int:
             console.print("`make demo` makes both environments; `--help` shows how to name others.")
             return 1
     console.print(f"QA-LoRA demo on {device()}, everything in {escape(str(runs))}")
-    try:
-        run = prepare(runs, train / "bin", console, pretrain)
-        for stage in stages(run.folder, train / "bin", serve / "bin"):
-            run(stage)
-    except StageError as error:
-        console.print(error.tail, markup=False, highlight=False)
-        console.print(f"[red]{escape(str(error))}[/]")
-        return 1
-    except KeyboardInterrupt:
-        console.print("stopped; the next run goes on from here")
-        return 130
+    prepared: list[Runner] = []
+
+    def work() -> None:
+        prepared.append(prepare(runs, train / "bin", console, pretrain))
+        for stage in stages(prepared[0].folder, train / "bin", serve / "bin"):
+            prepared[0](stage)
+
+    if status := to_the_end(work, console):
+        return status
+    (run,) = prepared
     report = collect(run.folder, run.seconds)
     (run.folder / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     show(report, console)

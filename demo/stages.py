@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column
 from rich.text import Text
@@ -108,6 +109,20 @@ class Runner:
         part = self._record.with_suffix(".part")
         part.write_text(json.dumps(self.seconds, indent=2) + "\n")
         part.rename(self._record)
+
+
+def to_the_end(work: Callable[[], None], console: Console) -> int:
+    """The exit status of a demo whose stages ``work`` runs; what went wrong is on the screen."""
+    try:
+        work()
+    except StageError as error:
+        console.print(error.tail, markup=False, highlight=False)
+        console.print(f"[red]{escape(str(error))}[/]")
+        return 1
+    except KeyboardInterrupt:
+        console.print("stopped; the next run goes on from here")
+        return 130
+    return 0
 
 
 @contextmanager
