@@ -78,7 +78,8 @@ def exact_values(model: nn.Module) -> dict[str, tuple[Tensor, Tensor | None]]:
     from qalora_plugin.integrations.peft.adapter import QALoraLayer
     from qalora_plugin.layers.experts import unstacked
 
-    values = {}
+    values: dict[str, tuple[Tensor, Tensor | None]] = {}
+    layer: Any
     for name, layer in model.named_modules():
         if isinstance(layer, QALoraLayer):
             (active,) = layer.active_adapters

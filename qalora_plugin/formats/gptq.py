@@ -164,8 +164,7 @@ class Gptq:
             return QALoraError(f"{where}: {name}: {problem} The checkpoint is damaged or not in GPTQ layout.")
 
         parts = {part: tensors.get(f"{name}.{part}") for part in _PARTS}
-        _check_dtypes(parts, fail)
-        qweight, qzeros, scales = (_found(parts[part]) for part in ("qweight", "qzeros", "scales"))
+        qweight, qzeros, scales = _checked(parts, fail)
         groups, out_features = scales.shape
         ratio = qzeros.shape[1] * 32 / out_features
         if ratio not in SUPPORTED_BITS or qzeros.shape[0] != groups:
@@ -221,7 +220,9 @@ class Gptq:
             )
 
 
-def _check_dtypes(parts: dict[str, TensorInfo | None], fail: Callable[[str], QALoraError]) -> None:
+def _checked(parts: dict[str, TensorInfo | None], fail: Callable[[str], QALoraError]) -> list[TensorInfo]:
+    """``qweight``, ``qzeros`` and ``scales``, dtypes of all parts checked."""
+    required = []
     for part in ("qweight", "qzeros", "scales"):
         found = parts[part]
         if found is None:
@@ -232,6 +233,7 @@ def _check_dtypes(parts: dict[str, TensorInfo | None], fail: Callable[[str], QAL
             floats = part == "qzeros" and found.dtype in _FLOATS
             hint = ", not the floats of QA-LoRA's official merge.py: qalora import official SRC OUT" if floats else ""
             raise fail(f"{part} is {found.dtype}, expected int32 words{hint}.")
+        required.append(found)
     for part, verb in {"scales": "are", "bias": "is", "offsets": "are", "scales_delta": "is"}.items():
         found = parts[part]
         if found is not None and found.dtype not in _FLOATS:
@@ -239,11 +241,7 @@ def _check_dtypes(parts: dict[str, TensorInfo | None], fail: Callable[[str], QAL
     g_idx = parts["g_idx"]
     if g_idx is not None and g_idx.dtype not in ("I32", "I64"):
         raise fail(f"g_idx is {g_idx.dtype}, expected int32.")
-
-
-def _found(info: TensorInfo | None) -> TensorInfo:
-    assert info is not None  # _check_dtypes has seen it
-    return info
+    return required
 
 
 def _bad_g_idx(what: str, spec: GroupwiseSpec) -> str:

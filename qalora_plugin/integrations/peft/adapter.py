@@ -117,6 +117,8 @@ class QALoraLayer(nn.Module, LoraLayer):
 
     lora_A: Any  # ModuleDicts of linears, which torch types as of any module
     lora_B: Any
+    lora_C: Any
+    lora_D: Any
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         """What A reads is the pooled input: G numbers, not K."""
