@@ -31,12 +31,34 @@ def quantize(
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 256,
     length: Annotated[int, typer.Option(help="Tokens in each.")] = 512,
     seed: int = 0,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Bits a weight, all included: bits and group size are chosen layer by layer.", min=1),
+    ] = None,
+    clip: Annotated[
+        bool | None,
+        typer.Option("--clip/--no-clip", help="Clip grids where it lowers the error; default: at 2, 3 bits."),
+    ] = None,
     revision: Revision = None,
 ) -> None:
     """Make a GPTQ base of a 16-bit model (GPTQModel does the work)."""
     from qalora_plugin.methods.quantizing import quantize
 
-    made = quantize(model, out, dataset, bits, group_size, sym, act_order, samples, length, seed, revision=revision)
+    made = quantize(
+        model,
+        out,
+        dataset,
+        bits,
+        group_size,
+        sym,
+        act_order,
+        samples,
+        length,
+        seed,
+        revision=revision,
+        budget=budget,
+        clip=clip,
+    )
     print(printable(made))
 
 

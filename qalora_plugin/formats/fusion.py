@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from qalora_plugin.core.weight import GroupwiseSpec
 
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def unservable(modules: dict[str, GroupwiseSpec], dense: Iterable[str] = ()) -> str | None:
@@ -16,7 +16,7 @@ def unservable(modules: dict[str, GroupwiseSpec], dense: Iterable[str] = ()) -> 
     dense = set(dense)
     for name in modules:
         parent, _, leaf = name.rpartition(".")
-        parts = next((fused for fused in _FUSED if leaf in fused), ())
+        parts = next((fused for fused in FUSED if leaf in fused), ())
         names = [f"{parent}.{part}".lstrip(".") for part in parts]
         found = [modules[part] for part in names if part in modules]
         kinds = {f"{module.bits} bit, group size {module.group_size}" for module in found}

@@ -1,7 +1,10 @@
 """`qalora quantize`: a 16-bit model → a GPTQ base. GPTQModel does the work; this picks data and checks the request."""
 
+import logging
 import os
 import random
+import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager
 from importlib.util import find_spec
@@ -10,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import nn
 
 from qalora_plugin.checkpoint.atomic import new_folder, require_absent
 from qalora_plugin.checkpoint.hub import expanded, resolve
@@ -17,6 +21,13 @@ from qalora_plugin.checkpoint.json_files import read_json
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 from qalora_plugin.core.words import SUPPORTED_BITS
 from qalora_plugin.eval.tokens import read_texts, tokenize
+from qalora_plugin.methods.bit_allocation import Choice, allocate, served_bits
+from qalora_plugin.methods.sensitivity import measure
+
+logger = logging.getLogger(__name__)
+
+_MSE_POWER = 2.4  # of the error that clipping minimizes, as GPTQ's authors have it
+_MEASURED = 32  # sequences that sensitivities are measured on
 
 
 @os_errors_in_one_line()
@@ -33,6 +44,8 @@ def quantize(
     seed: int = 0,
     checkpoint_format: str | None = None,
     revision: str | None = None,
+    budget: float | None = None,
+    clip: bool | None = None,
 ) -> Path:
     """Quantise a dense model with GPTQ.
 
@@ -43,6 +56,9 @@ def quantize(
         samples, length: how many sequences of how many tokens to calibrate on.
         checkpoint_format: default ``gptq`` for symmetric, ``gptq_v2`` for asymmetric bases, whose zeros v1 stores
             in a way that some readers get wrong.
+        budget: bits a weight, scales, zero-points and offsets included: each layer gets bits and a group size of its
+            own (:mod:`.bit_allocation`), and ``bits`` and ``group_size`` do not count.
+        clip: shrink each group's grid where that lowers the error (GPTQModel's ``mse``); default: at 2 and 3 bits.
 
     Raises:
         QALoraError: GPTQModel is not installed, or the request cannot work.
@@ -62,17 +78,24 @@ def quantize(
     if found := config.get("quantization_config"):
         method = found.get("quant_method") if isinstance(found, dict) else found
         raise QALoraError(f"{model} is quantised already ({method}). Pass the original 16-bit model.")
-    _check_sizes(config, group_size)
+    if budget is None:
+        _check_sizes(config, group_size)
 
     from gptqmodel import GPTQModel, QuantizeConfig
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     calibration = _calibration(tokenizer, dataset, samples, length, seed)
+    plan = {} if budget is None else plan_for(folder, [row["input_ids"] for row in calibration], budget)
+    if plan:
+        (bits, group_size), _ = Counter(plan.values()).most_common(1)[0]
+    fewest = min((choice.bits for choice in plan.values()), default=bits)
     torch.manual_seed(seed)
     quantize_config = QuantizeConfig(
         bits=bits,
         group_size=group_size,
+        dynamic={f"+:^{re.escape(name)}$": choice._asdict() for name, choice in plan.items()} or None,
+        mse=_MSE_POWER if (fewest <= 3 if clip is None else clip) else 0.0,
         sym=sym,
         desc_act=act_order,
         format=checkpoint_format or ("gptq" if sym else "gptq_v2"),
@@ -85,6 +108,21 @@ def quantize(
             quantized.save(str(work))
             tokenizer.save_pretrained(work)
     return out
+
+
+def plan_for(folder: Path, sequences: list[list[int]], budget: float) -> dict[str, Choice]:
+    """Bits and group size of every linear of a 16-bit model, within ``budget`` bits a weight, all included."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    head = model.get_output_embeddings()
+    linears = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear) and part is not head}
+    layers = measure(model, linears, sequences[:_MEASURED])
+    chosen = allocate(layers, budget)
+    counts = Counter(chosen.values())
+    kinds = ", ".join(f"{counts[choice]} × {choice.bits} bit g {choice.group_size}" for choice in sorted(counts))
+    logger.info("%.2f bits a weight, all included: %s", served_bits(layers, chosen), kinds)
+    return chosen
 
 
 @contextmanager

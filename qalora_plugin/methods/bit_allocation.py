@@ -1,0 +1,101 @@
+"""Bits and group size of every layer under one budget: LQ-LoRA's integer program (arXiv 2311.12023, section 3.2).
+
+    minimize Σ cost[i,c]·x[i,c]    so that    Σ_c x[i,c] = 1,    Σ size[i,c]·x[i,c] ≤ budget·Σ weights[i]
+
+x is binary; a choice c is a pair (bits, group size). Linears that a server runs as one (q, k, v; gate, up) are one
+layer i, so that they end up alike. Solved by HiGHS through scipy: a model of 70B in seconds.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.core.words import SUPPORTED_BITS
+
+GROUP_SIZES = (32, 64, 128)
+_SCALE_BITS, _OFFSET_BITS = 16, 16
+_GAP = 1e-4  # of the cost: how far from the best a solution may be
+_PATIENCE = 60.0  # seconds
+
+
+class Choice(NamedTuple):
+    """How a linear may be quantized."""
+
+    bits: int
+    group_size: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """All that serving it takes: codes, and a scale, a zero-point and an offset a group."""
+        return self.bits + (_SCALE_BITS + self.bits + _OFFSET_BITS) / self.group_size
+
+
+CHOICES = tuple(Choice(bits, group_size) for bits in SUPPORTED_BITS for group_size in GROUP_SIZES)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Linears that are quantized alike.
+
+    Attributes:
+        names: of the linears. weights: how many numbers they hold.
+        costs: of every choice that their sizes allow, in any unit that adds up over layers.
+    """
+
+    names: tuple[str, ...]
+    weights: int
+    costs: Mapping[Choice, float]
+
+
+def allocate(layers: Sequence[Layer], budget: float) -> dict[str, Choice]:
+    """The choice of every linear, by name, that costs least within ``budget`` bits a weight, all included.
+
+    Raises:
+        QALoraError: no choice meets the budget (the message says the nearest), or none was found in time.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    total = sum(layer.weights for layer in layers)
+    _require_possible(layers, budget, total)
+    pairs = [(i, choice) for i, layer in enumerate(layers) for choice in layer.costs]
+    costs = np.array([layers[i].costs[choice] for i, choice in pairs], dtype=np.float64)
+    sizes = np.array([layers[i].weights * choice.bits_per_weight / total for i, choice in pairs])
+    of_layer = csr_array((np.ones(len(pairs)), ([i for i, _ in pairs], range(len(pairs)))))
+    found = milp(
+        costs / max(costs.max(), 1e-300),
+        constraints=[LinearConstraint(of_layer, 1, 1), LinearConstraint(sizes[None], -np.inf, budget)],
+        integrality=np.ones(len(pairs)),
+        bounds=Bounds(0, 1),
+        options={"mip_rel_gap": _GAP, "time_limit": _PATIENCE},
+    )
+    if found.x is None:
+        raise QALoraError(
+            f"no allocation of {budget} bits was found in {_PATIENCE:.0f} s ({found.message}). Use another budget."
+        )
+    chosen = {i: choice for (i, choice), taken in zip(pairs, found.x, strict=True) if taken > 0.5}
+    return {name: chosen[i] for i, layer in enumerate(layers) for name in layer.names}
+
+
+def served_bits(layers: Sequence[Layer], chosen: Mapping[str, Choice]) -> float:
+    """Bits a weight of an allocation, all included."""
+    used = sum(layer.weights * chosen[layer.names[0]].bits_per_weight for layer in layers)
+    return used / sum(layer.weights for layer in layers)
+
+
+def _require_possible(layers: Sequence[Layer], budget: float, total: int) -> None:
+    for layer in layers:
+        if not layer.costs:
+            raise QALoraError(f"{layer.names[0]} fits no group size of {GROUP_SIZES}. Leave it dense.")
+    least, most = (
+        sum(layer.weights * pick(choice.bits_per_weight for choice in layer.costs) for layer in layers) / total
+        for pick in (min, max)
+    )
+    if budget < least:
+        raise QALoraError(
+            f"a budget of {budget} bits a weight cannot be met: the smallest choice everywhere takes {least:.2f}, the "
+            f"largest {most:.2f} (codes, scales, zero-points and offsets). Use a budget between the two."
+        )

@@ -1,0 +1,104 @@
+"""What every linear of a 16-bit model loses at every choice of bits and group size, weighted by its inputs.
+
+    cost = Σ_k h[k]·Σ_n (w[k,n] − ŵ[k,n])²          h[k] = mean of x[k]² over calibration text
+
+That is the error of the layer's output, if inputs were independent: the diagonal of GPTQ's Hessian (GPTQ, arXiv
+2210.17323; LQ-LoRA weights by Fisher information in its place). ŵ is rounded to nearest on a grid that is clipped as
+far as it pays, which is not what GPTQ will make of it, but ranks layers as GPTQ's errors do.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from qalora_plugin.formats.fusion import FUSED
+from qalora_plugin.methods.bit_allocation import CHOICES, Choice, Layer
+
+_CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6)  # shares of a group's range that the grid covers
+
+
+def measure(
+    model: nn.Module, linears: Mapping[str, nn.Linear], sequences: Iterable[list[int]], progress: bool = True
+) -> list[Layer]:
+    """The layers of ``linears``, by name, with the cost of every choice that their sizes allow.
+
+    Args:
+        sequences: token ids of calibration text.
+    """
+    with torch.inference_mode(), _second_moments(linears) as moments:
+        device = next(model.parameters()).device
+        for ids in track(list(sequences), "calibrating", disable=not progress, transient=True):
+            model(torch.tensor([ids], device=device), use_cache=False)
+    costs = {
+        name: _costs(linear.weight, moments[name])
+        for name, linear in track(linears.items(), "measuring", len(linears), disable=not progress, transient=True)
+    }
+    return [_layer(names, linears, costs) for names in fused(linears)]
+
+
+def fused(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Names of linears, those together that vLLM runs as one."""
+    together: dict[tuple[str, object], list[str]] = {}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        group: object = next((parts for parts in FUSED if leaf in parts), leaf)
+        together.setdefault((parent, group), []).append(name)
+    return [tuple(found) for found in together.values()]
+
+
+def _layer(names: tuple[str, ...], linears: Mapping[str, nn.Linear], costs: Mapping[str, dict[Choice, float]]) -> Layer:
+    possible = set.intersection(*(set(costs[name]) for name in names))
+    return Layer(
+        names,
+        sum(linears[name].weight.numel() for name in names),
+        {choice: sum(costs[name][choice] for name in names) for choice in CHOICES if choice in possible},
+    )
+
+
+@contextmanager
+def _second_moments(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
+    """``mean x²`` ``[K]``, float32, of what each linear is given inside the block."""
+    moments = {name: torch.zeros(linear.in_features) for name, linear in linears.items()}
+    seen = dict.fromkeys(linears, 0)
+
+    def note(name: str, x: Tensor) -> None:
+        x = x.detach().flatten(0, -2).float()
+        seen[name] += len(x)
+        moments[name] += (x.square().sum(0).cpu() - len(x) * moments[name]) / seen[name]
+
+    handles = [
+        linear.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
+        for name, linear in linears.items()
+    ]
+    try:
+        yield moments
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _costs(weight: Tensor, moments: Tensor) -> dict[Choice, float]:
+    """Of a weight ``[N, K]``, for every choice whose group size divides K."""
+    weight, moments = weight.detach().float(), moments.to(weight.device)
+    return {
+        choice: _rounding_error(weight, moments, choice)
+        for choice in CHOICES
+        if weight.shape[1] % choice.group_size == 0
+    }
+
+
+def _rounding_error(weight: Tensor, moments: Tensor, choice: Choice) -> float:
+    grouped = weight.unflatten(1, (-1, choice.group_size))
+    importance = moments.view(1, -1, choice.group_size)
+    top = 2**choice.bits - 1
+    low, high = grouped.amin(-1, keepdim=True).clamp(max=0), grouped.amax(-1, keepdim=True).clamp(min=0)
+    best = torch.full(low.shape, torch.inf, device=weight.device)
+    for clip in _CLIPS:
+        step = ((high - low) * clip / top).clamp(min=1e-9)
+        zero = (-low * clip / step).round()
+        rounded = ((grouped / step + zero).round().clamp(0, top) - zero) * step
+        best = torch.minimum(best, ((grouped - rounded).square() * importance).sum(-1, keepdim=True))
+    return best.sum().item()

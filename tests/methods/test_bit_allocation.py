@@ -1,0 +1,60 @@
+"""The integer program against trying everything, and at the size of a large model."""
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.methods.bit_allocation import CHOICES, Choice, Layer, allocate, served_bits
+
+
+def layers(count, choices=CHOICES, seed=0, names=1):
+    """Costs that fall with bits and rise with the group, as errors do, times what a layer is sensitive."""
+    generator = np.random.default_rng(seed)
+    made = []
+    for i in range(count):
+        sensitive = generator.lognormal(0, 2)
+        costs = {c: sensitive * 4.0**-c.bits * c.group_size**0.3 * generator.uniform(0.8, 1.2) for c in choices}
+        made.append(Layer(tuple(f"{i}.{j}" for j in range(names)), int(generator.integers(1, 9)) * 1024, costs))
+    return made
+
+
+@pytest.mark.parametrize("budget", [2.7, 3.3, 4.0, 5.5])
+@pytest.mark.parametrize("seed", range(3))
+def test_it_is_the_best_there_is(budget, seed):
+    few = (Choice(2, 64), Choice(3, 64), Choice(4, 32), Choice(8, 128))
+    made = layers(5, few, seed)
+    total = sum(layer.weights for layer in made)
+    best = min(
+        sum(layer.costs[choice] for layer, choice in zip(made, combination, strict=True))
+        for combination in itertools.product(few, repeat=5)
+        if sum(m.weights * c.bits_per_weight for m, c in zip(made, combination, strict=True)) <= budget * total
+    )
+    found = allocate(made, budget)
+    assert served_bits(made, found) <= budget + 1e-9
+    assert sum(layer.costs[found[layer.names[0]]] for layer in made) <= best * (1 + 2e-4)
+
+
+def test_linears_of_one_layer_are_alike():
+    found = allocate(layers(4, names=3), 3.5)
+    assert len(found) == 12
+    assert all(found[f"{i}.0"] == found[f"{i}.1"] == found[f"{i}.2"] for i in range(4))
+
+
+def test_a_large_model_takes_seconds():
+    started = time.monotonic()
+    made = layers(80 * 4, names=2)
+    assert served_bits(made, allocate(made, 3.2)) <= 3.2
+    assert time.monotonic() - started < 60
+
+
+def test_a_budget_that_nothing_meets_names_the_nearest():
+    with pytest.raises(QALoraError, match=r"2\.0 bits a weight cannot be met: the smallest .* takes 2\.27"):
+        allocate(layers(3), 2.0)
+
+
+def test_what_a_choice_takes():
+    assert Choice(4, 32).bits_per_weight == 4 + 36 / 32
+    assert Choice(2, 128).bits_per_weight == 2 + 34 / 128

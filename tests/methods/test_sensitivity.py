@@ -1,0 +1,60 @@
+"""Costs of choices against the errors of the layer's own output, and their order."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qalora_plugin.methods.bit_allocation import Choice, allocate, served_bits
+from qalora_plugin.methods.sensitivity import _rounding_error, fused, measure
+
+
+@pytest.fixture(scope="module")
+def measured():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    linears = {name: module for name, module in model.model.named_modules() if isinstance(module, nn.Linear)}
+    generator = torch.Generator().manual_seed(1)
+    sequences = [torch.randint(0, 64, (32,), generator=generator).tolist() for _ in range(4)]
+    return measure(model, linears, sequences, progress=False), linears
+
+
+def test_linears_that_are_served_as_one_are_one_layer(measured):
+    layers, linears = measured
+    assert len(layers) == 2 * 4
+    assert {len(layer.names) for layer in layers} == {1, 2, 3}
+    assert sum(layer.weights for layer in layers) == sum(linear.weight.numel() for linear in linears.values())
+    assert fused(["a.q_proj", "b.q_proj", "a.k_proj"]) == [("a.q_proj", "a.k_proj"), ("b.q_proj",)]
+
+
+def test_more_bits_cost_less_and_only_fitting_groups_are_offered(measured):
+    layers, _ = measured
+    for layer in layers:
+        for group_size in {choice.group_size for choice in layer.costs}:
+            by_bits = [layer.costs[Choice(bits, group_size)] for bits in (2, 3, 4, 8)]
+            assert by_bits == sorted(by_bits, reverse=True)
+    assert {choice.group_size for choice in layers[0].costs} == {32, 64}  # of 64 columns
+
+
+def test_cost_is_the_error_of_outputs_of_independent_inputs():
+    generator = torch.Generator().manual_seed(0)
+    weight, deviation = torch.randn(16, 64, generator=generator), torch.rand(64, generator=generator) + 0.1
+    x = torch.randn(20000, 64, generator=generator) * deviation
+    grouped = weight.view(16, 2, 32)
+    low, high = grouped.amin(-1, keepdim=True).clamp(max=0), grouped.amax(-1, keepdim=True).clamp(min=0)
+    step = (high - low) / 15
+    zero = (-low / step).round()
+    rounded = (((grouped / step + zero).round().clamp(0, 15) - zero) * step).view(16, 64)
+    error = (x @ (weight - rounded).t()).square().sum(1).mean().item()
+    cost = _rounding_error(weight, deviation.square(), Choice(4, 32))
+    assert 0.7 * error < cost < 1.03 * error  # clipping can only help
+
+
+def test_the_whole_way_to_an_allocation(measured):
+    layers, _ = measured
+    chosen = allocate(layers, 4.0)
+    assert 3.4 < served_bits(layers, chosen) <= 4.0
