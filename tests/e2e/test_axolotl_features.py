@@ -30,6 +30,14 @@ def test_old_autogptq_folder(tmp_path):
     train_and_prove(tmp_path, to_old_layout(make_base(tmp_path / "base", shards=2)))
 
 
+def test_a_merged_model_is_a_base(merged, tmp_path):
+    """The new adapter's offsets are added to those that are there."""
+    out, _ = train_and_prove(tmp_path, merged)
+    config = json.loads((out / "merged" / "config.json").read_text())["quantization_config"]
+    assert config["base_model"] == str(merged)
+    assert config["offset_dtype"] == "float32"
+
+
 def test_every_lora_key_at_once_in_bf16(tmp_path):
     """Act-order, symmetric, sharded, with biases; patterns, exclusion, rsLoRA, dropout, bf16."""
     base = make_base(tmp_path / "base", hidden=128, act_order=True, shards=2, bias=True, sym=True)
@@ -136,10 +144,9 @@ def refused(folder, base, match, **changes):
     assert not (folder / "prepared").exists()  # nothing was tokenised
 
 
-def test_bad_configs_stop_before_any_work(base, merged, tmp_path):
+def test_bad_configs_stop_before_any_work(base, tmp_path):
     refused(tmp_path, base, "lora_mlp_kernel cannot be combined", lora_mlp_kernel=True)
     refused(tmp_path, base, "unknown key 'merge_dtype' in qalora:", qalora={"merge_dtype": "float32"})
-    refused(tmp_path, merged, "already a merged QA-LoRA checkpoint")
     refused(tmp_path, tmp_path / "nowhere", "does not exist")
     refused(tmp_path, base, "not registered by a plugin", adapter="qalorra")
     (tmp_path / "out" / "merged").mkdir(parents=True)
