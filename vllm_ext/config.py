@@ -231,7 +231,9 @@ class QALoraConfig(QuantizationConfig):
 
 
 def _format(quantization: dict[str, Any]) -> Gptq:
-    return BASES.get(quantization.get("quant_method", Gptq.method), Gptq)(quantization)
+    method = quantization.get("quant_method", Gptq.method)
+    kind = BASES.get(method, Gptq) if isinstance(method, str) else Gptq  # which refuses a method that is no string
+    return kind(quantization)
 
 
 def _headers(model: str, revision: str | None) -> dict[str, TensorInfo]:
