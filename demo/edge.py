@@ -6,26 +6,21 @@ either direction, so what edge devices run is what was trained. Needs what `make
 
 import argparse
 import json
-import os
 import signal
 import sys
 from pathlib import Path
 
-import torch
 from report import device
 from rich.console import Console
 from rich.markup import escape
-from run import DEMO, ENVIRONMENT, ROOT, download
+from run import DEMO, ENVIRONMENT, ROOT, download, finetune, verify
 from stages import Runner, Stage, to_the_end
-
-from qalora_plugin.kernels.hardware import emulates
 
 
 def stages(run: Path, train: Path, serve: Path) -> list[Stage]:
     """In their order. run: the folder of `make demo`. train, serve: ``bin`` of the two environments."""
     file, base, tuned, out = (run / name for name in ("model.gguf", "gguf-base", "gguf-tuned", "merged.gguf"))
     test, merged, python = run / "task" / "test.jsonl", tuned / "merged", train / "python"
-    emulated = not torch.accelerator.is_available() and emulates(torch.bfloat16)
     wheel = next((run / "wheel").glob("*.whl"))
     return [
         Stage(
@@ -40,20 +35,8 @@ def stages(run: Path, train: Path, serve: Path) -> list[Stage]:
             "import", "qalora import gguf: a base, not one code changed", base,
             lambda path: [train / "qalora", "import", "gguf", file, path], ROOT, ENVIRONMENT,
         ),
-        Stage(
-            "finetune-gguf", "Fine-tune in Axolotl (adapter: qalora), merge", tuned,
-            lambda path: [
-                train / "accelerate", "launch", "--num_processes", "1", "-m", "axolotl.cli.train",
-                DEMO / "qalora.yml", "--base_model=gguf-base", f"--output_dir={path}",
-                *(["--bf16=False"] if emulated else []),
-            ],
-            run, ENVIRONMENT | {"OMP_NUM_THREADS": str(os.cpu_count())},
-        ),
-        Stage(
-            "verify-gguf", "Verify that merged = base + adapter", run / "gguf-verified.json",
-            lambda _: [train / "qalora", "verify", "--base", base, "--adapter", tuned, "--merged", merged, "--json"],
-            ROOT, ENVIRONMENT, captured=True,
-        ),
+        finetune("finetune-gguf", train, tuned, "--base_model=gguf-base"),
+        verify("verify-gguf", train, base, tuned, run / "gguf-verified.json"),
         Stage(
             "vllm", "Serve the merged folder with vLLM and ask it", run / "gguf-vllm.json",
             lambda path: [serve / "python", DEMO / "ask.py", merged, test, path, "--compare"], ROOT, ENVIRONMENT,

@@ -41,6 +41,31 @@ def download(run: Path, train: Path) -> Stage:
     )  # fmt: skip
 
 
+def finetune(name: str, train: Path, tuned: Path, *settings: str) -> Stage:
+    """Axolotl, in the folder that ``tuned`` is in. settings: on top of those in qalora.yml."""
+    emulated = not torch.accelerator.is_available() and emulates(torch.bfloat16)
+    precision = ["--bf16=False"] if emulated else []  # or fine-tuning would take hours instead of minutes
+    return Stage(
+        name, "Fine-tune in Axolotl (adapter: qalora), merge", tuned,
+        lambda out: [
+            train / "accelerate", "launch", "--num_processes", "1", "-m", "axolotl.cli.train",
+            DEMO / "qalora.yml", *settings, f"--output_dir={out}", *precision,
+        ],
+        tuned.parent, ENVIRONMENT | {"OMP_NUM_THREADS": str(os.cpu_count())},  # accelerate would use one core
+    )  # fmt: skip
+
+
+def verify(name: str, train: Path, base: Path, tuned: Path, report: Path) -> Stage:
+    """``qalora verify`` of the merge that fine-tuning made."""
+    return Stage(
+        name, "Verify that merged = base + adapter", report,
+        lambda _: [
+            train / "qalora", "verify", "--base", base, "--adapter", tuned, "--merged", tuned / "merged", "--json",
+        ],
+        ROOT, ENVIRONMENT, captured=True,
+    )  # fmt: skip
+
+
 def stages(run: Path, train: Path, serve: Path) -> list[Stage]:
     """The demo's other stages in their order.
 
@@ -49,10 +74,8 @@ def stages(run: Path, train: Path, serve: Path) -> list[Stage]:
         train: ``bin`` of the environment with Axolotl. serve: of the one with GPTQModel and vLLM.
     """
     task, model, base, tuned = (run / name for name in ("task", "model", "base", "tuned"))
-    test, merged, cores = task / "test.jsonl", tuned / "merged", str(os.cpu_count())
+    test, merged = task / "test.jsonl", tuned / "merged"
     python = train / "python"
-    emulated = not torch.accelerator.is_available() and emulates(torch.bfloat16)
-    precision = ["--bf16=False"] if emulated else []  # or fine-tuning would take hours instead of minutes
     wheel = next((run / "wheel").glob("*.whl"), None)
     if wheel:
         make_model = Stage(
@@ -83,19 +106,8 @@ def stages(run: Path, train: Path, serve: Path) -> list[Stage]:
             lambda out: [serve / "python", DEMO / "ask.py", base, test, out, "--quantization", "qalora"],
             ROOT, ENVIRONMENT,
         ),
-        Stage(
-            "finetune", "Fine-tune in Axolotl (adapter: qalora), merge", tuned,
-            lambda out: [
-                train / "accelerate", "launch", "--num_processes", "1", "-m", "axolotl.cli.train",
-                DEMO / "qalora.yml", f"--output_dir={out}", *precision,
-            ],
-            run, ENVIRONMENT | {"OMP_NUM_THREADS": cores},  # accelerate would use one core
-        ),
-        Stage(
-            "verify", "Verify that merged = base + adapter", run / "verified.json",
-            lambda _: [train / "qalora", "verify", "--base", base, "--adapter", tuned, "--merged", merged, "--json"],
-            ROOT, ENVIRONMENT, captured=True,
-        ),
+        finetune("finetune", train, tuned),
+        verify("verify", train, base, tuned, run / "verified.json"),
         Stage(
             "evaluate", "Held-out loss of all four models", run / "losses.json",
             lambda out: [python, DEMO / "losses.py", test, model, base, tuned, merged, out], ROOT, ENVIRONMENT,

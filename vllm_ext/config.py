@@ -23,7 +23,7 @@ from qalora_plugin.checkpoint.tensors import TensorInfo, read_header
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.gptq import Gptq
-from qalora_plugin.formats.opened import BASES
+from qalora_plugin.formats.opened import base_format
 from qalora_plugin.formats.qalora import MERGED_PARTS, QALora
 from vllm_ext.compat import experts_problem, is_experts, load_every_tensor
 from vllm_ext.kernels.select import PATH_KEY, TIMED_KEY, forced_path, timed_path
@@ -231,9 +231,7 @@ class QALoraConfig(QuantizationConfig):
 
 
 def _format(quantization: dict[str, Any]) -> Gptq:
-    method = quantization.get("quant_method", Gptq.method)
-    kind = BASES.get(method, Gptq) if isinstance(method, str) else Gptq  # which refuses a method that is no string
-    return kind(quantization)
+    return (base_format(quantization) or Gptq)(quantization)  # Gptq refuses what is no format's
 
 
 def _headers(model: str, revision: str | None) -> dict[str, TensorInfo]:

@@ -39,11 +39,12 @@ def require_absent(out: Path, hint: str = "Choose another name, or remove it fir
 
 
 def require_space(parent: Path, needed: int) -> None:
-    """Refuse to start what the disk cannot hold. ``needed`` in bytes."""
-    free = shutil.disk_usage(parent).free
+    """Refuse to start what the disk cannot hold. ``needed`` in bytes. ``parent`` need not be there yet."""
+    existing = next(place for place in (parent, *parent.absolute().parents) if place.exists())
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise QALoraError(
-            f"{parent} has {free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB are needed. Free some space, or choose an "
+            f"{existing} has {free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB are needed. Free some space, or choose an "
             "output on another disk."
         )
 

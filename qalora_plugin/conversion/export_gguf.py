@@ -132,9 +132,7 @@ def export_gguf(
     extra = _copy_metadata(writer, Path(like), plan) if like else _make_metadata(writer, source, config, architecture)
     types = Counter(tensor.type for tensor in plan)
     _add_file_type(writer, Counter(tensor.type for tensor in plan if tensor.module))
-    require_space(
-        next(place for place in out.parents if place.exists()), sum(tensor.nbytes for tensor in plan) + (64 << 20)
-    )
+    require_space(out.parent, sum(tensor.nbytes for tensor in plan) + (64 << 20))
 
     result = GgufExport(out, 0, dict(types))
     with new_file(out) as path:

@@ -102,7 +102,6 @@ def export_gptq8(
         for name, spec in source.specs.items()
     }
     bytes_made = sum(spec.out_features * (spec.in_features + 3 * spec.groups) for spec in specs.values())
-    out.parent.mkdir(parents=True, exist_ok=True)
     require_space(out.parent, bytes_made + source.files.nbytes + (16 << 20))
 
     result = Gptq8Export(out, len(specs), size)

@@ -87,7 +87,6 @@ def export_mlx(
     more = sum(
         2 * itemsize * spec.in_features // group_size(spec.group_size) * spec.out_features for spec in specs.values()
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
     require_space(out.parent, files.nbytes + more + (16 << 20))
 
     result = MlxExport(out, len(specs))

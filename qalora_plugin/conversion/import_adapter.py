@@ -104,7 +104,6 @@ def import_adapter(
             yield from zip(_keys(name), _converted(kind, opened, source.specs[name], repeats[name]), strict=True)
 
     size = sum(4 * opened.rank(spec.name) * (spec.groups + spec.out_features) for spec in specs)
-    out.parent.mkdir(parents=True, exist_ok=True)
     require_space(out.parent, size + (1 << 20))
     with new_folder(out) as work:
         save_file(dict(factors()), work / WEIGHTS_NAME, metadata={"format": "pt"})

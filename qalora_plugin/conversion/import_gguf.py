@@ -96,7 +96,7 @@ def import_gguf(
     architecture = of_file(file.architecture, file.path)
     config = _given_config(str(model_config), file, architecture) if model_config else config_of(file, architecture)
     placed, model_class = place_tensors(file, architecture, config)
-    require_space(_existing(out.parent), sum(map(_nbytes, placed)) + (64 << 20))
+    require_space(out.parent, sum(map(_nbytes, placed)) + (64 << 20))
     built = load_tokenizer(str(tokenizer), file) if tokenizer else rebuild_tokenizer(file)
 
     packed = [one.spec for one in placed if one.packed]
@@ -257,7 +257,3 @@ def _nbytes(one: Placed) -> int:
     if not one.packed:
         return elements * (4 if one.tensor.type == "F32" else 2)
     return elements * one.spec.bits // 8 + one.spec.groups * one.spec.out_features * 9
-
-
-def _existing(folder: Path) -> Path:
-    return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())

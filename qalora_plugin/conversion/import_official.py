@@ -86,7 +86,6 @@ def import_official(
         "checkpoint_format": V2,
         "offset_dtype": "float32",
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
     require_space(out.parent, files.nbytes + sum(4 * spec.groups * spec.out_features for spec in specs))
     with new_folder(out) as work:
         write_model(work, files.config, quantization, _tensors(files, merged, source, reading, progress))

@@ -79,7 +79,6 @@ def import_packed(src: str | Path, out: str | Path, revision: str | None = None,
         found.is_act_order(spec, files.array) for spec in specs.values()
     )
     stored_g_idx = 4 * sum(spec.in_features for spec in specs.values())
-    out.parent.mkdir(parents=True, exist_ok=True)
     require_space(out.parent, files.nbytes + files.nbytes // 100 + stored_g_idx + (16 << 20))
     quantization = gptq_config(files, specs, V2, symmetric, act_order)
     with new_folder(out) as work:

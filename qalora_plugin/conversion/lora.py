@@ -82,7 +82,7 @@ def export_lora(
         groups = source.column_groups(name)
         for part, tensor in zip("AB", _full_factors(opened, name, groups, rank), strict=True):
             tensors[f"base_model.model.{opened.keys[name]}.lora_{part}.weight"] = tensor
-    require_space(_existing(out.parent), sum(tensor.nbytes for tensor in tensors.values()) + (1 << 20))
+    require_space(out.parent, sum(tensor.nbytes for tensor in tensors.values()) + (1 << 20))
     config = {key: value for key, value in opened.config.items() if key not in _OURS}
     config |= {"peft_type": "LORA", "base_model_name_or_path": str(base), "target_modules": list(opened.keys.values())}
     config |= {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
@@ -102,7 +102,3 @@ def _full_factors(adapter: AdapterFolder, name: str, groups: np.ndarray, rank: i
     missing = rank - len(lora_a)
     full_a, full_b = np.pad(lora_a[:, groups], ((0, missing), (0, 0))), np.pad(lora_b, ((0, 0), (0, missing)))
     return np.ascontiguousarray(full_a), np.ascontiguousarray(full_b)  # the writer takes memory as it lies
-
-
-def _existing(folder: Path) -> Path:
-    return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())

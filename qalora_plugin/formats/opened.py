@@ -1,6 +1,5 @@
 """A quantized checkpoint, opened: its files, its format, its linears. Merge, verify, export and loading work on it."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +16,7 @@ from qalora_plugin.formats.base import CheckpointFormat
 from qalora_plugin.formats.gptq import Gptq, column_groups, is_act_order
 from qalora_plugin.formats.qalora import QALora
 
-BASES: Mapping[str, type[Gptq]] = {kind.method: kind for kind in (Gptq, AutoRound, QALora)}  # what adapters go onto
+BASES: tuple[type[Gptq], ...] = (Gptq, AutoRound, QALora)  # what adapters go onto
 _MAKE_ONE = "Make a GPTQ checkpoint of the original 16-bit model: qalora quantize MODEL OUT."
 _IMPORTS = {"awq": "awq", "compressed-tensors": "compressed-tensors"}
 
@@ -43,10 +42,10 @@ class QuantizedCheckpoint:
         Raises:
             QALoraError: it is of another kind, or breaks a rule of its format.
         """
-        method = checkpoint.method
-        if not isinstance(method, str) or method not in BASES:
+        kind = base_format(checkpoint.quantization)
+        if kind is None:
             raise QALoraError(f"{checkpoint.folder} cannot be a base: {_why_not_base(checkpoint)}")
-        found = BASES[method](checkpoint.quantization, checkpoint.folder)
+        found = kind(checkpoint.quantization, checkpoint.folder)
         return cls(checkpoint, found, found.specs(checkpoint.tensors, checkpoint.folder))
 
     @property
@@ -101,9 +100,9 @@ class QuantizedCheckpoint:
         return fingerprint(self.files, self.format.reading, None if self.has_offsets else like)
 
 
-def can_be_base(quantization: dict[str, Any]) -> bool:
-    """Whether a ``quantization_config`` is of a kind that an adapter can go onto."""
-    return quantization.get("quant_method") in tuple(BASES)
+def base_format(quantization: dict[str, Any]) -> type[Gptq] | None:
+    """The format that a ``quantization_config`` names, if an adapter can go onto it."""
+    return next((kind for kind in BASES if kind.detect(quantization)), None)
 
 
 def _why_not_base(checkpoint: Checkpoint) -> str:

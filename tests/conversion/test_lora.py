@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.fabricate import make_adapter, make_base
+from support.peft_pooled import dense_twin
 from typer.testing import CliRunner
 
 from qalora_plugin import load_base
@@ -25,23 +26,9 @@ CASES = {
 }
 
 
-class DenseTwin(torch.nn.Linear):
-    """A dense linear of a quantised one: what stock PEFT can put a LoRA on."""
-
-    def __init__(self, layer):
-        super().__init__(layer.in_features, layer.out_features, bias=layer.bias is not None)
-        self.weight.data = layer.dense_weight().t().contiguous()
-        if layer.bias is not None:
-            self.bias.data = layer.bias.float()
-
-
 def logits_by_peft(base, folder):
     """The exported adapter's logits, by stock PEFT over the dequantised base."""
-    model = load_base(base, dtype=torch.float32)
-    for name, layer in list(model.named_modules()):
-        if hasattr(layer, "qweight"):
-            model.set_submodule(name, DenseTwin(layer))
-    model = peft.PeftModel.from_pretrained(model, folder)
+    model = peft.PeftModel.from_pretrained(dense_twin(base), folder)
     assert type(model.peft_config["default"]) is peft.LoraConfig
     with torch.no_grad():
         return model.eval()(TOKENS).logits

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from support.two_processes import assert_same_training, report, same_training, train_as_two
+from support.two_processes import assert_same_training, report, train_as_two
 
 pytestmark = [
     pytest.mark.e2e,
@@ -14,18 +14,6 @@ pytestmark = [
 ]
 
 ZERO3 = json.loads((Path(__file__).parents[2] / "example_configs" / "zero3.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def configured(tmp_path_factory):
-    return same_training(tmp_path_factory.mktemp("zero"))
-
-
-@pytest.fixture(scope="module")
-def data_parallel(configured) -> Path:
-    config = configured("ddp")
-    train_as_two(config)
-    return config
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

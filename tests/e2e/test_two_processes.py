@@ -1,11 +1,9 @@
 """``axolotl train`` as two processes: data parallel and FSDP2 train what one process trains, and the merge follows."""
 
-from pathlib import Path
-
 import pytest
 from safetensors.torch import load_file
 from support.axolotl_runs import BIN, command
-from support.two_processes import assert_same_training, report, same_training, train_as_two, trained
+from support.two_processes import assert_same_training, report, train_as_two, trained
 
 pytestmark = pytest.mark.e2e
 
@@ -21,18 +19,6 @@ FSDP2 = {
         "cpu_offload_pin_memory": False, "activation_checkpointing": True,
     },
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def configured(tmp_path_factory):
-    return same_training(tmp_path_factory.mktemp("two"))
-
-
-@pytest.fixture(scope="module")
-def data_parallel(configured) -> Path:
-    config = configured("ddp")
-    train_as_two(config)
-    return config
 
 
 def test_data_parallel_trains_what_one_process_does(configured, data_parallel):

@@ -18,7 +18,7 @@ from qalora_plugin.checkpoint.places import absolute, is_inside, require_outside
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line, printable
 from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.fusion import dense_modules, unservable
-from qalora_plugin.formats.opened import QuantizedCheckpoint, can_be_base
+from qalora_plugin.formats.opened import QuantizedCheckpoint, base_format
 from qalora_plugin.integrations.axolotl.args import QALoraBlock, read_block, refuse_unmergeable
 from qalora_plugin.integrations.transformers.loading import config_overrides, trainable
 from qalora_plugin.kernels.hardware import emulates
@@ -176,7 +176,7 @@ def check_base(base: str, revision: str | None = None) -> dict[str, GroupwiseSpe
     """
     if not (expanded(base).exists() or base.startswith(("/", ".", "~"))):
         found_there = _hub_quantization(base, revision)
-        if not can_be_base(found_there):
+        if base_format(found_there) is None:
             method = found_there.get("quant_method")
             found = f"has quant_method {method!r}" if method else "is dense, or names no quant_method"
             raise QALoraError(
