@@ -42,10 +42,12 @@ class ScaleDelta(NamedTuple):
 
     Attributes:
         d: ``[G, R]``. c: ``[R, N]``.
+        every: their gradient is that of every so many-th token, times ``every``.
     """
 
     d: "Tensor"
     c: "Tensor"
+    every: int = 1
 
     def materialize(self, scales: "Tensor") -> "Tensor":
         """``scales ⊙ (1 + D·C)`` ``[G, N]``, float32 or better."""

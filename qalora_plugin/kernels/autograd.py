@@ -5,8 +5,9 @@
                dB = α/R · dyᵀ·(P(x)·Aᵀ)                                              dA = α/R · (dy·B)ᵀ·P(x)
                dD = dM·Cᵀ, dC = Dᵀ·dM, where dM is the gradient of D·C: :mod:`.scales`
 
-Between the two only ``P(x)`` is saved, 1/g of ``x``; with trained scales ``x``. The weight multiplied here is, up to
-the rounding of the stored offsets and scales, the one that the merged checkpoint serves.
+Between the two only ``P(x)`` is saved, 1/g of ``x``; with trained scales also every n-th token of ``x``, whose share in
+dM, times n, stands for the whole: that product would cost half as much again as all others. The weight multiplied here
+is, up to the rounding of the stored offsets and scales, the one that the merged checkpoint serves.
 """
 
 from typing import Any
@@ -38,37 +39,44 @@ def linear(
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _GroupwiseLinear.apply(x, *(delta or (None, None, 1.0)), *(scale_delta or (None, None)), weight)
+    return _GroupwiseLinear.apply(x, *(delta or (None, None, 1.0)), *(scale_delta or (None, None, 1)), weight)
 
 
 class _GroupwiseLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, d: Tensor | None,
-        c: Tensor | None, weight: GroupwiseWeight,
+        c: Tensor | None, every: int, weight: GroupwiseWeight,
     ) -> Tensor:  # fmt: skip
         run = _forward_op if torch.compiler.is_compiling() else _forward
         wants_scales = any(ctx.needs_input_grad[4:6])
-        keep_pooled = any(ctx.needs_input_grad[1:3]) and not wants_scales
+        keep_pooled = any(ctx.needs_input_grad[1:3])
         factors = (lora_a, lora_b, scaling, d, c)
         y, pooled = run(x, *factors, keep_pooled, weight.tensors, weight.bits, weight.group_size)
         ctx.scaling, ctx.weight, ctx.wants_scales = scaling, weight, wants_scales
-        ctx.save_for_backward(x if wants_scales else pooled, lora_a, lora_b, d, c)
+        ctx.every, ctx.first, sampled = every, 0, None
+        if wants_scales:
+            rows = x.flatten(0, -2)
+            if every > 1:
+                ctx.first = int(torch.randint(every, ()))  # by torch's generator, which resuming puts back
+                rows = rows[ctx.first :: every].contiguous()  # a copy, or all of x would stay
+            sampled = rows
+        ctx.save_for_backward(pooled, sampled, lora_a, lora_b, d, c)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         run = _backward_op if torch.compiler.is_compiling() else _backward
-        wants_dx, wants_a, wants_b, _, wants_d, wants_c, _ = ctx.needs_input_grad
-        kept, lora_a, lora_b, d, c = ctx.saved_tensors
+        wants_dx, wants_a, wants_b, _, wants_d, wants_c, _, _ = ctx.needs_input_grad
+        pooled, sampled, lora_a, lora_b, d, c = ctx.saved_tensors
         weight = ctx.weight
         dx, da, db, dd, dc = run(
-            dy, kept, lora_a, lora_b, ctx.scaling, d, c, wants_dx, wants_a or wants_b, ctx.wants_scales,
+            dy, pooled, sampled, lora_a, lora_b, ctx.scaling, d, c, ctx.first, ctx.every, wants_dx, wants_a or wants_b,
             weight.tensors, weight.bits, weight.group_size,
         )  # fmt: skip
         found = ((dx, wants_dx), (da, wants_a), (db, wants_b), (None, False), (dd, wants_d), (dc, wants_c))
-        return *(gradient if wanted else None for gradient, wanted in found), None
+        return *(gradient if wanted else None for gradient, wanted in found), None, None
 
 
 def _forward(
@@ -95,15 +103,17 @@ def _forward(
 
 def _backward(
     dy: Tensor,
-    kept: Tensor,
+    pooled: Tensor,
+    sampled: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     scaling: float,
     d: Tensor | None,
     c: Tensor | None,
+    first: int,
+    every: int,
     wants_dx: bool,
     wants_adapter: bool,
-    wants_scales: bool,
     tensors: list[Tensor | None],
     bits: int,
     group_size: int,
@@ -111,7 +121,8 @@ def _backward(
     """Gradients of x, A, B, D and C; empty where not wanted.
 
     Args:
-        kept: ``x`` if ``wants_scales``, else ``P(x)``.
+        pooled: ``P(x)``, if ``wants_adapter``.
+        sampled: rows ``first``, ``first + every`` … of x, if the gradients of D and C are wanted.
     """
     weight = GroupwiseWeight.of(tensors, bits, group_size)
     delta = None if lora_a is None or lora_b is None else OffsetDelta(lora_a, lora_b, scaling)
@@ -122,10 +133,11 @@ def _backward(
             dx = kernel.grad_input(dy, _with_scales(weight, d, c), delta)
         dy = dy.flatten(0, -2)
         if wants_adapter and delta is not None:
-            pooled = kernel.pool(kept, weight) if wants_scales else kept
             da, db = _adapter_gradients(dy, pooled.flatten(0, -2), delta, kernel)
-        if wants_scales and d is not None and c is not None:
-            gradient = factor_gradient(kept.flatten(0, -2), dy, weight)
+        if sampled is not None and d is not None and c is not None:
+            gradient = factor_gradient(sampled, dy[first::every], weight)
+            if every > 1:
+                gradient *= every
             dd, dc = ScaleDelta(d, c).gradients(gradient.to(torch.promote_types(d.dtype, torch.float32)))
             dd, dc = dd.to(d.dtype), dc.to(c.dtype)
     return dx, da, db, dd, dc
@@ -156,13 +168,13 @@ def _(
 
 @_backward_op.register_fake
 def _(
-    dy: Tensor, kept: Tensor, lora_a: Any, lora_b: Any, scaling: float, d: Any, c: Any, wants_dx: bool,
-    wants_adapter: bool, wants_scales: bool, tensors: Any, bits: int, group_size: int,
+    dy: Tensor, pooled: Tensor, sampled: Any, lora_a: Any, lora_b: Any, scaling: float, d: Any, c: Any, first: int,
+    every: int, wants_dx: bool, wants_adapter: bool, tensors: Any, bits: int, group_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     groups = tensors[2].shape[0]
     dx = dy.new_empty(*dy.shape[:-1], groups * group_size) if wants_dx else dy.new_empty(0)
     da, db = (torch.empty_like(t) if wants_adapter else dy.new_empty(0) for t in (lora_a, lora_b))
-    dd, dc = (torch.empty_like(t) if wants_scales else dy.new_empty(0) for t in (d, c))
+    dd, dc = (dy.new_empty(0) if sampled is None else torch.empty_like(t) for t in (d, c))
     return dx, da, db, dd, dc
 
 

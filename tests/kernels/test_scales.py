@@ -56,13 +56,46 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x, d, c: layer(x, None, ScaleDelta(d, c)), (x, d, c))
 
 
-def test_saves_the_input_instead_of_the_pooled_one():
+def test_saves_the_input_beside_the_pooled_one():
     layer, x = make_layer(256, 64, 4, 32), torch.randn(10, 256, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(x, delta(*adapter_for(layer, 4)), ScaleDelta(*scale_factors_for(layer, 4)))
-    assert sorted(tuple(t.shape) for t in saved) == sorted([(10, 256), (4, 8), (64, 4), (8, 4), (4, 64)])
+    assert sorted(tuple(t.shape) for t in saved) == sorted([(10, 256), (10, 8), (4, 8), (64, 4), (8, 4), (4, 64)])
     assert any(t.data_ptr() == x.data_ptr() for t in saved)  # x itself: what reads it beside this layer shares it
+
+
+def test_every_fourth_token_is_saved_and_stands_for_all():
+    """Over the places that it may begin at, the gradient's mean is that of all tokens; dx, dA, dB never differ."""
+    layer, x = make_layer(256, 64, 4, 32), torch.randn(3, 4, 256, requires_grad=True)
+    lora, (d, c) = delta(*adapter_for(layer, 4)), scale_factors_for(layer, 4)
+    wanted = torch.autograd.grad(layer(x, lora, ScaleDelta(d, c)).square().sum(), (d, c, x, *lora[:2]))
+    found: dict[int, list] = {}
+    for seed in range(40):
+        torch.manual_seed(seed)
+        saved: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            y = layer(x, lora, ScaleDelta(d, c, 4))
+        (sampled,) = (t for t in saved if t.shape == (3, 256))
+        (first,) = (i for i in range(4) if torch.equal(sampled, x.detach().flatten(0, 1)[i::4]))
+        assert sampled.untyped_storage().nbytes() == sampled.nbytes  # not a view that keeps all of x
+        gradients = torch.autograd.grad(y.square().sum(), (d, c, x, *lora[:2]))
+        for one, all_tokens in zip(gradients[2:], wanted[2:], strict=True):
+            assert torch.equal(one, all_tokens)
+        found[first] = list(gradients)
+    assert sorted(found) == [0, 1, 2, 3]
+    for i in range(2):
+        mean = torch.stack([gradients[i] for gradients in found.values()]).mean(0)
+        torch.testing.assert_close(mean, wanted[i], rtol=1e-4, atol=1e-4 * wanted[i].abs().max().item())
+
+
+def test_fewer_tokens_than_are_skipped():
+    layer, x = make_layer(64, 32, 4, 32), torch.randn(1, 64, requires_grad=True)
+    d, c = scale_factors_for(layer, 4)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        layer(x, delta(*adapter_for(layer, 4)), ScaleDelta(d, c, 4)).sum().backward()
+    assert d.grad.isfinite().all() and c.grad.abs().sum() > 0
 
 
 def test_frozen_scales_save_no_input():
@@ -82,7 +115,7 @@ def test_checkpointing_and_autocast():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             y = run(x, lora, factors)
         assert y.dtype == torch.bfloat16
-        grads.append(torch.autograd.grad(y.float().square().sum(), (*lora[:2], *factors)))
+        grads.append(torch.autograd.grad(y.float().square().sum(), (*lora[:2], *factors[:2])))
     for one, other in zip(*grads, strict=True):
         assert one.dtype == torch.float32
         assert torch.equal(one, other)

@@ -85,10 +85,11 @@ def test_ops_pass_opcheck(wants_adapter, wants_scales, wants_dx):
     adapter = (None, None) if wants_adapter is None else (torch.randn(2, 2), torch.randn(32, 2))
     factors = (None, None) if wants_scales is None else (torch.randn(2, 2), torch.randn(2, 32))
     given = (*adapter, 0.5, *factors)
-    x, keep_pooled = torch.randn(3, 64), bool(wants_adapter) and not wants_scales
-    arguments = (x, *given, keep_pooled, *stored)
+    x = torch.randn(3, 64)
+    arguments = (x, *given, bool(wants_adapter), *stored)
     torch.library.opcheck(torch.ops.qalora.linear.default, arguments, test_utils=checks)
     y, pooled = torch.ops.qalora.linear(*arguments)
-    kept, wants = x if wants_scales else pooled, (wants_dx, bool(wants_adapter), bool(wants_scales))
-    arguments = (torch.randn_like(y), kept, *given, *wants, *stored)
+    first, every = 1, 2
+    sampled = x[first::every] if wants_scales else None
+    arguments = (torch.randn_like(y), pooled, sampled, *given, first, every, wants_dx, bool(wants_adapter), *stored)
     torch.library.opcheck(torch.ops.qalora.linear_backward.default, arguments, test_utils=checks)

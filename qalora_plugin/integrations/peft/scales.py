@@ -19,6 +19,8 @@ from qalora_plugin.checkpoint.adapter_config import WISHES
 from qalora_plugin.core.delta import ScaleDelta
 from qalora_plugin.layers.sharding import factor
 
+GRADIENT_EVERY = 4  # tokens
+
 
 class _Stretched(torch.autograd.Function):
     """``ratio·parameter``, whose gradient is the parameter's."""
@@ -60,4 +62,4 @@ def scale_delta(lora_d: Any, lora_c: Any, ratios: dict[str, float], names: Itera
         return None
     d = [_Stretched.apply(factor(lora_d[name]), ratios[name]) for name in names]
     c = [_Stretched.apply(factor(lora_c[name]), ratios[name]) for name in names]
-    return ScaleDelta(d[0], c[0]) if len(names) == 1 else ScaleDelta(torch.cat(d, 1), torch.cat(c, 0))
+    return ScaleDelta(*((d[0], c[0]) if len(names) == 1 else (torch.cat(d, 1), torch.cat(c, 0))), GRADIENT_EVERY)
