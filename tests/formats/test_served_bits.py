@@ -7,7 +7,7 @@ import pytest
 from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.formats.served_bits import SizeReport, served_bits
-from tests.support.fabricate import make_base
+from support.fabricate import make_base
 
 PLAIN = GroupwiseSpec("a", 128, 64, bits=4, group_size=32)
 
