@@ -1,8 +1,8 @@
 """Answers that a model writes, greedily, and how many of them end in the right one: with its reasoning and without.
 
 gsm8k's answers reason first and give the result after ``####``. *With* reasoning the model writes on its own, and the
-result is taken out of what it wrote. *Without*, ``####`` is put in its mouth, so that it can only give the result; where
-answers have no such mark, it is asked for the result alone.
+result is taken out of what it wrote. *Without*, ``####`` is put in its mouth, so that the result is all that it can
+give; where answers have no such mark, it is asked for the result alone.
 """
 
 import re

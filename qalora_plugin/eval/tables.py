@@ -21,7 +21,7 @@ def print_table(title: str, header: Iterable[str], rows: Iterable[Iterable[str]]
     """Print rows of plain text under a header; all but the first column right-aligned."""
     table = Table(title=Text(printable(title)), title_justify="left")
     for i, name in enumerate(header):
-        table.add_column(Text(printable(name)), justify="right" if i else "left", overflow="fold")
+        table.add_column(Text(printable(name)), justify="right" if i else "left", overflow="fold", no_wrap=i > 0)
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     Console().print(table)

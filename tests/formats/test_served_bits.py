@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 import pytest
+from support.fabricate import make_base
 
 from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.formats.served_bits import SizeReport, served_bits
-from support.fabricate import make_base
 
 PLAIN = GroupwiseSpec("a", 128, 64, bits=4, group_size=32)
 
