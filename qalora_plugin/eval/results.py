@@ -50,7 +50,7 @@ class Result:
 _COLUMNS: dict[str, tuple[str, str]] = {  # field → header, format; shown where any row has it
     "tokens": ("tokens", "d"),
     "loss": ("loss", ".4f"),
-    "perplexity": ("perplexity", ".2f"),
+    "perplexity": ("ppl", ".2f"),
     "top1": ("top-1", ".2%"),
     "kl": ("KL", ".5f"),
     "answered": ("answers", "d"),
@@ -60,22 +60,29 @@ _COLUMNS: dict[str, tuple[str, str]] = {  # field → header, format; shown wher
     "score": ("score", ".4f"),
     "stderr": ("±", ".4f"),
 }
-_IN_TITLE = ("tokens", "answered")  # where it is the same for all
+_TABLES = (  # the first column of each goes into the title, where it is the same for all
+    ("tokens", "loss", "perplexity", "top1", "kl"),
+    ("answered", "exact", "exact_direct", "unfinished"),
+    ("metric", "score", "stderr"),
+)
 
 
 def show(results: Sequence[Result]) -> None:
-    """Print a table for each set of data and each metric of a task; what was not measured is left out."""
+    """Print a table for each set of data and kind of figure; what was not measured is left out."""
     for data, metric in dict.fromkeys((result.data, result.metric) for result in results):
         rows = [result for result in results if (result.data, result.metric) == (data, metric)]
-        title, columns = [f"qalora eval: {data}"], []
-        for name, (header, form) in _COLUMNS.items():
-            found = {getattr(result, name) for result in rows}
-            if name in _IN_TITLE and len(found) == 1 and found != {None}:
-                title.append(f"{format(found.pop(), form)} {header}")
-            elif found != {None}:
-                columns.append(name)
-        headers = ["model", "MB", "served bits", *(_COLUMNS[name][0] for name in columns)]
-        print_table(", ".join([*title, *([metric] if metric else [])]), headers, [_cells(row, columns) for row in rows])
+        for first, *others in _TABLES:
+            there = [name for name in (first, *others) if any(getattr(row, name) is not None for row in rows)]
+            if not there:
+                continue
+            values = {getattr(row, first) for row in rows}
+            title = f"qalora eval: {data}, {metric or ''}"
+            if first in _COLUMNS and len(values) == 1:
+                title = f"qalora eval: {data}, {values.pop()} {_COLUMNS[first][0]}"
+                there.remove(first)
+            columns = [name for name in there if name in _COLUMNS]
+            headers = ["model", "MB", "bits", *(_COLUMNS[name][0] for name in columns)]
+            print_table(title.strip(", "), headers, [_cells(row, columns) for row in rows])
 
 
 def _cells(result: Result, columns: Iterable[str]) -> list[str]:
