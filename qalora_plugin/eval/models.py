@@ -9,7 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from qalora_plugin.checkpoint.adapter_folder import CONFIG_NAME, AdapterFolder
-from qalora_plugin.checkpoint.folder import Checkpoint
+from qalora_plugin.checkpoint.folder import INDEX_NAME, SINGLE_NAME, Checkpoint
 from qalora_plugin.checkpoint.hub import expanded, is_local
 from qalora_plugin.core.errors import QALoraError, printable
 from qalora_plugin.formats.opened import QuantizedCheckpoint
@@ -173,7 +173,8 @@ def _parts(model: str) -> tuple[str | None, str | None]:
     """Base and adapter of what a user names; None for what it does not say."""
     if is_local(model):
         folder = expanded(model)
-        is_adapter = (folder / CONFIG_NAME).is_file() and not (folder / "config.json").is_file()
+        weights = any((folder / name).is_file() for name in (SINGLE_NAME, INDEX_NAME))
+        is_adapter = (folder / CONFIG_NAME).is_file() and not weights  # training runs put config.json beside it
         return (None, model) if is_adapter else (model, None)
     base, plus, adapter = model.rpartition("+")
     return (base, adapter) if plus and base and is_local(adapter) else (model, None)
