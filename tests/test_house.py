@@ -41,6 +41,8 @@ OUTSIDE = {
     "peft": tuple(f"qalora_plugin.integrations.{room}" for room in ("peft", "axolotl", "trainer")),
     "trl": (),
     "gptqmodel": ("qalora_plugin.methods.quantizing",),
+    "lm_eval": ("qalora_plugin.eval.tasks",),
+    "matplotlib": ("qalora_plugin.eval.results",),
     "vllm": ("vllm_ext", "qalora_plugin.commands.doctor"),
 }  # fmt: skip
 # What a merge imports, and what every ``import torch`` does: light itself and all the way down.

@@ -135,6 +135,53 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command("eval")
+def evaluate(
+    models: Annotated[
+        list[str],
+        typer.Argument(help="Folders: dense, base, merged, an adapter (which names its base), or BASE+ADAPTER."),
+    ],
+    adapter: Annotated[list[str] | None, typer.Option(help="Also measure this adapter on the first MODEL.")] = None,
+    text: Annotated[list[Path] | None, typer.Option(help=".txt or .jsonl; every token counts.")] = None,
+    jsonl: Annotated[
+        list[Path] | None, typer.Option(help="Rows with questions and answers; the answers' tokens count.")
+    ] = None,
+    reference: Annotated[str | None, typer.Option(help="Model to measure the KL divergence from.")] = None,
+    generate: Annotated[int, typer.Option(help="Rows of each --jsonl to generate answers for.", min=0)] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Of a generated answer.", min=1)] = 256,
+    answer_pattern: Annotated[
+        str | None, typer.Option(help="Regular expression of the result in an answer; default: what follows ####.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm_eval, a comma between them.")] = None,
+    tasks_path: Annotated[Path | None, typer.Option(help="Folder of further task files for lm_eval.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Most rows of each --jsonl, and of each task.", min=1)] = None,
+    tokens: Annotated[int, typer.Option(help="Most tokens of each --text.", min=2)] = 65536,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence that texts are cut into.", min=2)] = 512,
+    kl_tokens: Annotated[int, typer.Option(help="Tokens of each set to measure the KL on.", min=1)] = 4096,
+    csv: Annotated[Path | None, typer.Option(help="New CSV file, a row as soon as it is measured.")] = None,
+    png: Annotated[Path | None, typer.Option(help="New plot: loss against served bits.")] = None,
+    dtype: Annotated[str, typer.Option(help="Compute dtype: float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one.")] = None,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Losses, top-1, KL, generated answers, tasks; sizes and served bits: of any models, in one table."""
+    import torch
+
+    from qalora_plugin.commands.evaluating import evaluate
+    from qalora_plugin.eval.running import Settings
+
+    settings = Settings(
+        dtype=dtype, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), length=length, tokens=tokens,
+        rows=rows, kl_tokens=kl_tokens, generate=generate, max_new_tokens=max_new_tokens,
+        answer_pattern=answer_pattern,
+    )  # fmt: skip
+    evaluate(
+        models, adapter or [], text or [], jsonl or [], settings, reference, tasks, tasks_path, revision, csv, png,
+        as_json,
+    )  # fmt: skip
+
+
 @app.command()
 def doctor(
     base: Annotated[

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
 from qalora_plugin.checkpoint.hub import is_local
+from qalora_plugin.conversion.strength import PICTURE_NAME
 from qalora_plugin.core.errors import printable
 from qalora_plugin.formats.qalora import NEEDS_QALORA
 
@@ -55,6 +56,11 @@ tensors are unchanged, byte for byte, and the adapter is {len(adapter.modules)} 
 {quantization["sym"]} · {quantization["desc_act"]} |
 | added | {new_bytes / 1e6:.1f} MB of {quantization["offset_dtype"]} offsets{delta} on {base_bytes / 1e6:.1f} MB |
 {_EXACTNESS}{_UNVERIFIED} |
+
+![how much the adapter changes each linear, by layer]({PICTURE_NAME})
+
+Means over a sample of each linear's weights: what its offsets move a weight by, in steps of the quantized grid\
+{", and by which part its steps change" if adapter.has_scales else ""}.
 
 ## Use
 

@@ -25,6 +25,7 @@ from qalora_plugin.checkpoint.json_files import read_json
 from qalora_plugin.checkpoint.places import require_place
 from qalora_plugin.checkpoint.tensors import all_finite
 from qalora_plugin.conversion.card import model_card
+from qalora_plugin.conversion.strength import PICTURE_NAME, picture, strengths
 from qalora_plugin.conversion.writer import ShardWriter, write_config, write_index
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 from qalora_plugin.core.folding import fold, fold_workers, squared_norm
@@ -136,6 +137,7 @@ def merge(
         write_config(work, files.config, quantization, any(name.endswith(".scales_delta") for name in added))
         copy_companions(files.folder, opened.folder, work)
         carry_special_tokens(files.folder, work)
+        (work / PICTURE_NAME).write_text(picture(strengths(source, opened)), encoding="utf-8")
         card = model_card(out.name, quantization, opened, new_bytes, files.nbytes)
         (work / "README.md").write_text(card, encoding="utf-8")
         _require_unchanged(files, shards)

@@ -227,10 +227,10 @@ def load_model(folder: str | Path, model_class: str | None = None, **kwargs: Any
     if not isinstance(config, PretrainedConfig):
         options = {key: kwargs[key] for key in (*_HUB_OPTIONS, "trust_remote_code") if key in kwargs}
         config = AutoConfig.from_pretrained(config or folder, **options)
-    return _auto_class(config, model_class).from_pretrained(folder, **kwargs)
+    return auto_class(config, model_class).from_pretrained(folder, **kwargs)
 
 
-def _auto_class(config: "PretrainedConfig", model_class: str | None) -> Any:
+def auto_class(config: "PretrainedConfig", model_class: str | None) -> Any:
     """The Auto class that makes ``model_class``, else the config's own architecture, else any model of its type."""
     from transformers.models.auto import modeling_auto as auto
 

@@ -1,0 +1,145 @@
+"""What models are measured on: rows of a file, as a chat or as plain text, and the tokens of them that count.
+
+A row is ``{"messages": […]}``, ``{"question": …, "answer": …}`` (gsm8k's), ``{"prompt": …, "completion": …}`` or
+``{"text": …}``. Of the first three only the answer's tokens count, its end included, as in training; of the last all.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qalora_plugin.checkpoint.hub import expanded
+from qalora_plugin.checkpoint.json_files import short
+from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
+
+_PAIRS = (("question", "answer"), ("prompt", "completion"))
+_EXPECTED = '{"messages": […]}, {"question", "answer"}, {"prompt", "completion"} or {"text"}'
+
+
+class Example(NamedTuple):
+    """Token ids of a sequence; ``start``: the first of them that counts (the very first never does)."""
+
+    ids: list[int]
+    start: int = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """A question and its answer.
+
+    Attributes:
+        messages: what comes before the answer, as a chat. answer: the last message; of mere text, all of it.
+        plain: what comes before the answer where there is no chat template.
+    """
+
+    messages: tuple[dict[str, str], ...]
+    answer: str
+    plain: str
+
+    def prompt(self, tokenizer: Any) -> str:
+        """What a model is given: in the chat template, if the tokenizer has one; ``""`` of mere text."""
+        if not self.messages or not tokenizer.chat_template:
+            return self.plain
+        return tokenizer.apply_chat_template(list(self.messages), add_generation_prompt=True, tokenize=False)
+
+    def example(self, tokenizer: Any) -> Example:
+        """Tokens of question and answer. The answer ends as the chat template ends it, else with the end of text."""
+        prompt = self.prompt(tokenizer)
+        if not self.messages:
+            return Example(tokenizer(self.answer).input_ids)
+        before = prompt_ids(tokenizer, prompt)
+        after = tokenizer(self.answer, add_special_tokens=False).input_ids
+        return Example([*before, *after, *self._end(tokenizer, prompt)], max(1, len(before)))
+
+    def _end(self, tokenizer: Any, prompt: str) -> list[int]:
+        if tokenizer.chat_template:
+            answered = [*self.messages, {"role": "assistant", "content": self.answer}]
+            whole = tokenizer.apply_chat_template(answered, tokenize=False)
+            end = whole.removeprefix(prompt + self.answer).strip()
+            if whole.startswith(prompt + self.answer) and end:  # some templates edit the answer, or add thoughts
+                return tokenizer(end, add_special_tokens=False).input_ids
+        return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """Ids of a prompt: a chat template writes its special tokens itself, plain text gets the tokenizer's own."""
+    ids = tokenizer(prompt, add_special_tokens=not tokenizer.chat_template).input_ids
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not tokenizer.chat_template else ids
+
+
+@os_errors_in_one_line()
+def read_rows(path: str | Path, most: int | None = None) -> list[Row]:
+    """Rows of a ``.jsonl`` file, ``most`` of them at most.
+
+    Raises:
+        QALoraError: no such file, no JSON lines, or a row that is of none of the kinds; it names the line.
+    """
+    path = expanded(path)
+    if not path.is_file():
+        raise QALoraError(f"the file {path} does not exist. Pass a .jsonl file with a row a line: {_EXPECTED}.")
+    rows: list[Row] = []
+    with path.open(encoding="utf-8") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip() and (most is None or len(rows) < most):
+                    rows.append(as_row(json.loads(line), f"{path}, line {number}"))
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, QALoraError):
+                raise
+            raise QALoraError(f"{path} is not JSON lines in UTF-8: {error}. Write one JSON object a line.") from error
+    if not rows:
+        raise QALoraError(f"{path} holds no row. Pass a file with some: {_EXPECTED}.")
+    return rows
+
+
+def as_row(row: Any, where: object = "a row") -> Row:
+    """
+    Args:
+        where: for messages.
+
+    Raises:
+        QALoraError: it is of none of the kinds.
+    """
+    if not isinstance(row, dict):
+        raise QALoraError(f"{where} is {short(row)}, expected {_EXPECTED}.")
+    if messages := row.get("messages"):
+        return _of_messages(messages, where)
+    for before, after in _PAIRS:
+        if before in row or after in row:
+            question, answer = (_text(row, key, where) for key in (before, after))
+            asked = {"role": "user", "content": question}
+            plain = question if before == "prompt" else f"User: {question}\nAssistant: "
+            return Row((asked,), answer, plain)
+    if "text" in row:
+        return Row((), _text(row, "text", where), "")
+    raise QALoraError(f"{where} has {', '.join(map(short, row)) or 'no key'}, expected {_EXPECTED}.")
+
+
+def _of_messages(messages: Any, where: object) -> Row:
+    for message in messages if isinstance(messages, list) else [messages]:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise QALoraError(f"{where} holds {short(message)}, expected messages with the texts role and content.")
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise QALoraError(
+            f"{where} ends with a message of role {short(messages[-1]['role'])}, expected a question and then the "
+            "assistant's answer."
+        )
+    asked = tuple({key: message[key] for key in ("role", "content")} for message in messages[:-1])
+    said = "".join(f"{message['role'].capitalize()}: {message['content']}\n" for message in asked)
+    return Row(asked, messages[-1]["content"], f"{said}Assistant: ")
+
+
+def _text(row: dict[str, Any], key: str, where: object) -> str:
+    found = row.get(key)
+    if not isinstance(found, str) or not found:
+        raise QALoraError(f"{where}: {key} is {short(found)}, expected a text.")
+    return found
+
+
+def as_examples(rows: Sequence[Row], tokenizer: Any, longest: int | None = None) -> tuple[list[Example], int]:
+    """Tokens of rows, those of more than ``longest`` tokens left out, and how many these are."""
+    examples = [row.example(tokenizer) for row in rows]
+    kept = [one for one in examples if len(one.ids) > one.start and (longest is None or len(one.ids) <= longest)]
+    return kept, len(examples) - len(kept)

@@ -1,0 +1,176 @@
+"""Answers that a model writes, greedily, and how many of them end in the right one: with its reasoning and without.
+
+gsm8k's answers reason first and give the result after ``####``. *With* reasoning the model writes on its own, and the
+result is taken out of what it wrote. *Without*, ``####`` is put in its mouth, so that the result is all that it can
+give; where answers have no such mark, it is asked for the result alone.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.progress import track
+
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.eval.examples import Row, prompt_ids
+from qalora_plugin.eval.logits import full_precision
+
+MARK = "####"
+_AFTER_MARK = rf"{MARK}[ \t]*([^\n]+)"
+_ASK = "\n\nGive the final answer only."
+AT_ONCE = 16  # rows
+SHORT = 48  # tokens of a result without reasoning; its first line counts
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How generated answers compare.
+
+    Attributes:
+        texts: what was written, by row. results: what was taken for the result in each; None: nothing was.
+        right: how many results are the row's. unfinished: how many texts reached the most tokens.
+    """
+
+    texts: list[str]
+    results: list[str | None]
+    right: int
+    unfinished: int
+
+    @property
+    def share(self) -> float:
+        return self.right / len(self.texts)
+
+
+class Judge:
+    """Takes results out of answers and compares them; numbers as gsm8k does: no ``$``, no ``,`` and no final dot.
+
+    Attributes:
+        marked: results stand behind :data:`MARK`. reasons: whether answers hold more than the result.
+    """
+
+    def __init__(self, rows: Sequence[Row], pattern: str | None = None):
+        """
+        Args:
+            pattern: a regular expression of the result, its first group if it has any, where it first matches.
+                Default: what stands behind ``####`` if that is in every answer, else the whole answer.
+
+        Raises:
+            QALoraError: no regular expression, or an answer has no result by it.
+        """
+        self.marked = pattern is None and all(MARK in row.answer for row in rows)
+        try:
+            self._pattern = re.compile(pattern or (_AFTER_MARK if self.marked else r"(?s)\s*(.+)"))
+        except re.error as error:
+            raise QALoraError(f"--answer-pattern {pattern!r} is no regular expression: {error}.") from error
+        found = [self.result(row.answer) for row in rows]
+        for row, result in zip(rows, found, strict=True):
+            if result is None:
+                raise QALoraError(
+                    f"the answer {row.answer[-80:]!r} has nothing that {self._pattern.pattern!r} finds. Pass an "
+                    "--answer-pattern that finds the result in every answer."
+                )
+        self.wanted = [result for result in found if result is not None]
+        pairs = zip(rows, self.wanted, strict=True)
+        self.reasons = any(_plain(row.answer) != result for row, result in pairs)
+
+    def result(self, text: str) -> str | None:
+        """The result in an answer, in the form that is compared."""
+        match = self._pattern.search(text)
+        return None if match is None else _plain(match[1] if self._pattern.groups and match[1] else match[0])
+
+    def answers(self, texts: list[str], unfinished: int, with_reasoning: bool) -> Answers:
+        """Judge what was written for the rows, in their order."""
+        results = [self.result(text) if with_reasoning else self._alone(text) for text in texts]
+        right = sum(found == wanted for found, wanted in zip(results, self.wanted, strict=True))
+        return Answers(texts, results, right, unfinished)
+
+    def _alone(self, text: str) -> str | None:
+        lines = text.strip().splitlines()
+        if not lines:
+            return None
+        return _plain(lines[0]) if self.marked else self.result(lines[0])
+
+
+def exact_match(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    judge: Judge,
+    with_reasoning: bool = True,
+    max_new_tokens: int = 256,
+    progress: bool = False,
+    description: str = "answers",
+) -> Answers:
+    """Let a model answer and compare.
+
+    Args:
+        judge: of the same rows.
+        with_reasoning: let it write; else only the result, in 48 tokens at most.
+        max_new_tokens: with reasoning.
+    """
+    most = max_new_tokens if with_reasoning or not judge.reasons else min(max_new_tokens, SHORT)
+    forced = "" if with_reasoning or not judge.marked else MARK
+    if not with_reasoning and judge.reasons and not judge.marked:
+        rows = [_asking_for_the_result(row) for row in rows]
+    prompts = [prompt_ids(tokenizer, row.prompt(tokenizer) + forced) for row in rows]
+    texts, unfinished = generate(model, tokenizer, prompts, most, progress, description)
+    return judge.answers(texts, unfinished, with_reasoning or not judge.reasons)
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    progress: bool = False,
+    description: str = "answers",
+    at_once: int = AT_ONCE,
+) -> tuple[list[str], int]:
+    """Greedy continuations of token ids, batched, padded on the left; and how many did not come to an end."""
+    ends = _ends(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
+    options = {
+        "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+        "max_new_tokens": max_new_tokens, "max_length": None, "eos_token_id": ends or None, "pad_token_id": pad,
+        "temperature": None, "top_p": None, "top_k": None,
+    }  # fmt: skip
+    model = model.eval()
+    texts, unfinished = [""] * len(prompts), 0
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    batches = [order[start : start + at_once] for start in range(0, len(order), at_once)]
+    with full_precision():
+        for numbers in track(batches, description, disable=not progress, transient=True):
+            longest = max(len(prompts[i]) for i in numbers)
+            padding = [longest - len(prompts[i]) for i in numbers]
+            ids = [[pad] * count + prompts[i] for count, i in zip(padding, numbers, strict=True)]
+            mask = [[0] * count + [1] * (longest - count) for count in padding]
+            given = {"input_ids": ids, "attention_mask": mask}
+            tensors = {key: torch.tensor(value, device=model.device) for key, value in given.items()}
+            written = model.generate(**tensors, **options)[:, longest:].tolist()
+            for i, new in zip(numbers, written, strict=True):
+                stop = next((at for at, token in enumerate(new) if token in ends), None)
+                unfinished += stop is None
+                texts[i] = tokenizer.decode(new[:stop], skip_special_tokens=True)
+    return texts, unfinished
+
+
+def _ends(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: the tokenizer's, and those that the model's generation config names."""
+    config = getattr(model, "generation_config", None)
+    stated = getattr(config, "eos_token_id", None)
+    listed: Iterable[int] = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(dict.fromkeys([*own, *listed]))
+
+
+def _asking_for_the_result(row: Row) -> Row:
+    last = row.messages[-1]
+    asked = (*row.messages[:-1], {**last, "content": last["content"] + _ASK})
+    return replace(row, messages=asked, plain=row.plain.replace(last["content"], last["content"] + _ASK, 1))
+
+
+def _plain(result: str) -> str:
+    return re.sub(r"(?<=\d),(?=\d)|\$", "", result).strip().rstrip(".").strip()

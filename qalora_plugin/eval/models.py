@@ -1,0 +1,216 @@
+"""The models that are measured: opened and checked first, all of them; loaded later, one at a time."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from qalora_plugin.checkpoint.adapter_folder import CONFIG_NAME, AdapterFolder
+from qalora_plugin.checkpoint.folder import INDEX_NAME, SINGLE_NAME, Checkpoint
+from qalora_plugin.checkpoint.hub import expanded, is_local
+from qalora_plugin.core.errors import QALoraError, printable
+from qalora_plugin.formats.opened import QuantizedCheckpoint
+from qalora_plugin.formats.served_bits import SizeReport, served_bits
+
+if TYPE_CHECKING:
+    import torch
+
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_MATRICES = (".weight", "_proj")  # transformers stacks experts into parameters of their own
+_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "lm_head", "embed_out", "embed_in", "output_projection")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure: a checkpoint, with or without an adapter on it.
+
+    Attributes:
+        name: as it was asked for. files: the checkpoint. quantized: the same, opened as one; None of a dense one.
+    """
+
+    name: str
+    files: Checkpoint
+    quantized: QuantizedCheckpoint | None = None
+    adapter: AdapterFolder | None = None
+
+    @classmethod
+    def open(cls, model: str, adapter: str | None = None, revision: str | None = None) -> "Subject":
+        """
+        Args:
+            model: a folder or Hub id of a dense model, a base or a merge; the folder of an adapter, which names its
+                base; or ``BASE+ADAPTER``.
+            adapter: on ``model``, which is its base.
+
+        Raises:
+            QALoraError: it is none, of a kind that cannot be loaded, or base and adapter do not belong together.
+        """
+        base, adapter = _parts(model) if adapter is None else (model, adapter)
+        name = model if model.endswith(str(adapter)) else f"{model}+{adapter}" if adapter else model
+        opened = None if adapter is None else AdapterFolder.open(adapter)
+        if opened is not None and base is None:
+            base = opened.config.get("base_model_name_or_path")
+            if not base:
+                raise QALoraError(f"the adapter {adapter} does not name its base. Pass BASE+{adapter}.")
+        files = Checkpoint.open(str(base), revision)
+        source = QuantizedCheckpoint.of(files) if files.quantization or opened is not None else None
+        if source is not None:
+            source.check_values()
+            if opened is not None:
+                opened.require_base(source.fingerprint(opened.base_fingerprint), str(base))
+                opened.check_fits(source.specs)
+        _require_model(files)
+        return cls(name, files, source, opened)
+
+    @property
+    def label(self) -> str:
+        """The name for tables."""
+        return printable(self.name).replace("\n", " ")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk: shards, and the adapter's weights."""
+        return self.files.nbytes + sum(info.end - info.start for info in self._adapter_tensors)
+
+    @property
+    def kind(self) -> str:
+        """``dense``, ``base``, ``merged``, or ``base + adapter``."""
+        if self.quantized is None:
+            return "dense"
+        if self.adapter is not None:
+            return "base + adapter"
+        return "merged" if self.files.quantization.get("adapter") else "base"
+
+    @cached_property
+    def served(self) -> SizeReport:
+        """What the linears take: of a quantized model those that are quantized, an unmerged adapter's factors
+        included; of a dense one its matrices but embeddings and head."""
+        if self.quantized is None:
+            return _dense_size(self.files)
+        report = served_bits(self.quantized.specs.values(), self.quantized.act_order)
+        factors = sum(8 * (info.end - info.start) for info in self._adapter_tensors)
+        return report.plus("adapter", factors) if factors else report
+
+    @property
+    def _adapter_tensors(self) -> list[Any]:
+        return [] if self.adapter is None else list(self.adapter.tensors.values())
+
+    @property
+    def longest(self) -> int | None:
+        """Most tokens of a sequence, as the config says; None if it does not."""
+        config = self.files.config.get("text_config") or self.files.config
+        found = config.get("max_position_embeddings") if isinstance(config, dict) else None
+        return found if isinstance(found, int) and not isinstance(found, bool) and found > 1 else None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The training run's own where the adapter's folder holds one, as a merge takes it.
+
+        Raises:
+            QALoraError: transformers cannot load it.
+        """
+        from transformers import AutoTokenizer
+
+        folder = self.files.folder
+        if self.adapter is not None and (self.adapter.folder / _TOKENIZER_CONFIG).is_file():
+            folder = self.adapter.folder
+        try:
+            return AutoTokenizer.from_pretrained(folder)
+        except Exception as error:  # whatever tokenizers of any kind and age raise
+            raise QALoraError(
+                f"{folder} has no tokenizer that can be loaded ({error}). Put its tokenizer's files there."
+            ) from error
+
+    @contextmanager
+    def loaded(self, dtype: "torch.dtype", device: str) -> Iterator[Any]:
+        """The model, in evaluation mode; its memory is free again afterwards.
+
+        Raises:
+            QALoraError: transformers cannot load it.
+        """
+        import torch
+
+        model = self._load(dtype).to(device).eval()
+        try:
+            yield model
+        finally:
+            del model
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _load(self, dtype: "torch.dtype") -> Any:
+        from qalora_plugin.integrations.transformers.loading import load_base
+
+        try:
+            if self.quantized is None:
+                return self._load_dense(dtype)
+            if self.adapter is None:
+                return load_base(self.files.folder, dtype=dtype)
+            from qalora_plugin.integrations.peft.loading import load_adapter
+
+            base = load_base(self.files.folder, model_class=self.adapter.model_class, dtype=dtype)
+            return load_adapter(base, self.adapter.folder)
+        except (ImportError, OSError, RuntimeError) as error:  # a package or a file is missing, memory is short
+            raise QALoraError(f"{self.label} cannot be loaded: {error}") from error
+
+    def _load_dense(self, dtype: "torch.dtype") -> Any:
+        from qalora_plugin.integrations.transformers.loading import load_model
+
+        found: Any = load_model(self.files.folder, dtype=dtype, output_loading_info=True)
+        model, info = found
+        if missing := sorted(info["missing_keys"]):  # transformers only warns, and makes them up
+            raise QALoraError(
+                f"{self.label} lacks {missing[0]} ({len(missing)} tensors in all) of a {type(model).__name__}. "
+                "Download or copy the folder again."
+            )
+        return model
+
+
+def open_all(models: list[str], adapters: list[str], revision: str | None = None) -> list[Subject]:
+    """All models, checked before any long work.
+
+    Args:
+        adapters: each a further one, on the first of ``models``.
+    """
+    if not models:
+        raise QALoraError("no model is given. Pass folders: qalora eval MODEL … --text FILE.")
+    pairs = [*((model, None) for model in models), *((models[0], adapter) for adapter in adapters)]
+    return [Subject.open(model, adapter, revision) for model, adapter in pairs]
+
+
+def _parts(model: str) -> tuple[str | None, str | None]:
+    """Base and adapter of what a user names; None for what it does not say."""
+    if is_local(model):
+        folder = expanded(model)
+        weights = any((folder / name).is_file() for name in (SINGLE_NAME, INDEX_NAME))
+        is_adapter = (folder / CONFIG_NAME).is_file() and not weights  # training runs put config.json beside it
+        return (None, model) if is_adapter else (model, None)
+    base, plus, adapter = model.rpartition("+")
+    return (base, adapter) if plus and base and is_local(adapter) else (model, None)
+
+
+def _require_model(files: Checkpoint) -> None:
+    """Refuse a folder whose config transformers makes no model of that continues text."""
+    from transformers import AutoConfig
+
+    from qalora_plugin.integrations.transformers.loading import auto_class
+
+    try:
+        config = AutoConfig.from_pretrained(files.folder)
+    except Exception as error:  # whatever configs of any kind and age raise
+        raise QALoraError(
+            f"{files.folder / 'config.json'} is no model's config that transformers can read ({error}). Pass the "
+            "folder of a model."
+        ) from error
+    auto_class(config, None)
+
+
+def _dense_size(files: Checkpoint) -> SizeReport:
+    weights, bits = 0, 0
+    for name, info in files.tensors.items():
+        if len(info.shape) > 1 and name.endswith(_MATRICES) and not any(part in name for part in _EMBEDDINGS):
+            weights, bits = weights + prod(info.shape), bits + 8 * (info.end - info.start)
+    return SizeReport(weights, {"weights": bits} if weights else {})

@@ -1,0 +1,175 @@
+"""``qalora eval`` as a user types it."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.fabricate import make_base, make_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from qalora_plugin.commands.cli import app
+from qalora_plugin.eval import results
+from qalora_plugin.eval.models import Subject
+
+runner = CliRunner()
+
+
+def run(*arguments, code=0):
+    result = runner.invoke(app, ["eval", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def refused(*arguments):
+    """The line that says why."""
+    (line,) = run(*arguments, code=1).stderr.splitlines()
+    return line
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text.txt").write_text("Held out, and not trained on. " * 4)
+    rows = [{"question": f"{i} + 1?", "answer": f"Add.\n#### {i + 1}"} for i in range(3)]
+    (folder / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A 16-bit model of another size."""
+    folder = tmp_path_factory.mktemp("dense") / "model"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).half().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_any_model_in_one_table(base, adapter, merged, dense, files, tmp_path):
+    named = shutil.copytree(adapter, tmp_path / "named")
+    shutil.copyfile(base / "config.json", named / "config.json")  # as training runs leave it
+    (tmp_path / "short.jsonl").write_text(json.dumps({"question": "2?", "answer": "#### 2"}))
+    result = run(
+        dense, base, merged, named, f"{base}+{adapter}", "--adapter", adapter, "--text", files / "text.txt",
+        "--jsonl", tmp_path / "short.jsonl", "--reference", base, "--csv", tmp_path / "out.csv",
+        "--png", tmp_path / "out.png", "--tokens", 40, code=1,
+    )  # fmt: skip
+    assert "cannot be a base: it is dense" in result.stderr  # an adapter on the first model
+    result = run(
+        base, dense, merged, named, f"{base}+{adapter}", "--adapter", adapter, "--text", files / "text.txt",
+        "--jsonl", tmp_path / "short.jsonl", "--reference", base, "--csv", tmp_path / "out.csv",
+        "--png", tmp_path / "out.png", "--tokens", 40,
+    )  # fmt: skip
+    assert "text.txt, 39 tokens" in result.stdout
+    rows = list(csv.DictReader((tmp_path / "out.csv").open()))
+    assert [row["kind"] for row in rows[::2]] == ["base", "dense", "merged", *["base + adapter"] * 3]
+    losses, bits = ([float(row[key]) for row in rows[::2]] for key in ("loss", "served_bits"))
+    assert losses[3] == losses[4] == losses[5] == pytest.approx(losses[2], abs=1e-3)
+    assert losses[2] != losses[0]
+    assert bits[0] == 4.625
+    assert bits[1] == 16
+    assert bits[2] == 5.125
+    assert float(rows[0]["kl"]) == pytest.approx(0, abs=1e-6)
+    assert float(rows[4]["kl"]) > 1e-4
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_answers_and_json(base, files):
+    result = run(base, "--jsonl", files / "qa.jsonl", "--generate", 2, "--max-new-tokens", 3, "--json")
+    report = json.loads(result.stdout[result.stdout.index("{") :])
+    (found,) = report["results"]
+    assert found["answered"] == 2
+    assert (found["exact"], found["exact_direct"], found["unfinished"]) == (0, 0, 2)
+    assert report["settings"]["dtype"] == "float32"
+
+
+def test_the_table_of_answers(capsys):
+    answers = {"answered": 4, "exact": 0.5, "exact_direct": 0.25}
+    row = results.Result("m", "base", "qa.jsonl", 10**6, 4.5, tokens=9, loss=1.0, **answers)
+    task = results.Result("m", "base", "arc", 10**6, None, metric="acc", score=0.3, stderr=0.01)
+    results.show([row, task])
+    shown = capsys.readouterr().out
+    for expected in ("qa.jsonl, 9 tokens", "qa.jsonl, 4 answers", "reasoned", "25.0%", "arc, acc", "0.3000"):
+        assert expected in shown
+    assert "KL" not in shown
+
+
+def test_what_is_no_model(base, files, tmp_path):
+    (tmp_path / "empty").mkdir()
+    text = ("--text", files / "text.txt")
+    assert "has no config.json" in refused(base, tmp_path / "empty", *text)
+    assert "does not exist" in refused(base, tmp_path / "none", *text)
+    assert "is a file, expected a model folder" in refused(base, files / "text.txt", *text)
+    strange = make_base(tmp_path / "strange")
+    config = json.loads((strange / "config.json").read_text())
+    for model_type, match in (("nonesuch", "no model's config"), ("vit", "no model that continues text")):
+        (strange / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
+        assert match in refused(base, strange, *text)
+    stated = config["quantization_config"] | {"quant_method": "awq"}
+    (strange / "config.json").write_text(json.dumps(config | {"quantization_config": stated}))
+    assert "qalora import awq" in refused(base, strange, *text)
+
+
+def test_weights_that_are_not_there(dense, files, tmp_path):
+    """transformers would fill them in at random."""
+    half = shutil.copytree(dense, tmp_path / "half")
+    tensors = load_file(half / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, half / "model.safetensors", metadata={"format": "pt"})
+    said = run(half, "--text", files / "text.txt", code=1).stderr  # after transformers' own report
+    assert "lacks model.layers.0.mlp.up_proj.weight" in said.splitlines()[-1]
+
+
+def test_what_does_not_belong_together(base, adapter, files, tmp_path):
+    other, text = make_base(tmp_path / "other", seed=1), ("--text", files / "text.txt")
+    assert "was trained on another base" in refused(other, "--adapter", adapter, *text)
+    unnamed = shutil.copytree(adapter, tmp_path / "unnamed")
+    config = json.loads((unnamed / "adapter_config.json").read_text())
+    (unnamed / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    assert "does not name its base. Pass BASE+" in refused(unnamed, *text)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(other)
+    assert "make other tokens" in refused(base, "--reference", other, "--jsonl", files / "qa.jsonl")
+    (other / "tokenizer.json").unlink()
+    (other / "tokenizer_config.json").unlink()
+    assert "has no tokenizer that can be loaded" in refused(other, *text)
+
+
+def test_nothing_to_do(base, files, tmp_path, monkeypatch):
+    text = ("--text", files / "text.txt")
+    assert "there is nothing to measure" in refused(base)
+    assert "--generate needs questions" in refused(base, *text, "--generate", 3)
+    assert "--png draws losses" in refused(base, "--png", tmp_path / "x.png")
+    assert "--dtype is 'int8'" in refused(base, *text, "--dtype", "int8")
+    assert "exists" in refused(base, *text, "--csv", files / "text.txt")
+    assert "Make it first" in refused(base, *text, "--csv", tmp_path / "none" / "x.csv")
+    monkeypatch.setattr(results, "find_spec", lambda name: None)
+    assert "pip install 'qalora[eval]'" in refused(base, *text, "--png", tmp_path / "x.png")
+
+
+def test_rows_longer_than_a_model_takes(dense, files, tmp_path):
+    short = shutil.copytree(dense, tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))
+    assert "fits into the 16 tokens" in refused(short, "--jsonl", files / "qa.jsonl")
+    (tmp_path / "mixed.jsonl").write_text('{"text": "short"}\n{"text": "a text that is longer than that"}\n')
+    result = run(short, "--jsonl", tmp_path / "mixed.jsonl")
+    assert "note: 1 of 2 rows of mixed.jsonl are longer than the 16 tokens" in result.stderr
+
+
+def test_an_adapters_own_tokenizer_counts(base, adapter, tmp_path):
+    trained = shutil.copytree(adapter, tmp_path / "trained")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "own"
+    tokenizer.save_pretrained(trained)
+    assert Subject.open(str(base), str(trained)).tokenizer.chat_template == "own"
+    assert Subject.open(str(base), str(adapter)).tokenizer.chat_template is None

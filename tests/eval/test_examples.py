@@ -1,0 +1,125 @@
+"""Rows of a file: what a model is given, and which tokens count."""
+
+import json
+
+import pytest
+from support.fabricate import make_tokenizer
+
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.eval.examples import as_examples, as_row, prompt_ids, read_rows
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+SAME = [
+    {"messages": [{"role": "user", "content": "two?"}, {"role": "assistant", "content": "2"}]},
+    {"question": "two?", "answer": "2"},
+    {"prompt": "two?", "completion": "2"},
+]
+
+
+@pytest.fixture
+def chat():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def texts(example, tokenizer):
+    return tokenizer.decode(example.ids[: example.start]), tokenizer.decode(example.ids[example.start :])
+
+
+@pytest.mark.parametrize("row", SAME, ids=lambda row: next(iter(row)))
+def test_in_a_chat_template_the_answer_ends_as_the_template_ends_it(row, chat):
+    prompt, answer = texts(as_row(row).example(chat), chat)
+    assert prompt.replace(" ", "") == "<s>user:two?</s>\n<s>assistant:"
+    assert answer.replace(" ", "") == "2</s>"
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [(SAME[0], "User: two?\nAssistant: "), (SAME[1], "User: two?\nAssistant: "), (SAME[2], "two?")],
+    ids=lambda value: str(value)[:12],
+)
+def test_without_a_template(row, prompt):
+    tokenizer = make_tokenizer()
+    example = as_row(row).example(tokenizer)
+    assert example.ids == [*tokenizer(prompt).input_ids, *tokenizer("2").input_ids, tokenizer.eos_token_id]
+    assert example.start == len(tokenizer(prompt).input_ids)
+
+
+def test_a_template_that_edits_answers_ends_with_the_end_of_text(chat):
+    chat.chat_template = TEMPLATE.replace("m.content", "m.content | upper")
+    example = as_row({"question": "two?", "answer": "two"}).example(chat)
+    assert example.ids[example.start :] == [*chat("two").input_ids, chat.eos_token_id]
+
+
+def test_another_end_than_the_end_of_text(chat):
+    chat.chat_template = TEMPLATE.replace("</s>", "<unk>")  # as <end_of_turn> of Gemma
+    example = as_row(SAME[1]).example(chat)
+    assert example.ids[-1] == chat.unk_token_id
+
+
+def test_earlier_turns_are_the_question():
+    row = as_row({"messages": [{"role": "system", "content": "be brief"}, *SAME[0]["messages"]]})
+    assert row.plain == "System: be brief\nUser: two?\nAssistant: "
+
+
+def test_of_text_all_tokens_count(chat):
+    example = as_row({"text": "two and two"}).example(chat)
+    assert example == (chat("two and two").input_ids, 1)
+    assert as_row({"text": "x"}).prompt(chat) == ""
+
+
+def test_a_tokenizer_that_ends_prompts_does_not_here():
+    tokenizer = make_tokenizer()
+    closing = type("Closing", (), {"chat_template": None, "eos_token_id": 2})()
+    closing.__class__.__call__ = lambda self, text, add_special_tokens: type(
+        "Encoded", (), {"input_ids": [*tokenizer(text).input_ids, 2]}
+    )
+    assert prompt_ids(closing, "hi") == tokenizer("hi").input_ids
+
+
+def test_too_long_rows_are_counted(chat):
+    rows = [as_row({"text": "a" * count}) for count in (3, 50, 5, 1)]
+    examples, left_out = as_examples(rows, chat, longest=10)
+    assert [len(example.ids) for example in examples] == [3, 5]
+    assert left_out == 2  # of one token none can be predicted
+
+
+BAD = {
+    "[1]\n": r"line 1 is \[1\], expected",
+    '{"text": "x"}\n{"foo": 1}\n': "line 2 has 'foo', expected",
+    "{}": "line 1 has no key",
+    '{"text": 3}': "text is 3, expected a text",
+    '{"question": "q"}': "answer is None",
+    '{"messages": "hello"}': "line 1 holds 'hello', expected messages",
+    '{"messages": [{"role": "user"}]}': "expected messages with the texts",
+    '{"messages": [{"role": "user", "content": "x"}]}': "role 'user', expected a question and then",
+    '{"text": "x"': "is not JSON lines",
+    "[" * 100_000: "is not JSON lines",
+    "\n \n": "holds no row",
+    b"\xff\xfe": "is not JSON lines in UTF-8",
+}
+
+
+@pytest.mark.parametrize("content", BAD, ids=lambda content: repr(content)[:40])
+def test_bad_files(content, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(QALoraError, match=BAD[content]) as error:
+        read_rows(path)
+    assert "\n" not in str(error.value)
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(QALoraError, match="does not exist"):
+        read_rows(tmp_path / "none.jsonl")
+
+
+def test_most(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n\n".join(map(json.dumps, SAME)))
+    assert len(read_rows(path)) == 3
+    assert len(read_rows(path, 2)) == 2

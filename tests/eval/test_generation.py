@@ -1,0 +1,107 @@
+"""Generated answers: what counts as the result, and batches that change nothing."""
+
+import pytest
+import torch
+from support.fabricate import make_tokenizer
+
+from qalora_plugin import load_base
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.eval.examples import as_row
+from qalora_plugin.eval.generation import Judge, exact_match, generate
+
+GSM8K = [
+    as_row({"question": "q", "answer": "2 + 2 = <<2+2=4>>4.\n#### 4"}),
+    as_row({"question": "q", "answer": "Much.\n#### 1,200"}),
+]
+PLAIN = [as_row({"question": "q", "answer": "yes"})]
+WRITTEN = {  # by the model, for the first row → right with reasoning, right without
+    "It is 4.\n#### 4": (True, False),
+    " 4\n\nUser: more": (False, True),
+    "#### 4.": (True, False),
+    "#### $4\n#### 5": (True, False),  # the first counts: some models go on with another question
+    "####\n4": (False, False),
+    "4 apples": (False, False),
+    "": (False, False),
+}
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_gsm8k(text):
+    judge = Judge(GSM8K)
+    assert (judge.marked, judge.reasons, judge.wanted) == (True, True, ["4", "1200"])
+    reasoned, direct = judge.answers([text, "#### $1200."], 0, True), judge.answers([text, "1,200"], 0, False)
+    assert (reasoned.right == 2, direct.right == 2) == WRITTEN[text]  # the second row's are right
+
+
+def test_whole_answers():
+    judge = Judge(PLAIN)
+    assert (judge.marked, judge.reasons) == (False, False)
+    assert judge.answers([" yes.\n"], 0, True).right == 1
+    assert judge.answers(["yes and no"], 0, True).share == 0
+
+
+def test_patterns():
+    judge = Judge(GSM8K, r"(-?[\d.,]*\d)\D*$")
+    assert judge.wanted == ["4", "1200"]
+    assert judge.reasons
+    assert judge.answers(["so 3 and 4 it is", "about 1200 dollars."], 0, True).right == 2
+    assert Judge(PLAIN, "y.s").wanted == ["yes"]
+    with pytest.raises(QALoraError, match="has nothing that"):
+        Judge(PLAIN, r"\d+")
+    with pytest.raises(QALoraError, match="is no regular expression"):
+        Judge(PLAIN, "(")
+
+
+@pytest.fixture(scope="module")
+def model(merged):
+    return load_base(merged, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+PROMPTS = ["what is it", "a", "how many are there of them, and why?"]
+
+
+def test_batches_change_nothing(model, tokenizer):
+    ids = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    texts, unfinished = generate(model, tokenizer, ids, 6)
+    for row, text in zip(ids, texts, strict=True):
+        alone = model.generate(torch.tensor([row]), max_new_tokens=6, do_sample=False)[0, len(row) :]
+        assert text == tokenizer.decode(alone, skip_special_tokens=True)
+    assert 0 <= unfinished <= 3
+
+
+def test_what_ends_an_answer(model, tokenizer):
+    row = tokenizer(PROMPTS[0]).input_ids
+    first = model.generate(torch.tensor([row]), max_new_tokens=2, do_sample=False)[0, len(row)].item()
+    before = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = [first]
+    try:
+        assert generate(model, tokenizer, [row], 4) == ([""], 0)
+    finally:
+        model.generation_config.eos_token_id = before
+
+
+def test_a_model_is_right_about_its_own_answers(model, tokenizer):
+    asked = [as_row({"prompt": prompt, "completion": "?"}) for prompt in PROMPTS]
+    ids = [tokenizer(row.plain).input_ids for row in asked]
+    texts, _ = generate(model, tokenizer, ids, 8)
+    rows = [as_row({"prompt": p, "completion": f"{t}!"}) for p, t in zip(PROMPTS, texts, strict=True)]
+    judge = Judge(rows, r"(?s)^(.{4})")
+    assert judge.reasons
+    found = exact_match(model, tokenizer, rows, judge, max_new_tokens=8)
+    assert found.right == 3
+    assert found.texts == texts
+    direct = exact_match(model, tokenizer, rows, judge, with_reasoning=False, max_new_tokens=8)
+    assert len(direct.texts) == 3
+    assert direct.texts != texts  # it was asked for the result alone
+
+
+def test_the_mark_is_put_in_its_mouth(model, tokenizer):
+    rows = [as_row({"prompt": "what is 2+2?", "completion": "Easy.\n#### 4"})]
+    found = exact_match(model, tokenizer, rows, Judge(rows), with_reasoning=False, max_new_tokens=5)
+    forced, _ = generate(model, tokenizer, [tokenizer("what is 2+2?####").input_ids], 5)
+    assert found.texts == forced
