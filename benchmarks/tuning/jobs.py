@@ -1,53 +1,57 @@
-"""What is trained for the accuracy table: one :class:`Job` a run, and what all runs share."""
+"""What the accuracy table is made of: one :class:`Job` a base, a training run or a quantized merge."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 RANK = 16
 SEEDS = (0, 1, 2)
-RATES = {  # tried on one seed
-    "lora": (3e-3, 1e-3, 1e-2),
-    "offsets": (1e-2, 3e-3, 2e-2),
-    "scales": (1e-2, 3e-3, 2e-2),
-    "scale-units": (3e-2, 1e-2),
-    "peqa": (3e-3, 1e-3),
-    "galore": (1e-3, 3e-4),
-}
-STEPS = {"gsm8k": 120, "functions": 120}
+STEPS = 120
 BATCH = 32  # rows a step
 LONGEST = 256  # tokens of a row; longer ones are left out
+TESTED = 600  # held-out rows at most
+QUANTIZE, REQUANTIZE = "quantize", "lora-gptq"
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training run.
+    """One run.
 
     Attributes:
-        method: a key of :data:`tuning.methods.METHODS`. lr: the peak of its learning rate.
-        bits, group_size, clip: of the base; 0, 0, False for methods on the 16-bit model.
+        task: a folder of data. method: :data:`QUANTIZE`, :data:`REQUANTIZE` or one of :mod:`tuning.methods`.
+        bits, group_size, clip: of its base, or of what it quantizes; 0, 0, False for methods on the 16-bit model.
+        lr: the peak of its learning rate; 0: nothing is trained.
     """
 
     task: str
     method: str
-    lr: float
-    seed: int
     bits: int = 0
     group_size: int = 0
     clip: bool = False
+    lr: float = 0.0
+    seed: int = 0
 
     @property
     def base(self) -> str:
         """Name of the folder of its base."""
-        return base_name(self.bits, self.group_size, self.clip)
+        return f"{self.bits}-{self.group_size}{'-mse' if self.clip else ''}"
 
     @property
     def name(self) -> str:
         on = f"-{self.base}" if self.bits else ""
         return f"{self.task}-{self.method}{on}-{self.lr:g}-{self.seed}"
 
-    def row(self) -> dict[str, Any]:
-        return asdict(self)
+    @property
+    def needs(self) -> str:
+        """Of what has to be done before: a base, or a trained LoRA; "" for nothing."""
+        if self.method == REQUANTIZE:
+            return Job(self.task, "lora", lr=self.lr, seed=self.seed).name
+        return "" if self.method == QUANTIZE or not self.bits else quantized(self.bits, self.group_size, self.clip).name
 
 
-def base_name(bits: int, group_size: int, clip: bool) -> str:
-    return f"{bits}-{group_size}{'-mse' if clip else ''}"
+def quantized(bits: int, group_size: int, clip: bool) -> Job:
+    """The job that makes a base."""
+    return Job("base", QUANTIZE, bits, group_size, clip)
+
+
+def job_of(row: dict[str, Any]) -> Job:
+    return Job(**{name: row[name] for name in Job.__dataclass_fields__})

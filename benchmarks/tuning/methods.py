@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from qalora_plugin import add_adapter, load_base, merge
 from qalora_plugin.integrations.peft import scales
@@ -154,6 +154,7 @@ def build_scale_units(job: Job, places: Places) -> nn.Module:
     model = load_base(places.base(job), dtype=torch.bfloat16, device_map=places.device).requires_grad_(False)
     for name, layer in linears(model).items():
         model.set_submodule(name, InScaleUnits(layer, RANK))
+    model.is_quantized = False  # or the Trainer, which sees no adapter of PEFT's, would refuse it
     return model
 
 
@@ -189,6 +190,24 @@ def _twin(job: Job, places: Places, dtype: torch.dtype) -> PreTrainedModel:
     for name, layer in linears(model).items():
         model.set_submodule(name, DenseTwin(layer).to(dtype))
     return model
+
+
+# ---- nothing trained
+
+
+def untuned(job: Job, places: Places) -> nn.Module:
+    if not job.bits:
+        return dense(places, torch.float32)
+    return load_base(places.base(job), dtype=torch.float32, device_map=places.device)
+
+
+def merge_lora(job: Job, places: Places) -> Path:
+    """The 16-bit model that a trained LoRA makes, as a folder to quantize."""
+    adapter = places.adapter.parent / job.needs
+    model = PeftModel.from_pretrained(dense(places, torch.float32), adapter).merge_and_unload()
+    model.to(torch.bfloat16).save_pretrained(places.merged)
+    AutoTokenizer.from_pretrained(places.dense).save_pretrained(places.merged)
+    return places.merged
 
 
 Build = Callable[[Job, Places], nn.Module]

@@ -1,68 +1,95 @@
-"""The jobs of the accuracy table, in order of worth: a run that is cut off keeps what it had."""
+"""Which jobs there are, in order of worth: what is cut off keeps what it had.
+
+Learning rates are tuned on one seed, one task and one base; what a method's table needs is known once that is done.
+"""
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from tuning.jobs import RATES, SEEDS, STEPS, Job
+from tuning.jobs import REQUANTIZE, SEEDS, Job, quantized
 
-BASES = ((4, 32, False), (2, 32, True), (3, 32, True), (4, 64, False))  # bits, group size, clipped
-TUNED_ON = {"task": "gsm8k", "seed": SEEDS[0]}
-TUNED_BASE = {"bits": 4, "group_size": 32}
-ON_16_BIT = ("lora", "qlora", "galore")
-LIKE = {  # whose learning rate a method takes
-    "lora": "lora", "qlora": "lora", "galore": "galore", "peft": "offsets", "offsets": "offsets", "scales": "scales",
-    "scales-all-tokens": "scales", "scales-calibrated": "scales", "peqa": "peqa", "scale-units": "scale-units",
+Base = tuple[int, int, bool]  # bits, group size, clipped
+FOUR: Base = (4, 32, False)
+THREE: Base = (3, 32, True)
+TWO: Base = (2, 32, True)
+FOUR_64: Base = (4, 64, False)
+EIGHT: Base = (8, 32, False)
+OTHERS: tuple[Base, ...] = ((2, 32, False), (3, 32, False), (4, 32, True), EIGHT)
+RATES = {
+    "lora": (3e-3, 1e-3, 1e-2),
+    "offsets": (1e-2, 3e-3, 2e-2),
+    "scales": (1e-2, 3e-3, 2e-2),
+    "scale-units": (3e-2, 1e-2),
+    "peqa": (3e-3, 1e-3),
+    "galore": (1e-3, 3e-4),
+}
+LIKE = {  # whose rate a method takes, if not its own
+    "qlora": "lora", "peft": "offsets", "scales-all-tokens": "scales", "scales-calibrated": "scales",
+    REQUANTIZE: "lora",
 }  # fmt: skip
+ON_16_BIT = ("lora", "galore")
 
 
-def tuning() -> list[Job]:
-    """Every rate of every method whose rate is its own, on one seed."""
-    return [
-        Job(method=method, lr=lr, **TUNED_ON, **({} if method in ON_16_BIT else TUNED_BASE))
-        for method, rates in RATES.items()
-        for lr in rates
+def first() -> list[Job]:
+    """Bases, what they lose before any training, and the rates."""
+    rates = [
+        Job("gsm8k", method, *(() if method in ON_16_BIT else FOUR), lr=lr, seed=SEEDS[0])
+        for method, tried in RATES.items()
+        for lr in tried
     ]
+    needed = [quantized(*base) for base in (FOUR, TWO, THREE, FOUR_64)]
+    tasks = ("gsm8k", "functions")
+    untuned = [Job(task, "16-bit") for task in tasks]
+    untuned += [Job(task, "base", *base) for task in tasks for base in (FOUR, THREE, TWO, FOUR_64, *OTHERS)]
+    lora, rest = rates[:3], rates[3:]
+    return [needed[0], *lora, *needed[1:], *rest, *(quantized(*base) for base in OTHERS), *untuned]
 
 
-def best_rates(results: Iterable[dict]) -> dict[str, float]:
-    """Method → the rate with the lowest held-out loss on the seed and the base that rates are tuned on."""
-    names = {job.name for job in tuning()}
-    found: dict[str, tuple[float, float]] = {}
-    for row in results:
-        if "loss" in row and job_of(row).name in names:
-            found[row["method"]] = min(found.get(row["method"], (float("inf"), 0.0)), (row["loss"], row["lr"]))
-    return {method: found[like][1] for method, like in LIKE.items() if like in found}
-
-
-def table(rates: dict[str, float]) -> list[Job]:
-    """All runs of the table, for the methods whose rates are known."""
-    wanted: list[tuple[str, str, tuple[int, int, bool] | None]] = []
-    four, two, three, four_64 = BASES
-    for method in ("lora", "qlora"):
-        wanted.append(("gsm8k", method, None))
-    for base in (four, two, three):
-        wanted += [("gsm8k", method, base) for method in ("offsets", "scales")]
-    wanted += [("gsm8k", "scales-calibrated", base) for base in (two, three, four)]
-    wanted += [("gsm8k", "scales-all-tokens", base) for base in (four, two)]
-    wanted += [("gsm8k", method, four_64) for method in ("scales", "offsets")]
+def table(results: Iterable[dict]) -> list[Job]:
+    """All other runs, for the methods whose rates are known."""
+    rates = best_rates(results)
+    wanted: list[tuple[str, str, Base | None]] = [("gsm8k", "lora", None)]
+    wanted += [("gsm8k", method, base) for base in (FOUR, TWO, THREE) for method in ("offsets", "scales")]
+    wanted += [("gsm8k", REQUANTIZE, base) for base in (FOUR, TWO, THREE)]
+    wanted += [("gsm8k", "scales-calibrated", base) for base in (TWO, THREE, FOUR)]
+    wanted += [("gsm8k", "scales-all-tokens", base) for base in (FOUR, TWO)]
     wanted += [("functions", "lora", None)]
-    wanted += [("functions", method, base) for base in (four, two, three) for method in ("scales", "offsets")]
-    wanted += [("gsm8k", "peft", base) for base in (four, two)]
-    wanted += [("gsm8k", "peqa", base) for base in (four, two)]
-    wanted += [("gsm8k", "scale-units", base) for base in (four, two)]
-    wanted += [("functions", "qlora", None), ("functions", "scales-calibrated", two), ("gsm8k", "galore", None)]
-    wanted += [("gsm8k", "scales-all-tokens", three), ("gsm8k", "peqa", three), ("gsm8k", "scale-units", three)]
+    wanted += [("functions", method, base) for base in (FOUR, TWO, THREE) for method in ("scales", "offsets")]
+    wanted += [("gsm8k", method, FOUR_64) for method in ("scales", "offsets", REQUANTIZE)]
+    wanted += [("functions", REQUANTIZE, base) for base in (FOUR, TWO, THREE)]
+    wanted += [("gsm8k", "qlora", None), ("gsm8k", REQUANTIZE, (2, 32, False)), ("gsm8k", REQUANTIZE, (3, 32, False))]
+    wanted += [("gsm8k", "peft", base) for base in (FOUR, TWO)]
+    wanted += [("gsm8k", "scale-units", base) for base in (FOUR, TWO, THREE)]
+    wanted += [("gsm8k", "peqa", base) for base in (FOUR, TWO, THREE)]
+    wanted += [("functions", "scales-calibrated", base) for base in (TWO, THREE, FOUR)]
+    wanted += [("gsm8k", "galore", None), ("functions", "qlora", None)]
+    wanted += [("gsm8k", method, EIGHT) for method in ("scales", "offsets")]
+    wanted += [("gsm8k", "scales-all-tokens", THREE), ("gsm8k", "peft", THREE)]
     return [
-        Job(task, method, rates[method], seed, *(base or ()))
+        Job(task, method, *(base or ()), lr=rate, seed=seed)
         for task, method, base in wanted
-        if method in rates
+        if (rate := rates.get(LIKE.get(method, method)))
         for seed in SEEDS
     ]
 
 
-def job_of(row: dict) -> Job:
-    return Job(**{name: row[name] for name in Job.__dataclass_fields__})
+def best_rates(results: Iterable[dict]) -> dict[str, float]:
+    """Method → the rate with the lowest held-out loss, once all have been tried."""
+    found: dict[tuple[str, float], float] = {}
+    for row in results:
+        if row["task"] == "gsm8k" and row["seed"] == SEEDS[0] and (row["bits"], row["group_size"]) in ((0, 0), FOUR[:2]):
+            found[row["method"], row["lr"]] = row.get("loss", float("inf"))
+    return {
+        method: min(tried, key=lambda lr: found[method, lr])
+        for method, tried in RATES.items()
+        if all((method, lr) in found for lr in tried)
+    }
+
+
+def jobs(results: list[dict]) -> list[Job]:
+    """All jobs that are known by now, in their order, none twice."""
+    return list(dict.fromkeys([*first(), *table(results)]))
 
 
 def read(results: Path) -> list[dict]:

@@ -1,151 +1,146 @@
-"""Runs jobs of the accuracy table, one after the other, and appends what they found to a file of JSON lines.
+"""Takes jobs of the accuracy table that nobody has yet, runs them, and appends what they found as JSON lines.
 
-Several such processes may share a list of jobs: each takes the next one that nobody has.
+Several such processes may work side by side on one folder.
 """
 
 import argparse
 import gc
 import json
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
 import torch
 from report import describe
-from torch import nn
-from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
-from tuning import rows
-from tuning.jobs import BATCH, LONGEST, STEPS, Job
-from tuning.methods import METHODS, Places
+from transformers import AutoTokenizer, set_seed
+from tuning import plan, rows
+from tuning.jobs import BATCH, LONGEST, QUANTIZE, REQUANTIZE, STEPS, TESTED, Job, job_of
+from tuning.methods import METHODS, Places, merge_lora, untuned
+from tuning.training import train
 
-KEEP = ("lora",)  # adapters that are quantized afterwards
-GALORE = {
-    "optim": "galore_adamw",
-    "optim_target_modules": [r".*\.(q|k|v|o|gate|up|down)_proj"],
-    "optim_args": "rank=64, update_proj_gap=40, scale=0.5",
-}
+from qalora_plugin import load_base
+from qalora_plugin.eval.evaluate import mean_loss
 
-
-class Measured(TrainerCallback):
-    """The median seconds of a step, and the peak of memory."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.started = 0.0
-
-    def on_step_begin(self, *_, **__) -> None:
-        self.started = time.perf_counter()
-
-    def on_step_end(self, *_, **__) -> None:
-        self.seconds.append(time.perf_counter() - self.started)
+KEPT = ("lora",)  # whose adapters are quantized afterwards
+WAIT = 2.0  # seconds, where what a job needs is being made
+MEASURED_AT_ONCE = 8192  # tokens
 
 
-def train(model: nn.Module, job: Job, batches: list, out: Path, device: str) -> dict[str, float]:
-    """Train as the HF Trainer does; returns what it cost and the last losses."""
-    arguments = TrainingArguments(
-        output_dir=str(out),
-        max_steps=len(batches),
-        per_device_train_batch_size=1,  # of ready batches
-        learning_rate=job.lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=len(batches) // 10,
-        weight_decay=0.0,
-        adam_beta2=0.99,
-        max_grad_norm=1.0,
-        bf16=True,
-        logging_steps=max(1, len(batches) // 12),
-        save_strategy="no",
-        report_to=[],
-        seed=job.seed,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        use_cpu=device == "cpu",
-        **(GALORE if job.method == "galore" else {"optim": "adamw_torch"}),
-    )
-    measured = Measured()
-    trainer = Trainer(
-        model, arguments, train_dataset=batches, data_collator=lambda found: rows.collate(found[0]), callbacks=[measured]
-    )
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-    trainer.train()
-    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    ordered = sorted(measured.seconds)
-    peak = torch.cuda.max_memory_allocated() / 1e6 if device != "cpu" else 0.0
-    return {
-        "first_loss": logged[0],
-        "last_loss": sum(logged[-2:]) / 2,
-        "step_seconds": ordered[len(ordered) // 2],
-        "peak_mb": peak,
-    }
+class Bench:
+    """What all jobs of a process share.
 
+    Args:
+        data: from :func:`tuning.data.prepare`. work: where results and adapters are written, and who took what.
+        quantizer: Python of the environment with GPTQModel. limit: steps and rows of a rehearsal; None: all.
+    """
 
-def do(job: Job, data: Path, work: Path, device: str, limit: int | None) -> dict[str, object]:
-    """One job, from the base to the losses of what it made."""
-    tokenizer = AutoTokenizer.from_pretrained(data / "model")
-    train_rows, test_rows = (
-        rows.read(data / job.task / f"{part}.jsonl", tokenizer, LONGEST) for part in ("train", "test")
-    )
-    steps = limit or STEPS[job.task]
-    if limit:
-        train_rows = [row for row in train_rows if len(row[0]) < LONGEST // 2][: 2 * limit]
-    batches = rows.batches(train_rows, 2 if limit else BATCH, steps, job.seed)
-    places = Places(data, work / "adapters" / job.name, work / "merged" / job.name, device)
-    for folder in (places.adapter, places.merged):
-        shutil.rmtree(folder, ignore_errors=True)
-    places.merged.parent.mkdir(parents=True, exist_ok=True)
-    set_seed(job.seed)
-    build, finish = METHODS[job.method]
-    started = time.perf_counter()
-    model = build(job, places)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    ready = time.perf_counter()
-    found = train(model, job, batches, work / "trainer" / job.name, device)
-    done = time.perf_counter()
-    model = finish(model, job, places)
-    test_rows = test_rows[: 4 if limit else 600]
-    losses = {
-        "loss": rows.loss(model, test_rows),
-        "prose": rows.loss(model, rows.prose(data / "prose.txt", tokenizer)[: 2 if limit else None]),
-    }
-    ended = time.perf_counter()
-    for folder in (places.merged, work / "trainer" / job.name, *([] if job.method in KEEP else [places.adapter])):
-        shutil.rmtree(folder, ignore_errors=True)
-    return {
-        **losses, "trained": trained, "steps": steps, **found,
-        "build_seconds": ready - started, "train_seconds": done - ready, "eval_seconds": ended - done,
-    }  # fmt: skip
+    def __init__(self, data: Path, work: Path, device: str, quantizer: str, limit: int | None):
+        self.data, self.work, self.device, self.quantizer, self.limit = data, work, device, quantizer, limit
+        self.results, self.taken = work / "results.jsonl", work / "taken"
+        self.taken.mkdir(parents=True, exist_ok=True)
+        self.tokenizer = AutoTokenizer.from_pretrained(data / "model")
+        self.about = describe("transformers", "peft", "gptqmodel")
+
+    def next_job(self, only: str) -> Job | None | bool:
+        """A job that is this process's now; True: some wait for what others make; None: nothing is left."""
+        results = plan.read(self.results)
+        done = {job_of(row).name for row in results if "note" not in row}
+        failed = {job_of(row).name for row in results if "note" in row}
+        waiting = False
+        for job in plan.jobs(results):
+            if only and only not in job.name:
+                continue
+            if job.needs and job.needs not in done:
+                waiting = waiting or job.needs not in failed
+                continue
+            try:
+                (self.taken / job.name).touch(exist_ok=False)
+            except FileExistsError:
+                waiting = waiting or job.name not in done | failed
+                continue
+            return job
+        return waiting or None
+
+    def do(self, job: Job) -> dict[str, object]:
+        """What a job found."""
+        if job.method == QUANTIZE:
+            return self.quantize(self.data / "model", self.data / "bases" / job.base, job)
+        places = Places(self.data, self.work / "adapters" / job.name, self.work / "merged" / job.name, self.device)
+        for folder in (places.adapter, places.merged):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        set_seed(job.seed)
+        if job.method == REQUANTIZE:
+            made = self.work / "requantized" / job.name
+            found = self.quantize(merge_lora(job, places), made, job)
+            found |= self.measure(load_base(made, dtype=torch.float32, device_map=self.device), job)
+            shutil.rmtree(made)
+        elif job.method not in METHODS:
+            found = self.measure(untuned(job, places), job)
+        else:
+            build, finish = METHODS[job.method]
+            model = build(job, places)
+            trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+            found = {"trained": trained} | train(model, job, self.batches(job), self.work / "trainer", self.device)
+            found |= self.measure(finish(model, job, places), job)
+        for folder in (places.merged, *([] if job.method in KEPT else [places.adapter])):
+            shutil.rmtree(folder, ignore_errors=True)
+        return found
+
+    def batches(self, job: Job) -> list:
+        examples = rows.read(self.data / job.task / "train.jsonl", self.tokenizer, LONGEST)
+        if self.limit:
+            examples = [example for example in examples if len(example.ids) < LONGEST // 2]
+        return rows.batches(examples, 2 if self.limit else BATCH, self.limit or STEPS, job.seed)
+
+    def measure(self, model: torch.nn.Module, job: Job) -> dict[str, object]:
+        """Held-out loss and top-1 of the task, and the loss on prose."""
+        tested = rows.read(self.data / job.task / "test.jsonl", self.tokenizer, LONGEST)[: self.limit or TESTED]
+        prose = rows.prose(self.data / "prose.txt", self.tokenizer)[: self.limit]
+        found = mean_loss(model, tested, batch=MEASURED_AT_ONCE)
+        forgetting = mean_loss(model, prose, batch=MEASURED_AT_ONCE)
+        return {"loss": found.loss, "top1": found.top1, "prose": forgetting.loss}
+
+    def quantize(self, model: Path, out: Path, job: Job) -> dict[str, object]:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        command = [self.quantizer, "-m", "tuning.quantize", model, out, self.data / "calibration.jsonl"]
+        command += [str(job.bits), str(job.group_size), str(int(job.clip)), str(self.limit or 0)]
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, errors="replace")
+        if done.returncode:
+            raise RuntimeError(f"quantizing failed: {done.stderr[-600:]}")
+        return {"quantize_seconds": time.monotonic() - started}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("jobs", type=Path, help="JSON lines of jobs")
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True, help="adapters, results.jsonl, and who took what")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--quantizer", required=True, help="Python of the environment with GPTQModel")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="take no new job after so many")
-    parser.add_argument("--limit", type=int, help="steps, for a rehearsal; measured on a few rows then")
+    parser.add_argument("--only", default="", help="only jobs whose name has this in it")
+    parser.add_argument("--limit", type=int, help="steps and rows, for a rehearsal")
     args = parser.parse_args()
-    taken, results = args.work / "taken", args.work / "results.jsonl"
-    taken.mkdir(parents=True, exist_ok=True)
-    about, started = describe("transformers", "peft"), time.monotonic()
-    torch.backends.cuda.matmul.allow_tf32 = False
-    for line in args.jobs.read_text().splitlines():
-        job = Job(**json.loads(line))
-        if time.monotonic() - started > args.seconds:
+    bench = Bench(args.data.absolute(), args.work.absolute(), args.device, args.quantizer, args.limit)
+    started = time.monotonic()
+    while time.monotonic() - started < args.seconds:
+        job = bench.next_job(args.only)
+        if job is None:
             break
-        try:
-            (taken / job.name).touch(exist_ok=False)
-        except FileExistsError:
+        if not isinstance(job, Job):
+            time.sleep(WAIT)
             continue
+        begun = time.monotonic()
         try:
-            found = do(job, args.data, args.work, args.device, args.limit)
+            found = bench.do(job)
         except Exception as error:  # a row that says so; the other jobs go on
-            found = {"note": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-        with results.open("a") as file:
-            file.write(json.dumps(job.row() | found | about) + "\n")
-        print(f"{time.monotonic() - started:6.0f} s", job.name, json.dumps(found), flush=True)
+            found = {"note": f"{type(error).__name__}: {' '.join(str(error).split())[-400:]}"}
+        found["seconds"] = time.monotonic() - begun
+        with bench.results.open("a") as file:
+            file.write(json.dumps(vars(job) | found | bench.about) + "\n")
+        print(f"{time.monotonic() - started:5.0f} s", job.name, json.dumps(found), flush=True)
         gc.collect()
         if args.device != "cpu":
             torch.cuda.empty_cache()
