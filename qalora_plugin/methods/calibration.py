@@ -1,8 +1,8 @@
 """Where an adapter may start instead of at zero: base + adapter as close to the 16-bit weight as its rank allows.
 
 Close is meant on calibration text: the norm is that of H = XᵀX/T, X the inputs of the linear, so the error is the mean
-square of what its output is off by. One step of arithmetic, no training. After QuAILoRA (arXiv 2410.14713) and CLoQ (arXiv
-2501.18475), which do it for a LoRA; here for offsets and scales of groups (:mod:`.normal_equations`):
+square of what its output is off by. One step of arithmetic, no training. After QuAILoRA (arXiv 2410.14713) and CLoQ
+(arXiv 2501.18475), which do it for a LoRA; here for offsets and scales of groups (:mod:`.normal_equations`):
 
 1.  Every output feature on its own: the offsets and changes of scales that would be best without a limit of rank.
 2.  D, C: the changes of scales cut down to rank R, in the norm that is left for them when offsets follow.
@@ -48,8 +48,7 @@ def calibrated_factors(
     """The adapter that brings ``weight`` closest to ``dense``; never further away, in any output feature.
 
     Directions that the rank has to spare (R > G) are as training starts them: random in A and D, zero in B and C.
-    Temporaries beside the inputs: two of ``[K, K]``, five of ``[K, N]``, and at most 0.7 GB; float32, and float64 what is
-    smaller than that. On the device of the inputs.
+    Temporaries beside the inputs, on their device: two of ``[K, K]``, eight of ``[K, N]`` (float32), and 0.7 GB.
 
     Args:
         weight: of the base. dense: the 16-bit weight, ``[K, N]``. hessian: ``XᵀX/T`` ``[K, K]``, float32 or better.
@@ -130,7 +129,7 @@ def _best_scales(equations: NormalEquations, norm: _Norm, rank: int) -> tuple[Te
 
 
 def _started(basis: Tensor, coefficients: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """``[G, r]`` and ``[r, N]`` → ``[G, R]`` and ``[R, N]``, same product; columns of the first as large as kaiming's."""
+    """``[G, r]`` and ``[r, N]`` → ``[G, R]`` and ``[R, N]``, same product; columns of the first of kaiming's size."""
     (groups, found), bound = basis.shape, basis.shape[0] ** -0.5
     size = basis.norm(dim=0) * 3**0.5
     first = basis.new_empty(groups, rank, dtype=torch.float32).uniform_(-bound, bound)

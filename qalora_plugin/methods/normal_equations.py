@@ -2,9 +2,9 @@
 
     min over o, m of  ‖Δ[:,n] − P·o[:,n] − v[:,n]⊙(P·m[:,n])‖² in the norm of H
 
-Δ ``[K, N]`` is what the weight lacks, v = scales·(q − zeros) ``[K, N]`` what its scales multiply, P ``[K, G]`` has a one
-for the group of each column: o are changes of offsets, m of scales in parts of what they are. Columns of K are sorted by
-group here, so that P is a view. Letters: ``K N G g R`` as in :mod:`qalora_plugin.core.weight`; n rows of N at a time.
+Δ ``[K, N]`` is what the weight lacks, v = scales·(q − zeros) ``[K, N]`` what its scales make, P ``[K, G]`` has a one
+for the group of each column: o are changes of offsets, m of scales in parts of what they are. Columns of K are sorted
+by group here, so that P is a view. Letters: ``K N G g R`` as in :mod:`qalora_plugin.core.weight`; n of N at a time.
 """
 
 from collections.abc import Iterator
