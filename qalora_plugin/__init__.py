@@ -19,6 +19,7 @@ _LAZY = {
     "QALoraMergeCallback": ".integrations.trainer",
     "QALoraPlugin": ".integrations.axolotl.plugin",
     "add_adapter": ".integrations.peft.loading",
+    "calibrate": ".methods.calibrating",
     "load_adapter": ".integrations.peft.loading",
     "load_base": ".integrations.transformers.loading",
     "merge": ".conversion.merging",

@@ -85,7 +85,7 @@ def quantize(
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    calibration = _calibration(tokenizer, dataset, samples, length, seed)
+    calibration = calibration_rows(tokenizer, dataset, samples, length, seed)
     plan = {} if budget is None else plan_for(folder, [row["input_ids"] for row in calibration], budget)
     if plan:
         (bits, group_size), _ = Counter(plan.values()).most_common(1)[0]
@@ -150,7 +150,7 @@ def _check_sizes(config: dict[str, Any], group_size: int) -> None:
             )
 
 
-def _calibration(tokenizer: Any, dataset: str, samples: int, length: int, seed: int) -> list[dict[str, list[int]]]:
+def calibration_rows(tokenizer: Any, dataset: str, samples: int, length: int, seed: int) -> list[dict[str, list[int]]]:
     """``samples`` random sequences of ``length`` tokens."""
     looks_local = expanded(dataset).exists() or dataset.endswith((".txt", ".jsonl", ".md"))
     texts = read_texts(dataset) if looks_local else _hub_texts(dataset, 8 * samples)

@@ -60,8 +60,14 @@ def make_base(
     seed: int = 0,
     vocabulary: int = 128,
     tokenizer: PreTrainedTokenizerFast | None = None,
+    twin: Path | None = None,
 ) -> Path:
-    """Write a Llama base. ``dense``: substrings of module names that are left in 16 bit; ``tokenizer``: another one."""
+    """Write a Llama base.
+
+    Args:
+        dense: substrings of module names that are left in 16 bit. tokenizer: another one.
+        twin: where to write the 16-bit model, too.
+    """
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
@@ -73,6 +79,9 @@ def make_base(
         for name, parameter in model.named_parameters():
             if name.endswith("proj.bias"):
                 parameter.data.normal_(0, 0.1)
+    if twin:
+        model.save_pretrained(twin)
+        (tokenizer or make_tokenizer()).save_pretrained(twin)
     generator = torch.Generator().manual_seed(seed)
     tensors, state = {}, model.state_dict()
     for name, tensor in state.items():

@@ -1,0 +1,191 @@
+"""``init: calibrated``: what a new adapter starts from, by the 16-bit model and calibration text.
+
+The arithmetic is in :mod:`.calibration`, the inputs of linears come from :mod:`.block_inputs`.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from qalora_plugin.checkpoint.folder import read_config
+from qalora_plugin.checkpoint.hub import resolve
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.integrations.peft.adapter import QALoraLayer
+from qalora_plugin.integrations.peft.experts import QALoraExpertsLayer
+from qalora_plugin.integrations.peft.sharded import is_to_be_sharded
+from qalora_plugin.integrations.transformers.loading import load_model
+from qalora_plugin.methods.block_inputs import blocks_of, hessians
+from qalora_plugin.methods.calibration import calibrated_factors
+from qalora_plugin.methods.quantizing import calibration_rows
+
+logger = logging.getLogger(__name__)
+
+CALIBRATED = "calibrated"  # `qalora.init` in an adapter's config
+SAMPLES, LENGTH = 128, 512
+
+
+class Errors(NamedTuple):
+    """Of one linear's outputs on calibration text, ``Σ_n ‖w − w'‖²`` in the norm of ``XᵀX/T``.
+
+    Attributes:
+        before: of the base. after: with the adapter.
+    """
+
+    before: float
+    after: float
+
+
+def calibrate(
+    model: Any,
+    dense: str | Path,
+    text: str | Path | Sequence[list[int]],
+    samples: int = SAMPLES,
+    length: int = LENGTH,
+    seed: int = 0,
+    revision: str | None = None,
+    progress: bool = True,
+) -> dict[str, Errors]:
+    """Give a new adapter the values with which base + adapter is closest to the 16-bit model, instead of zero.
+
+    Linears outside the decoder's blocks (lm_head), and those that no token comes to, keep their start. Every process of
+    a distributed run computes the same, and then takes what the first one has.
+
+    Args:
+        model: from :func:`~qalora_plugin.add_adapter`; its active adapter, with or without scales, is set in place.
+        dense: folder or Hub id of the 16-bit model that the base was quantized from.
+        text: a local ``.txt``/``.jsonl`` file, or a dataset id of the Hub; or sequences of token ids.
+        samples, length, seed: how many sequences of how many tokens of a text to take, and which.
+        revision: of ``dense`` on the Hub.
+
+    Returns:
+        Errors of each linear that was calibrated, by its name in the model.
+
+    Raises:
+        QALoraError: not a new adapter, not its base's 16-bit model, or one that this cannot be done for.
+    """
+    layers = _adapted(model)
+    folder = resolve(dense, revision)
+    require_dense(read_config(folder), dense)
+    base = model.get_base_model()
+    twin = load_model(folder, model_class=type(base).__name__, dtype="auto").eval()
+    _require_twin(twin, layers, dense)
+    blocks, inside = blocks_of(twin, layers)
+    sequences = text if not isinstance(text, str | Path) else _sequences(folder, str(text), samples, length, seed)
+    device = next(iter(layers.values())).get_base_layer().quantized.scales.device
+    errors = {}
+    with Progress(disable=not progress, transient=True) as bar:
+        for found in hessians(twin, blocks, inside, sequences, device, bar):
+            for name, hessian in found.items():
+                errors[name] = _set(layers[name], _dense_weight(twin.get_submodule(name)), hessian)
+    if untouched := sorted(set(layers) - set(errors)):
+        logger.warning(
+            "%d linears keep an adapter that starts at zero, because no calibration text comes to them: %s …",
+            len(untouched), untouched[0],
+        )  # fmt: skip
+    model.peft_config[model.active_adapter].qalora["init"] = CALIBRATED
+    _take_the_first_ranks(layers)
+    before, after = (sum(values) for values in zip(*errors.values(), strict=True))
+    logger.info(
+        "adapter calibrated on %d tokens: the mean square error of %d linears' outputs is %.3f of the base's",
+        sum(map(len, sequences)), len(errors), after / before if before else 1.0,
+    )  # fmt: skip
+    return errors
+
+
+def require_dense(config: dict[str, Any], dense: str | Path) -> None:
+    """Refuse a model that is quantized itself."""
+    if found := config.get("quantization_config"):
+        method = found.get("quant_method") if isinstance(found, dict) else found
+        raise QALoraError(f"{dense} is quantized itself ({method}). Give the 16-bit model that the base was made from.")
+
+
+def _adapted(model: Any) -> dict[str, QALoraLayer]:
+    """The layers of the active adapter, by their names in the base model."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, QALoraLayer)}
+    if not layers:
+        raise QALoraError("this model has no QA-LoRA adapter. Add one first: add_adapter(load_base(base), …).")
+    if is_to_be_sharded():
+        raise QALoraError(
+            "init: calibrated needs whole layers, and FSDP and DeepSpeed share them out over ranks. Calibrate in one "
+            "process first (qalora_plugin.calibrate, then save_pretrained), and train that adapter (lora_model_dir)."
+        )
+    for name, layer in layers.items():
+        if isinstance(layer, QALoraExpertsLayer):
+            raise QALoraError(
+                f"init: calibrated is for linears, but {name} holds a mixture of experts. Leave init out, or exclude "
+                "the experts (lora_exclude_modules)."
+            )
+        if layer.lora_B[_active(layer)].weight.any():
+            raise QALoraError(
+                f"the adapter on {name} is not new: its B is not zero. Calibrate an adapter before it is trained."
+            )
+    return layers
+
+
+def _active(layer: QALoraLayer) -> str:
+    if len(layer.active_adapters) != 1:
+        raise QALoraError(
+            f"{len(layer.active_adapters)} adapters are active, expected one. Choose it with set_adapter(name)."
+        )
+    return layer.active_adapters[0]
+
+
+def _require_twin(twin: nn.Module, layers: dict[str, QALoraLayer], dense: str | Path) -> None:
+    modules = dict(twin.named_modules())
+    for name, layer in layers.items():
+        weight = getattr(modules.get(name), "weight", None)
+        expected = (layer.get_base_layer().in_features, layer.out_features)
+        found = None if weight is None or weight.dim() != 2 else tuple(_dense_weight(modules[name]).shape)
+        if found != expected:
+            what = "has no such linear" if found is None else f"has one of {found[0]}×{found[1]}"
+            raise QALoraError(
+                f"{dense} is not the 16-bit model of this base: {name} is {expected[0]}×{expected[1]} here, and "
+                f"{dense} {what}. Give the model that the base was quantized from."
+            )
+
+
+def _dense_weight(linear: nn.Module) -> Tensor:
+    """``[K, N]`` of a linear, or of what transformers calls Conv1D, which stores it so."""
+    weight = linear.weight.detach()
+    return weight.t() if isinstance(linear, nn.Linear) else weight
+
+
+def _sequences(folder: Path, text: str, samples: int, length: int, seed: int) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    rows = calibration_rows(AutoTokenizer.from_pretrained(folder), text, samples, length, seed)
+    return [row["input_ids"] for row in rows]
+
+
+@torch.no_grad()
+def _set(layer: QALoraLayer, dense: Tensor, hessian: Tensor) -> Errors:
+    name = _active(layer)
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    has_scales = name in layer.lora_D
+    weight = layer.get_base_layer().quantized
+    found = calibrated_factors(weight, dense.to(hessian.device), hessian, a.shape[0], layer.scaling[name], has_scales)
+    a.copy_(found.a)
+    b.copy_(found.b)
+    if has_scales:  # what is held is D / ratio and C / ratio
+        ratio = layer.scales_ratio[name]
+        layer.lora_D[name].weight.copy_(found.d / ratio)
+        layer.lora_C[name].weight.copy_(found.c / ratio)
+    return Errors(found.before, found.after)
+
+
+def _take_the_first_ranks(layers: dict[str, QALoraLayer]) -> None:
+    """What is random in A and D, and rounding, may differ between ranks."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    for layer in layers.values():
+        name = _active(layer)
+        for factors in (layer.lora_A, layer.lora_B, layer.lora_D, layer.lora_C):
+            if name in factors:
+                dist.broadcast(factors[name].weight.detach(), src=0)

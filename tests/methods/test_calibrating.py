@@ -1,0 +1,155 @@
+"""A calibrated start of a whole adapter: inputs block by block, what is set, what is refused."""
+
+import json
+
+import pytest
+import torch
+from rich.progress import Progress
+from support.fabricate import make_adapter, make_base
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from qalora_plugin import add_adapter, calibrate, load_adapter, load_base, merge
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.methods.block_inputs import blocks_of, hessians
+
+OPTIONS = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+SEQUENCES = [torch.randint(4, 100, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (40, 25)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("calibrating")
+    base = make_base(folder / "base", act_order=True, twin=folder / "dense")
+    return base, folder / "dense"
+
+
+def with_adapter(base, **options):
+    return add_adapter(load_base(base, dtype=torch.float32), **{**OPTIONS, **options})
+
+
+def outputs(model):
+    with torch.no_grad():
+        return torch.cat([model(torch.tensor([ids])).logits[0] for ids in SEQUENCES])
+
+
+def test_inputs_are_those_of_the_whole_model(folders):
+    model = AutoModelForCausalLM.from_pretrained(folders[1], dtype=torch.float32)
+    names = [name for name, module in model.named_modules() if name.endswith("_proj")]
+    seen = {name: [] for name in names}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0][0]))
+        for name in names
+    ]
+    outputs(model)
+    for hook in hooks:
+        hook.remove()
+    blocks, inside = blocks_of(model, names)
+    assert (blocks, inside) == ("model.layers", names)
+    with Progress(disable=True) as bar:
+        found = list(hessians(model, blocks, names, SEQUENCES, torch.device("cpu"), bar))
+    assert [len(part) for part in found] == [7, 7]
+    for name in names:
+        part, x = found[int(name.split(".")[2])], torch.cat(seen[name])
+        assert torch.allclose(part[name], x.t() @ x / len(x), rtol=1e-4, atol=1e-6)
+    distinct = {id(hessian) for part in found for hessian in part.values()}
+    assert len(distinct) == 2 * 4  # q, k, v share; gate, up share
+    assert torch.equal(outputs(model), outputs(AutoModelForCausalLM.from_pretrained(folders[1], dtype=torch.float32)))
+
+
+@pytest.mark.parametrize("scales", [False, True])
+def test_calibrated_saved_merged(folders, tmp_path, scales):
+    base, dense = folders
+    expected = outputs(AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32))
+    model = with_adapter(base, scales=scales, rank_pattern={"o_proj": 6})
+    still = outputs(model)
+    errors = calibrate(model, dense, SEQUENCES, progress=False)
+    assert len(errors) == 14
+    assert all(after <= before for before, after in errors.values())
+    assert sum(after for _, after in errors.values()) < 0.95 * sum(before for before, _ in errors.values())
+    found = outputs(model)
+    assert (found - expected).square().mean() < (still - expected).square().mean()
+    model.save_pretrained(tmp_path / "adapter")
+    qalora = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["qalora"]
+    assert qalora["init"] == "calibrated"
+    loaded = load_adapter(load_base(base, dtype=torch.float32), tmp_path / "adapter")
+    assert torch.equal(outputs(loaded), found)
+    merged = merge(base, tmp_path / "adapter", tmp_path / "merged", "float32", progress=False).folder
+    assert torch.allclose(outputs(AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)), found, atol=1e-3)
+
+
+def test_errors_are_those_of_the_outputs(folders):
+    """Of a linear in the first block, which has the same inputs in both models."""
+    model, dense = with_adapter(folders[0], scales=True), AutoModelForCausalLM.from_pretrained(folders[1])
+    errors = calibrate(model, folders[1], SEQUENCES, progress=False)
+    name = "model.layers.0.self_attn.v_proj"
+    inputs = []
+    dense.float().get_submodule(name).register_forward_pre_hook(lambda _, args: inputs.append(args[0][0]))
+    outputs(dense)
+    x, layer = torch.cat(inputs), model.get_base_model().get_submodule(name)
+    with torch.no_grad():
+        off = layer(x) - dense.get_submodule(name)(x)
+    assert errors[name].after == pytest.approx(off.square().sum().item() / len(x), rel=1e-3)
+
+
+def test_text_is_read_as_quantize_reads_it(folders, tmp_path, caplog):
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": f"{i} is a number " * 20}) for i in range(9)))
+    model = with_adapter(folders[0], target_modules=["q_proj", "lm_head", "down_proj"])
+    with caplog.at_level("INFO"):
+        errors = calibrate(model, folders[1], tmp_path / "text.jsonl", samples=6, length=100)
+    assert len(errors) == 4
+    assert "adapter calibrated on 600 tokens: the mean square error of 4 linears' outputs is 0." in caplog.text
+
+
+def test_what_is_in_no_block_is_left_out(folders):
+    twin = AutoModelForCausalLM.from_pretrained(folders[1])
+    assert blocks_of(twin, ["lm_head", "model.layers.0.mlp.up_proj"]) == (
+        "model.layers",
+        ["model.layers.0.mlp.up_proj"],
+    )
+    with pytest.raises(QALoraError, match="no list of blocks"):
+        blocks_of(twin, ["lm_head"])
+
+
+def test_the_same_again(folders):
+    states = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = with_adapter(folders[0], scales=True, r=5)
+        calibrate(model, folders[1], SEQUENCES, progress=False)
+        states.append({name: p for name, p in model.named_parameters() if "lora_" in name})
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_refused(folders, tmp_path):
+    base, dense = folders
+    other = LlamaForCausalLM(
+        LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                    num_key_value_heads=2)
+    )  # fmt: skip
+    other.save_pretrained(tmp_path / "other")
+    for twin, message in (
+        (
+            tmp_path / "other",
+            r"is not the 16-bit model .*layers.0.mlp.gate_proj is 64×128 here, and .* has one of 64×96",
+        ),
+        (base, r"is quantized itself \(gptq\). Give the 16-bit model"),
+        (tmp_path / "nowhere", "nowhere"),
+    ):
+        with pytest.raises(QALoraError, match=message):
+            calibrate(with_adapter(base), twin, SEQUENCES)
+    with pytest.raises(QALoraError, match="does not exist"):
+        calibrate(with_adapter(base), dense, tmp_path / "missing.jsonl")
+    with pytest.raises(QALoraError, match="has no QA-LoRA adapter"):
+        calibrate(load_base(base), dense, SEQUENCES)
+    trained = load_adapter(load_base(base), make_adapter(base, tmp_path / "adapter"))
+    with pytest.raises(QALoraError, match="is not new: its B is not zero"):
+        calibrate(trained, dense, SEQUENCES)
+    assert not any("init" in config.qalora for config in trained.peft_config.values())
+
+
+def test_a_model_that_does_more_between_its_blocks(folders):
+    model = AutoModelForCausalLM.from_pretrained(folders[1])
+    block = model.model.layers[1]
+    block.register_forward_pre_hook(lambda _, args: (args[0] * 2, *args[1:]))
+    with Progress(disable=True) as bar, pytest.raises(QALoraError, match="does more between its blocks"):
+        list(hessians(model, "model.layers", [], SEQUENCES, torch.device("cpu"), bar))
