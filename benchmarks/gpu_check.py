@@ -45,6 +45,7 @@ PARTS = [
     Part("linear", 110, "linear.py"),
     Part("train lora", 60, "train.py", "lora"),
     Part("decode", 50, "decode.py"),
+    Part("train scales", 70, "train.py", "scales"),
     Part("train qlora", 60, "train.py", "qlora"),
     Part("train peft", 60, "train.py", "peft"),
     Part("tests", 90),  # sweeps over shapes and types, which compile for long

@@ -57,6 +57,9 @@ def _training(out: Path) -> Iterator[list[str]]:
             if other := of(method, scenario):
                 ratio = float(mine["tokens_per_second"]) / float(other["tokens_per_second"])
                 yield _against(f"step {name}, tokens/s ÷ {method}", ratio, bar, at_least=True)
+        if other := of("scales", scenario):
+            ratio = float(other["tokens_per_second"]) / float(mine["tokens_per_second"])
+            yield _against(f"step {name}, with scales ÷ without, tokens/s", ratio, 0.85, at_least=True)
         if scenario == ("1", "2048", "64", "32", "True"):
             yield _against(f"step {name}, peak GB", float(mine["peak_gb"]), 8.0, at_least=False)
 

@@ -17,7 +17,7 @@ from qalora_plugin.core.weight import GroupwiseSpec, GroupwiseWeight
 from qalora_plugin.layers.linear import QuantLinear
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-METHODS = ("dense", "lora", "qlora", "peft", "ours")
+METHODS = ("dense", "lora", "qlora", "peft", "ours", "scales")
 _STD, _CODE_STD = 0.02, 4.61  # of a weight; of a uniform code 0 … 15
 
 
@@ -34,11 +34,11 @@ def build(method: str, config: LlamaConfig, rank: int, group_size: int) -> nn.Mo
 
     Args:
         method: ``dense`` (no adapter: the limit), ``lora`` on bfloat16, ``qlora`` on NF4, ``peft`` (``use_qalora`` over
-            a GPTQ linear in plain torch), ``ours``.
+            a GPTQ linear in plain torch), ``ours``, ``scales`` (ours, and step sizes train).
     """
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
-    packed = {"ours": lambda k, n: QuantLinear(GroupwiseSpec("", k, n, 4, group_size))}
+    packed = dict.fromkeys(("ours", "scales"), lambda k, n: QuantLinear(GroupwiseSpec("", k, n, 4, group_size)))
     packed["peft"] = lambda k, n: PlainTorchLinear(k, n, group_size)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name.endswith(tuple(TARGETS)) and method in packed:
@@ -73,11 +73,13 @@ def _with_adapter(model: nn.Module, method: str, rank: int, group_size: int) -> 
     from peft import LoraConfig, get_peft_model
 
     lora = {"r": rank, "lora_alpha": rank, "target_modules": TARGETS, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
-    if method == "ours":
-        from qalora_plugin.checkpoint.adapter_config import ADAPTER_FORMAT, POOLING
+    if method in ("ours", "scales"):
+        from qalora_plugin.checkpoint.adapter_config import ADAPTER_FORMAT, POOLING, SCALES_FORMAT, SCALES_LR_RATIO
         from qalora_plugin.integrations.peft.adapter import QALoraConfig
 
         binding = {"format_version": ADAPTER_FORMAT, "pooling": POOLING, "group_size": group_size}
+        if method == "scales":
+            binding |= {"format_version": SCALES_FORMAT, "scales": True, "scales_lr_ratio": SCALES_LR_RATIO}
         return get_peft_model(model, QALoraConfig(**lora, qalora=binding))
     if method == "peft":  # PEFT pools only over layers of its own list: its sums are repeated here
         for name, module in list(model.named_modules()):

@@ -13,13 +13,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from tuning.jobs import RANK, Job
+from tuning.scale_units import InScaleUnits
 
 from qalora_plugin import add_adapter, load_base, merge
 from qalora_plugin.integrations.peft import scales
 from qalora_plugin.integrations.peft.adapter import QALoraLayer
 from qalora_plugin.layers.linear import QuantLinear
-from tuning.jobs import RANK, Job
-from tuning.scale_units import InScaleUnits
+from qalora_plugin.methods.calibrating import calibrate
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA: dict[str, Any] = {"r": RANK, "lora_alpha": RANK, "target_modules": TARGETS, "lora_dropout": 0.0}
@@ -119,7 +120,10 @@ def build_scales_all_tokens(job: Job, places: Places) -> nn.Module:
 
 
 def build_calibrated(job: Job, places: Places) -> nn.Module:
-    raise NotImplementedError
+    """Starts where base + adapter is closest to the 16-bit model on the text that the base was calibrated on."""
+    model = build_scales(job, places)
+    calibrate(model, places.dense, places.data / "calibration.jsonl", samples=CALIBRATED_ON, progress=False)
+    return model
 
 
 def build_peqa(job: Job, places: Places) -> nn.Module:

@@ -78,7 +78,11 @@ def best_rates(results: Iterable[dict]) -> dict[str, float]:
     """Method → the rate with the lowest held-out loss, once all have been tried."""
     found: dict[tuple[str, float], float] = {}
     for row in results:
-        if row["task"] == "gsm8k" and row["seed"] == SEEDS[0] and (row["bits"], row["group_size"]) in ((0, 0), FOUR[:2]):
+        if (
+            row["task"] == "gsm8k"
+            and row["seed"] == SEEDS[0]
+            and (row["bits"], row["group_size"]) in ((0, 0), FOUR[:2])
+        ):
             found[row["method"], row["lr"]] = row.get("loss", float("inf"))
     return {
         method: min(tried, key=lambda lr: found[method, lr])

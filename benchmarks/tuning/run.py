@@ -42,7 +42,7 @@ class Bench:
         self.tokenizer = AutoTokenizer.from_pretrained(data / "model")
         self.about = describe("transformers", "peft", "gptqmodel")
 
-    def next_job(self, only: str) -> Job | None | bool:
+    def next_job(self, only: str) -> Job | bool | None:
         """A job that is this process's now; True: some wait for what others make; None: nothing is left."""
         results = plan.read(self.results)
         done = {job_of(row).name for row in results if "note" not in row}
