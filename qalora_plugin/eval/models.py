@@ -47,8 +47,8 @@ class Subject:
         Raises:
             QALoraError: it is none, of a kind that cannot be loaded, or base and adapter do not belong together.
         """
+        name = model if adapter is None else f"{model}+{adapter}"
         base, adapter = _parts(model) if adapter is None else (model, adapter)
-        name = model if model.endswith(str(adapter)) else f"{model}+{adapter}" if adapter else model
         opened = None if adapter is None else AdapterFolder.open(adapter)
         if opened is not None and base is None:
             base = opened.config.get("base_model_name_or_path")
