@@ -113,6 +113,10 @@ def test_what_is_no_model(base, files, tmp_path):
     for model_type, match in (("nonesuch", "no model's config"), ("vit", "no model that continues text")):
         (strange / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
         assert match in refused(base, strange, *text)
+    own_code = {"model_type": "nonesuch", "auto_map": {"AutoConfig": "code.Config"}}
+    (strange / "code.py").write_text("raise SystemExit('ran')")
+    (strange / "config.json").write_text(json.dumps(config | own_code))
+    assert "no model's config" in refused(base, strange, *text)
     stated = config["quantization_config"] | {"quant_method": "awq"}
     (strange / "config.json").write_text(json.dumps(config | {"quantization_config": stated}))
     assert "qalora import awq" in refused(base, strange, *text)
