@@ -82,10 +82,14 @@ def test_any_model_in_one_table(base, adapter, merged, dense, files, tmp_path):
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_answers_and_json(base, files):
-    result = run(base, "--jsonl", files / "qa.jsonl", "--generate", 2, "--max-new-tokens", 3, "--json")
+def test_answers_and_json(base, files, tmp_path):
+    (tmp_path / "qa.jsonl").write_text('{"text": "another file of that name"}')
+    both = ("--jsonl", files / "qa.jsonl", "--jsonl", tmp_path / "qa.jsonl")
+    result = run(base, *both, "--generate", 2, "--max-new-tokens", 3, "--json")
     report = json.loads(result.stdout[result.stdout.index("{") :])
-    (found,) = report["results"]
+    found, other = report["results"]
+    assert (found["data"], other["data"]) == (f"{files.name}/qa.jsonl", f"{tmp_path.name}/qa.jsonl")
+    assert other["answered"] is None
     assert found["answered"] == 2
     assert (found["exact"], found["exact_direct"], found["unfinished"]) == (0, 0, 2)
     assert report["settings"]["dtype"] == "float32"
@@ -151,6 +155,7 @@ def test_what_does_not_belong_together(base, adapter, files, tmp_path):
 def test_nothing_to_do(base, files, tmp_path, monkeypatch):
     text = ("--text", files / "text.txt")
     assert "there is nothing to measure" in refused(base)
+    assert "is there twice" in refused(base, *text, *text)
     assert "--generate needs questions" in refused(base, *text, "--generate", 3)
     assert "--png draws losses" in refused(base, "--png", tmp_path / "x.png")
     assert "--dtype is 'int8'" in refused(base, *text, "--dtype", "int8")
