@@ -119,9 +119,8 @@ def mean_loss(
             theirs = torch.from_numpy(np.array(reference.array[reference.rows[i]])).to(logits.device)
             divergence += _divergence(theirs.log_softmax(-1), log_q)
             compared += len(targets)
-    return Measured(
-        loss / tokens, right / tokens, tokens, divergence / compared if reference and compared else None, compared
-    )
+    kl = max(0.0, divergence / compared) if compared else None  # float32 sums of a model and itself may lie below 0
+    return Measured(loss / tokens, right / tokens, tokens, kl, compared)
 
 
 def _divergence(log_p: Tensor, log_q: Tensor) -> float:

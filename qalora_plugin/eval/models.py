@@ -47,8 +47,8 @@ class Subject:
         Raises:
             QALoraError: it is none, of a kind that cannot be loaded, or base and adapter do not belong together.
         """
+        name = model if adapter is None else f"{model}+{adapter}"
         base, adapter = _parts(model) if adapter is None else (model, adapter)
-        name = model if model.endswith(str(adapter)) else f"{model}+{adapter}" if adapter else model
         opened = None if adapter is None else AdapterFolder.open(adapter)
         if opened is not None and base is None:
             base = opened.config.get("base_model_name_or_path")
@@ -117,7 +117,7 @@ class Subject:
         if self.adapter is not None and (self.adapter.folder / _TOKENIZER_CONFIG).is_file():
             folder = self.adapter.folder
         try:
-            return AutoTokenizer.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # whatever tokenizers of any kind and age raise
             raise QALoraError(
                 f"{folder} has no tokenizer that can be loaded ({error}). Put its tokenizer's files there."
@@ -159,7 +159,7 @@ class Subject:
     def _load_dense(self, dtype: "torch.dtype") -> Any:
         from qalora_plugin.integrations.transformers.loading import load_model
 
-        found: Any = load_model(self.files.folder, dtype=dtype, output_loading_info=True)
+        found: Any = load_model(self.files.folder, dtype=dtype, trust_remote_code=False, output_loading_info=True)
         model, info = found
         if missing := sorted(info["missing_keys"]):  # transformers only warns, and makes them up
             raise QALoraError(
@@ -175,8 +175,6 @@ def open_all(models: list[str], adapters: list[str], revision: str | None = None
     Args:
         adapters: each a further one, on the first of ``models``.
     """
-    if not models:
-        raise QALoraError("no model is given. Pass folders: qalora eval MODEL … --text FILE.")
     pairs = [*((model, None) for model in models), *((models[0], adapter) for adapter in adapters)]
     return [Subject.open(model, adapter, revision) for model, adapter in pairs]
 
@@ -199,7 +197,7 @@ def _require_model(files: Checkpoint) -> None:
     from qalora_plugin.integrations.transformers.loading import auto_class
 
     try:
-        config = AutoConfig.from_pretrained(files.folder)
+        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
     except Exception as error:  # whatever configs of any kind and age raise
         raise QALoraError(
             f"{files.folder / 'config.json'} is no model's config that transformers can read ({error}). Pass the "

@@ -127,18 +127,20 @@ def plot(results: Sequence[Result], path: Path) -> None:
         raise QALoraError("there is nothing to draw: no loss was measured. Pass --text or --jsonl.")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-    names = list(dict.fromkeys(result.data for result in drawn))
+    names, models = (list(dict.fromkeys(getattr(result, key) for result in drawn)) for key in ("data", "model"))
     figure = Figure(figsize=(1.5 + 5 * len(names), 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     for panel, name in zip(panels, names, strict=True):
         for result in (result for result in drawn if result.data == name):
-            panel.plot(result.served_bits, result.loss, "o", label=_shown(result.model))
-        panel.legend(fontsize=8)
+            panel.plot(result.served_bits, result.loss, "o", color=f"C{models.index(result.model)}")
         panel.set(title=_shown(name), xlabel="served bits a weight", ylabel="loss, nats a token")
         panel.margins(0.15)
         panel.grid(alpha=0.3)
+    marks = [Line2D([], [], marker="o", ls="", color=f"C{i}", label=_shown(name)) for i, name in enumerate(models)]
+    figure.legend(handles=marks, loc="outside lower center", fontsize=8)
     with new_file(path) as work:
         figure.savefig(work, dpi=150, format="png")
 

@@ -85,8 +85,9 @@ def plan(
         QALoraError: nothing to measure, data that cannot be read, a model without a tokenizer, answers to be generated
             to mere text, or a reference whose tokens are not a model's.
     """
-    data = [Data(path.name, texts=tuple(read_texts(path))) for path in texts]
-    data += [_data_set(path, settings) for path in sets]
+    names = _names([*texts, *sets])
+    data = [Data(name, texts=tuple(read_texts(path))) for name, path in zip(names, texts, strict=False)]
+    data += [_data_set(name, path, settings) for name, path in zip(names[len(texts) :], sets, strict=True)]
     if not data and tasks is None:
         raise QALoraError("there is nothing to measure. Pass --text FILE, --jsonl FILE or --tasks NAMES.")
     if settings.generate and not any(one.asked for one in data):
@@ -106,11 +107,26 @@ def plan(
     return made
 
 
-def _data_set(path: Path, settings: Settings) -> Data:
+def _names(paths: Sequence[Path]) -> list[str]:
+    """File names, with as many folders before them as tell them apart.
+
+    Raises:
+        QALoraError: a file is there twice.
+    """
+    absolute = [path.absolute() for path in paths]
+    if twice := [path for i, path in enumerate(absolute) if path in absolute[:i]]:
+        raise QALoraError(f"{twice[0]} is there twice. Pass it once.")
+    parts = 1
+    while len({path.parts[-parts:] for path in absolute}) < len(absolute):
+        parts += 1
+    return ["/".join(path.parts[-parts:]) for path in absolute]
+
+
+def _data_set(name: str, path: Path, settings: Settings) -> Data:
     rows = tuple(read_rows(path, settings.rows))
     asked = tuple(row for row in rows if row.messages)[: settings.generate]
     judge = Judge(asked, settings.answer_pattern) if asked else None
-    return Data(path.name, rows=rows, asked=asked, judge=judge)
+    return Data(name, rows=rows, asked=asked, judge=judge)
 
 
 def _examples(made: Plan, subject: Subject, data: Data) -> list[Example]:
