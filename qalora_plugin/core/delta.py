@@ -1,7 +1,11 @@
 """What an adapter adds to a weight, and the one place where its factors are multiplied.
 
-offsets[γ,n] += α/R·(B·A)ᵀ            A [R, G], B [N, R]          (QA-LoRA, arXiv 2309.14717, eq. 4)
-scales[γ,n]  *= 1 + (D·C)[γ,n]        D [G, R], C [R, N]
+offsets[γ,n] += α/R·(B·A)ᵀ                     A [R, G], B [N, R]   (QA-LoRA, arXiv 2309.14717, eq. 4)
+
+Where step sizes train, too, both changes are in units of them, which differ between layers by orders of magnitude:
+
+offsets[γ,n] += scales[γ,n]·α/R·(B·A)ᵀ
+scales[γ,n]  *= 1 + (D·C)[γ,n]                 D [G, R], C [R, N]
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -42,7 +46,7 @@ class ScaleDelta(NamedTuple):
 
     Attributes:
         d: ``[G, R]``. c: ``[R, N]``.
-        every: their gradient is that of every so many-th token, times ``every``.
+        every: their gradient is taken from one token in so many, and stands for that of all.
     """
 
     d: "Tensor"

@@ -36,10 +36,17 @@ def pool(x: Tensor, g_idx: Tensor, groups: int) -> Tensor:
     return out.index_add(-1, g_idx.long(), x)
 
 
-def adapter_offsets(lora_a: Tensor, lora_b: Tensor, scaling: float, dtype: torch.dtype = torch.float64) -> Tensor:
-    """What merging adds: ``α/R · (B·A)ᵀ``, A ``[R, G]``, B ``[N, R]`` → ``[G, N]`` in weight units."""
+def adapter_offsets(
+    lora_a: Tensor, lora_b: Tensor, scaling: float, unit: Tensor | None = None, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """What merging adds: ``α/R · (B·A)ᵀ``, A ``[R, G]``, B ``[N, R]`` → ``[G, N]`` in weight units.
+
+    Args:
+        unit: the scales ``[G, N]``, of adapters that train them too.
+    """
     lora_b = lora_b.t().contiguous()  # or BLAS takes five times as long
-    return (scaling * lora_a.to(dtype)).t() @ lora_b.to(dtype)
+    offsets = (scaling * lora_a.to(dtype)).t() @ lora_b.to(dtype)
+    return offsets if unit is None else offsets * unit.to(dtype)
 
 
 def adapter_scales(scales: Tensor, d: Tensor, c: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:

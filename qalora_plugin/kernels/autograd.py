@@ -1,12 +1,17 @@
 """``y = x·(w + offsets)`` straight from the packed weight, with the adapter folded in: one GEMM, no dense weight kept.
 
-    forward    w' = dequant(q, scales ⊙ (1 + D·C), zeros, offsets + α/R·(B·A)ᵀ)      y  = x·w'
+    forward    w' = dequant(q, scales, zeros, offsets + α/R·(B·A)ᵀ)                  y  = x·w'
     backward   w' again, from the packed tensors                                     dx = dy·w'ᵀ
                dB = α/R · dyᵀ·(P(x)·Aᵀ)                                              dA = α/R · (dy·B)ᵀ·P(x)
+
+With trained scales:
+
+    forward    w' = dequant(q, scales ⊙ (1 + D·C), zeros, offsets + scales ⊙ α/R·(B·A)ᵀ)
+    backward   dA and dB through scales ⊙ (P(x)ᵀ·dy) [G, N]
                dD = dM·Cᵀ, dC = Dᵀ·dM, where dM is the gradient of D·C: :mod:`.scales`
 
-Between the two only ``P(x)`` is saved, 1/g of ``x``; with trained scales also every n-th token of ``x``, whose share in
-dM, times n, stands for the whole: that product would cost half as much again as all others. The weight multiplied here
+Between the two only ``P(x)`` is saved, 1/g of ``x``; with trained scales also one token of ``x`` in n, whose share in dM,
+times n, stands for the whole: that product would cost half as much again as all others. The weight multiplied here
 is, up to the rounding of the stored offsets and scales, the one that the merged checkpoint serves.
 """
 
@@ -28,11 +33,11 @@ from qalora_plugin.kernels.unpacking import product
 def linear(
     x: Tensor, weight: GroupwiseWeight, delta: OffsetDelta | None = None, scale_delta: ScaleDelta | None = None
 ) -> Tensor:
-    """``x·w' + scaling·P(x)·Aᵀ·Bᵀ`` in the dtype of x (the autocast dtype under autocast).
+    """``x·w'`` in the dtype of x (the autocast dtype under autocast).
 
     Args:
         x: ``[..., K]``.
-        scale_delta: changes the scales of ``w``.
+        delta: in units of ``w``; of its scales, as they were, if there is a ``scale_delta``.
 
     Returns:
         ``[..., N]``.
@@ -49,19 +54,13 @@ class _GroupwiseLinear(torch.autograd.Function):
         c: Tensor | None, every: int, weight: GroupwiseWeight,
     ) -> Tensor:  # fmt: skip
         run = _forward_op if torch.compiler.is_compiling() else _forward
-        wants_scales = any(ctx.needs_input_grad[4:6])
-        keep_pooled = any(ctx.needs_input_grad[1:3])
-        factors = (lora_a, lora_b, scaling, d, c)
-        y, pooled = run(x, *factors, keep_pooled, weight.tensors, weight.bits, weight.group_size)
+        keep_pooled, wants_scales = any(ctx.needs_input_grad[1:3]), any(ctx.needs_input_grad[4:6])
+        factors, stored = (lora_a, lora_b, scaling, d, c), (weight.tensors, weight.bits, weight.group_size)
+        y, pooled, rows, sampled = run(x, *factors, keep_pooled, every if wants_scales else 0, *stored)
+        if wants_scales and every == 1:
+            rows, sampled = None, x
         ctx.scaling, ctx.weight, ctx.wants_scales = scaling, weight, wants_scales
-        ctx.every, ctx.first, sampled = every, 0, None
-        if wants_scales:
-            rows = x.flatten(0, -2)
-            if every > 1:
-                ctx.first = int(torch.randint(every, ()))  # by torch's generator, which resuming puts back
-                rows = rows[ctx.first :: every].contiguous()  # a copy, or all of x would stay
-            sampled = rows
-        ctx.save_for_backward(pooled, sampled, lora_a, lora_b, d, c)
+        ctx.save_for_backward(pooled, rows, sampled, lora_a, lora_b, d, c)
         return y
 
     @staticmethod
@@ -69,11 +68,11 @@ class _GroupwiseLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         run = _backward_op if torch.compiler.is_compiling() else _backward
         wants_dx, wants_a, wants_b, _, wants_d, wants_c, _, _ = ctx.needs_input_grad
-        pooled, sampled, lora_a, lora_b, d, c = ctx.saved_tensors
+        pooled, rows, sampled, lora_a, lora_b, d, c = ctx.saved_tensors
         weight = ctx.weight
         dx, da, db, dd, dc = run(
-            dy, pooled, sampled, lora_a, lora_b, ctx.scaling, d, c, ctx.first, ctx.every, wants_dx, wants_a or wants_b,
-            weight.tensors, weight.bits, weight.group_size,
+            dy, pooled, rows, sampled, lora_a, lora_b, ctx.scaling, d, c, wants_dx, wants_a or wants_b,
+            ctx.wants_scales, weight.tensors, weight.bits, weight.group_size,
         )  # fmt: skip
         found = ((dx, wants_dx), (da, wants_a), (db, wants_b), (None, False), (dd, wants_d), (dc, wants_c))
         return *(gradient if wanted else None for gradient, wanted in found), None, None
@@ -87,33 +86,52 @@ def _forward(
     d: Tensor | None,
     c: Tensor | None,
     keep_pooled: bool,
+    sample: int,
     tensors: list[Tensor | None],
     bits: int,
     group_size: int,
-) -> tuple[Tensor, Tensor]:
-    """Returns ``y`` and ``P(x)`` (empty unless ``keep_pooled``). The last three arguments are a GroupwiseWeight."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``y``; ``P(x)`` (empty unless ``keep_pooled``); which rows of x, one in ``sample``, and these (empty below 2).
+
+    The last three arguments are a GroupwiseWeight.
+    """
     weight = GroupwiseWeight.of(tensors, bits, group_size)
     delta = None if lora_a is None or lora_b is None else OffsetDelta(lora_a, lora_b, scaling)
     with torch.autocast(x.device.type, enabled=False):
-        changed = _with_scales(weight, d, c)
+        changed, delta = _in_steps(weight, delta, d, c)
         y = choose(changed, x.dtype, x.numel() // x.shape[-1]).forward(x, changed, delta)
         # After y: allocated before it, what is kept would break up the free memory that y fits into.
-        return y, choose(weight, x.dtype).pool(x, weight) if keep_pooled else x.new_empty(0)
+        pooled = choose(weight, x.dtype).pool(x, weight) if keep_pooled else x.new_empty(0)
+        tokens = x.flatten(0, -2)
+        rows = _rows(len(tokens), sample, x.device)
+        return y, pooled, rows, tokens[rows]
+
+
+def _rows(tokens: int, sample: int, device: torch.device) -> Tensor:
+    """Places of one token in ``sample``, at equal distances; each is as likely as any other."""
+    if sample < 2 or not tokens:
+        return torch.empty(0, dtype=torch.int64, device=device)
+    first = int(torch.randint(tokens, ()))  # by torch's own generator, which checkpointing and resuming put back
+    return (torch.arange(_sampled(tokens, sample), device=device) * sample + first) % tokens
+
+
+def _sampled(tokens: int, sample: int) -> int:
+    return max(1, tokens // sample) if sample > 1 and tokens else 0
 
 
 def _backward(
     dy: Tensor,
     pooled: Tensor,
+    rows: Tensor | None,
     sampled: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     scaling: float,
     d: Tensor | None,
     c: Tensor | None,
-    first: int,
-    every: int,
     wants_dx: bool,
     wants_adapter: bool,
+    wants_scales: bool,
     tensors: list[Tensor | None],
     bits: int,
     group_size: int,
@@ -122,7 +140,7 @@ def _backward(
 
     Args:
         pooled: ``P(x)``, if ``wants_adapter``.
-        sampled: rows ``first``, ``first + every`` … of x, if the gradients of D and C are wanted.
+        rows, sampled: if ``wants_scales``, which tokens, and their x ``[…, K]``; all of them without ``rows``.
     """
     weight = GroupwiseWeight.of(tensors, bits, group_size)
     delta = None if lora_a is None or lora_b is None else OffsetDelta(lora_a, lora_b, scaling)
@@ -130,23 +148,32 @@ def _backward(
     kernel = choose(weight, dy.dtype)
     with torch.autocast(dy.device.type, enabled=False):
         if wants_dx:
-            dx = kernel.grad_input(dy, _with_scales(weight, d, c), delta)
+            dx = kernel.grad_input(dy, *_in_steps(weight, delta, d, c))
         dy = dy.flatten(0, -2)
         if wants_adapter and delta is not None:
-            da, db = _adapter_gradients(dy, pooled.flatten(0, -2), delta, kernel)
-        if sampled is not None and d is not None and c is not None:
-            gradient = factor_gradient(sampled, dy[first::every], weight)
-            if every > 1:
-                gradient *= every
+            unit = None if d is None else weight.scales
+            da, db = _adapter_gradients(dy, pooled.flatten(0, -2), delta, unit, kernel)
+        if wants_scales and sampled is not None and d is not None and c is not None:
+            seen = dy if rows is None else dy[rows]
+            gradient = factor_gradient(sampled.flatten(0, -2), seen, weight)
+            if 0 < len(seen) < len(dy):
+                gradient *= len(dy) / len(seen)
             dd, dc = ScaleDelta(d, c).gradients(gradient.to(torch.promote_types(d.dtype, torch.float32)))
             dd, dc = dd.to(d.dtype), dc.to(c.dtype)
     return dx, da, db, dd, dc
 
 
-def _with_scales(weight: GroupwiseWeight, d: Tensor | None, c: Tensor | None) -> GroupwiseWeight:
+def _in_steps(
+    weight: GroupwiseWeight, delta: OffsetDelta | None, d: Tensor | None, c: Tensor | None
+) -> tuple[GroupwiseWeight, OffsetDelta | None]:
+    """The weight with trained scales and what they measure; as it is without."""
     if d is None or c is None:
-        return weight
-    return weight._replace(scales=ScaleDelta(d, c).materialize(weight.scales))
+        return weight, delta
+    changed = weight._replace(scales=ScaleDelta(d, c).materialize(weight.scales))
+    if delta is None:
+        return changed, None
+    offsets = delta.materialize().mul_(weight.scales)
+    return changed._replace(offsets=offsets if weight.offsets is None else offsets.add_(weight.offsets)), None
 
 
 # The same two as ops that torch.compile does not look into: a compiled model stays one graph. Not for Inductor's CUDA
@@ -158,38 +185,44 @@ _backward_op = torch.library.custom_op("qalora::linear_backward", _backward, mut
 
 @_forward_op.register_fake
 def _(
-    x: Tensor, lora_a: Any, lora_b: Any, scaling: float, d: Any, c: Any, keep_pooled: bool, tensors: Any, bits: int,
-    group_size: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor, lora_a: Any, lora_b: Any, scaling: float, d: Any, c: Any, keep_pooled: bool, sample: int, tensors: Any,
+    bits: int, group_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     groups, out_features = tensors[2].shape
     pooled = x.new_empty(*x.shape[:-1], groups) if keep_pooled else x.new_empty(0)
-    return x.new_empty(*x.shape[:-1], out_features), pooled
+    rows = _sampled(x.numel() // x.shape[-1], sample)
+    return (
+        x.new_empty(*x.shape[:-1], out_features), pooled, x.new_empty(rows, dtype=torch.int64),
+        x.new_empty(rows, x.shape[-1]),
+    )  # fmt: skip
 
 
 @_backward_op.register_fake
 def _(
-    dy: Tensor, pooled: Tensor, sampled: Any, lora_a: Any, lora_b: Any, scaling: float, d: Any, c: Any, first: int,
-    every: int, wants_dx: bool, wants_adapter: bool, tensors: Any, bits: int, group_size: int,
+    dy: Tensor, pooled: Tensor, rows: Any, sampled: Any, lora_a: Any, lora_b: Any, scaling: float, d: Any, c: Any,
+    wants_dx: bool, wants_adapter: bool, wants_scales: bool, tensors: Any, bits: int, group_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     groups = tensors[2].shape[0]
     dx = dy.new_empty(*dy.shape[:-1], groups * group_size) if wants_dx else dy.new_empty(0)
     da, db = (torch.empty_like(t) if wants_adapter else dy.new_empty(0) for t in (lora_a, lora_b))
-    dd, dc = (dy.new_empty(0) if sampled is None else torch.empty_like(t) for t in (d, c))
+    dd, dc = (torch.empty_like(t) if wants_scales else dy.new_empty(0) for t in (d, c))
     return dx, da, db, dd, dc
 
 
-def _adapter_gradients(dy: Tensor, pooled: Tensor, delta: OffsetDelta, kernel: Kernel) -> tuple[Tensor, Tensor]:
-    """dA ``[R, G]`` and dB ``[N, R]`` of dy ``[T, N]`` and P(x) ``[T, G]``.
+def _adapter_gradients(
+    dy: Tensor, pooled: Tensor, delta: OffsetDelta, unit: Tensor | None, kernel: Kernel
+) -> tuple[Tensor, Tensor]:
+    """dA ``[R, G]`` and dB ``[N, R]`` of dy ``[T, N]`` and P(x) ``[T, G]``; ``unit`` ``[G, N]``: of ``delta``, if not 1.
 
-    Few groups: through ``dE = P(x)ᵀ·dy`` [G, N], which reads dy once. Many: factored, through ``dy·B`` and ``P(x)·Aᵀ``
+    Few groups, or a unit: through ``dE = P(x)ᵀ·dy`` [G, N], which reads dy once. Many: factored, through ``dy·B`` and ``P(x)·Aᵀ``
     [T, R], which reads it twice and multiplies less. These products are bound by memory: on a CPU, one pass over dy
     still wins at twice the multiplications (G = 4·R). They run in dy's dtype (summed in float32) as any LoRA's do,
     where the device multiplies in it.
     """
     lora_a, lora_b, scaling = delta
-    if pooled.shape[1] <= 4 * len(lora_a):
-        gradient = kernel.offset_gradient(pooled, dy)
-        da, db = delta.gradients(gradient.to(torch.promote_types(lora_a.dtype, torch.float32)))
+    if unit is not None or pooled.shape[1] <= 4 * len(lora_a):
+        gradient = kernel.offset_gradient(pooled, dy).to(torch.promote_types(lora_a.dtype, torch.float32))
+        da, db = delta.gradients(gradient if unit is None else gradient * unit)
     else:
         dtype = gemm_dtype(dy.dtype, dy.device)
         dy, pooled, a, b = (t.to(dtype) for t in (dy, pooled, lora_a, lora_b))

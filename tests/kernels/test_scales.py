@@ -22,8 +22,9 @@ def compare(layer, x, tolerance, rank=4, factors=torch.float32):
 
     x64, a64, b64, d64, c64 = (t.detach().double().requires_grad_() for t in (x, lora_a, lora_b, d, c))
     weight = reference.scaled_weight(layer.quantized, d64, c64)
-    bias = None if layer.bias is None else layer.bias.double()
-    y64 = reference.adapter_linear(x64, weight, column_groups(layer), a64, b64, 0.5, bias)
+    offsets = reference.adapter_offsets(a64, b64, 0.5, layer.quantized.scales)
+    y64 = x64 @ (weight + offsets[column_groups(layer)])
+    y64 = y64 if layer.bias is None else y64 + layer.bias.double()
     expected = torch.autograd.grad(y64, (x64, a64, b64, d64, c64), dy.double())
     for pair in zip((y, *found), (y64, *expected), strict=True):
         assert_close(*pair, tolerance)
@@ -65,37 +66,29 @@ def test_saves_the_input_beside_the_pooled_one():
     assert any(t.data_ptr() == x.data_ptr() for t in saved)  # x itself: what reads it beside this layer shares it
 
 
-def test_every_fourth_token_is_saved_and_stands_for_all():
+@pytest.mark.parametrize("tokens", [12, 13, 3])
+def test_one_token_in_four_is_saved_and_stands_for_all(tokens):
     """Over the places that it may begin at, the gradient's mean is that of all tokens; dx, dA, dB never differ."""
-    layer, x = make_layer(256, 64, 4, 32), torch.randn(3, 4, 256, requires_grad=True)
+    layer, x = make_layer(256, 64, 4, 32), torch.randn(tokens, 256, requires_grad=True)
     lora, (d, c) = delta(*adapter_for(layer, 4)), scale_factors_for(layer, 4)
     wanted = torch.autograd.grad(layer(x, lora, ScaleDelta(d, c)).square().sum(), (d, c, x, *lora[:2]))
     found: dict[int, list] = {}
-    for seed in range(40):
+    for seed in range(150):
         torch.manual_seed(seed)
         saved: list[torch.Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
             y = layer(x, lora, ScaleDelta(d, c, 4))
-        (sampled,) = (t for t in saved if t.shape == (3, 256))
-        (first,) = (i for i in range(4) if torch.equal(sampled, x.detach().flatten(0, 1)[i::4]))
+        (sampled,) = (t for t in saved if t.shape == (max(1, tokens // 4), 256))
+        (first,) = (i for i in range(tokens) if torch.equal(sampled[0], x[i].detach()))
         assert sampled.untyped_storage().nbytes() == sampled.nbytes  # not a view that keeps all of x
         gradients = torch.autograd.grad(y.square().sum(), (d, c, x, *lora[:2]))
         for one, all_tokens in zip(gradients[2:], wanted[2:], strict=True):
             assert torch.equal(one, all_tokens)
         found[first] = list(gradients)
-    assert sorted(found) == [0, 1, 2, 3]
+    assert sorted(found) == list(range(tokens))
     for i in range(2):
         mean = torch.stack([gradients[i] for gradients in found.values()]).mean(0)
         torch.testing.assert_close(mean, wanted[i], rtol=1e-4, atol=1e-4 * wanted[i].abs().max().item())
-
-
-def test_fewer_tokens_than_are_skipped():
-    layer, x = make_layer(64, 32, 4, 32), torch.randn(1, 64, requires_grad=True)
-    d, c = scale_factors_for(layer, 4)
-    for seed in range(8):
-        torch.manual_seed(seed)
-        layer(x, delta(*adapter_for(layer, 4)), ScaleDelta(d, c, 4)).sum().backward()
-    assert d.grad.isfinite().all() and c.grad.abs().sum() > 0
 
 
 def test_frozen_scales_save_no_input():

@@ -31,6 +31,7 @@ def blocks(**options):
 
 def block_step(model, run, x):
     model.zero_grad()
+    torch.manual_seed(1)  # scales sample tokens
     x = x.clone().requires_grad_()
     y = run(x)
     y.float().square().mean().backward()
@@ -85,11 +86,10 @@ def test_ops_pass_opcheck(wants_adapter, wants_scales, wants_dx):
     adapter = (None, None) if wants_adapter is None else (torch.randn(2, 2), torch.randn(32, 2))
     factors = (None, None) if wants_scales is None else (torch.randn(2, 2), torch.randn(2, 32))
     given = (*adapter, 0.5, *factors)
-    x = torch.randn(3, 64)
-    arguments = (x, *given, bool(wants_adapter), *stored)
+    x = torch.randn(2, 3, 64)
+    arguments = (x, *given, bool(wants_adapter), 4 if wants_scales else 0, *stored)
     torch.library.opcheck(torch.ops.qalora.linear.default, arguments, test_utils=checks)
-    y, pooled = torch.ops.qalora.linear(*arguments)
-    first, every = 1, 2
-    sampled = x[first::every] if wants_scales else None
-    arguments = (torch.randn_like(y), pooled, sampled, *given, first, every, wants_dx, bool(wants_adapter), *stored)
+    y, *kept = torch.ops.qalora.linear(*arguments)
+    wants = (wants_dx, bool(wants_adapter), bool(wants_scales))
+    arguments = (torch.randn_like(y), *kept, *given, *wants, *stored)
     torch.library.opcheck(torch.ops.qalora.linear_backward.default, arguments, test_utils=checks)

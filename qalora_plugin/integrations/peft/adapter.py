@@ -23,11 +23,10 @@ from qalora_plugin.core.delta import OffsetDelta
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.unsupported import refuse_peft_fields
 from qalora_plugin.integrations.peft.conversion import leave_alone
-from qalora_plugin.integrations.peft.scales import is_bound, new_factors, scale_delta
+from qalora_plugin.integrations.peft.scales import is_bound, new_factors, scale_delta, stretched
 from qalora_plugin.kernels.pooling import pool
 from qalora_plugin.layers.experts import QuantExpertLinear
 from qalora_plugin.layers.linear import QuantLinear
-from qalora_plugin.layers.sharding import factor
 
 
 @dataclass
@@ -99,7 +98,8 @@ class QALoraLayer(nn.Module, LoraLayer):
     """``y = base(x) + α/R · P(x)·Aᵀ·Bᵀ`` over a :class:`QuantLinear`; A is ``[R, G]``, B ``[N, R]``.
 
     One active adapter without dropout runs folded into the base's GEMM; otherwise each adapter adds a second path.
-    With ``scales`` the base's own are ``scales ⊙ (1 + ΣD·C)`` meanwhile, on every path (dropout is the offsets' alone).
+    With ``scales`` the base's own are ``scales ⊙ (1 + ΣD·C)`` meanwhile, on every path (dropout is the offsets' alone),
+    and offsets are ``scales ⊙ α/R·(B·A)ᵀ``.
     """
 
     adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_D", "lora_C")
@@ -150,6 +150,8 @@ class QALoraLayer(nn.Module, LoraLayer):
             self.lora_D[adapter_name], self.lora_C[adapter_name] = new_factors(
                 base.groups, base.out_features, r, ratio, config.init_lora_weights
             )
+            for factors in (self.lora_A, self.lora_B):
+                factors[adapter_name].weight.data /= ratio
             self._move_adapter_to_device_of_base_layer(adapter_name)
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -165,15 +167,21 @@ class QALoraLayer(nn.Module, LoraLayer):
             return base(x)
         scales = scale_delta(self.lora_D, self.lora_C, self.scales_ratio, active)
         if len(active) == 1 and not self._drops(active[0]):
-            name = active[0]
-            delta = OffsetDelta(factor(self.lora_A[name]), factor(self.lora_B[name]), self.scaling[name])
-            return base(x, delta, scales)
+            return base(x, self._delta(active[0]), scales)
         y = base(x, None, scales)
         for name in active:
             lora_a, lora_b = self.lora_A[name], self.lora_B[name]
             pooled = pool(self.lora_dropout[name](x), base.quantized).to(lora_a.weight.dtype)
-            y = y + (lora_b(lora_a(pooled)) * self.scaling[name]).to(y.dtype)
+            if name in self.lora_D:
+                added = pooled @ (self._delta(name).materialize() * base.quantized.scales).to(pooled.dtype)
+            else:
+                added = lora_b(lora_a(pooled)) * self.scaling[name]
+            y = y + added.to(y.dtype)
         return y
+
+    def _delta(self, name: str) -> OffsetDelta:
+        ratio = self.scales_ratio.get(name)
+        return OffsetDelta(stretched(self.lora_A[name], ratio), stretched(self.lora_B[name], ratio), self.scaling[name])
 
     def _drops(self, name: str) -> bool:
         dropout = self.lora_dropout[name]

@@ -1,11 +1,12 @@
 """Trained step sizes of an adapter: D and C of :class:`~qalora_plugin.core.delta.ScaleDelta`, as PEFT holds them.
 
-Both learn ``scales_lr_ratio`` times as fast as A and B. Parameter groups would have to be made for every optimizer of
-every trainer; instead what PEFT holds is ``D / ratio`` and ``C / ratio``, and their gradients are those of D and C. So
-a step of D is ``ratio`` times as large as the optimizer's, while clipping and the optimizer see the gradients that
-parameter groups would show them. It is the same for every optimizer whose step depends on gradients alone. One that
-looks at the parameters themselves differs: weight decay takes from D and C the share per step that it takes from A and
-B, not ``ratio`` times that share; Adafactor's ``scale_parameter`` undoes the ratio.
+With them all four factors change the weight in units of its steps, and learn ``scales_lr_ratio`` times as fast as a
+LoRA would, so that a LoRA's rate is right. Parameter groups would have to be made for every optimizer of every trainer;
+instead what PEFT holds is each factor divided by the ratio, and its gradient is the factor's. So a step of D is
+``ratio`` times as large as the optimizer's, while clipping and the optimizer see the gradients that parameter groups
+would show them. It is the same for every optimizer whose step depends on gradients alone. One that looks at the
+parameters themselves differs: weight decay takes the share per step that it takes of any parameter, not ``ratio`` times
+that share; Adafactor's ``scale_parameter`` undoes the ratio.
 """
 
 import math
@@ -39,6 +40,12 @@ def is_bound(qalora: dict[str, Any] | None) -> bool:
     return qalora is not None and not set(qalora) <= set(WISHES)
 
 
+def stretched(linear: nn.Module, ratio: float | None) -> Tensor:
+    """A factor of an adapter from the layer that holds it, divided by its ratio if there is one."""
+    found = factor(linear)
+    return found if ratio is None else _Stretched.apply(found, ratio)
+
+
 def new_factors(groups: int, out_features: int, rank: int, ratio: float, init: bool | str) -> tuple[nn.Linear, ...]:
     """Layers whose weights are ``D / ratio`` ``[G, R]``, as A is initialised, and ``C / ratio`` ``[R, N]``, zero."""
     d, c = nn.Linear(rank, groups, bias=False), nn.Linear(out_features, rank, bias=False)
@@ -60,6 +67,6 @@ def scale_delta(lora_d: Any, lora_c: Any, ratios: dict[str, float], names: Itera
     names = [name for name in names if name in lora_d]
     if not names:
         return None
-    d = [_Stretched.apply(factor(lora_d[name]), ratios[name]) for name in names]
-    c = [_Stretched.apply(factor(lora_c[name]), ratios[name]) for name in names]
+    d = [stretched(lora_d[name], ratios[name]) for name in names]
+    c = [stretched(lora_c[name], ratios[name]) for name in names]
     return ScaleDelta(*((d[0], c[0]) if len(names) == 1 else (torch.cat(d, 1), torch.cat(c, 0))), GRADIENT_EVERY)
