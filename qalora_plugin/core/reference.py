@@ -42,6 +42,11 @@ def adapter_offsets(lora_a: Tensor, lora_b: Tensor, scaling: float, dtype: torch
     return (scaling * lora_a.to(dtype)).t() @ lora_b.to(dtype)
 
 
+def factored_offsets(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Offsets that are stored as factors: ``a·b``, a ``[G, r]``, b ``[r, N]`` → ``[G, N]`` in weight units."""
+    return a.to(dtype) @ b.to(dtype)
+
+
 def adapter_scales(scales: Tensor, d: Tensor, c: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """What merging adds to the scales ``[G, N]``: ``scales ⊙ D·C``, D ``[G, R]``, C ``[R, N]``."""
     return scales.to(dtype) * (d.to(dtype) @ c.to(dtype))

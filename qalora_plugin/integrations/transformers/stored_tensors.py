@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.base import CheckpointFormat, Headers
-from qalora_plugin.formats.qalora import SCALES
+from qalora_plugin.formats.qalora import FACTORS, SCALES
 from qalora_plugin.layers.linear import QuantLinear
 
 _WEIGHT = (
@@ -20,6 +20,8 @@ _WEIGHT = (
     "scales",
     "scales_delta",
     "offsets",
+    "offsets_a",
+    "offsets_b",
     "g_idx",
 )  # buffers of a QuantLinear that a format stores
 
@@ -49,10 +51,17 @@ def adopt_stored(layer: QuantLinear, spec: GroupwiseSpec, fmt: CheckpointFormat,
     layer.set_weight(weight, bias)
     if spec.scales_delta_dtype:
         layer.scales, layer.scales_delta = (stored[f"{spec.name}.{part}"] for part in SCALES)
+    if spec.offset_rank:
+        layer.offsets = None
+        layer.offsets_a, layer.offsets_b = (stored[f"{spec.name}.{part}"] for part in FACTORS)
 
 
 def as_stored(layer: QuantLinear, name: str, spec: GroupwiseSpec, fmt: CheckpointFormat) -> dict[str, Tensor]:
     """The tensors of ``layer``, called ``name``, as they were loaded."""
     bias = {} if layer.bias is None else {f"{name}.bias": layer.bias}
-    scales = {f"{name}.{part}": getattr(layer, part) for part in SCALES} if spec.scales_delta_dtype else {}
-    return fmt.write(name, layer.quantized, g_idx=spec.has_g_idx) | bias | scales
+    kept = (*(SCALES if spec.scales_delta_dtype else ()), *(FACTORS if spec.offset_rank else ()))
+    weight = layer.quantized
+    if spec.offset_rank:
+        weight = weight._replace(offsets=None)
+    stored = {f"{name}.{part}": getattr(layer, part) for part in kept}
+    return fmt.write(name, weight, g_idx=spec.has_g_idx) | bias | stored
