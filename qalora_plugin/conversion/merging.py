@@ -8,7 +8,7 @@ of offsets: one is computed while the other is written.
 """
 
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,7 +213,7 @@ def _write_added(
     progress: bool,
 ) -> dict[str, str]:
     """Write the files of offsets and changes of scales; returns their part of the weight map."""
-    wanted, lost, suffering = Counter[str](), Counter[str](), 0
+    wanted, lost, suffering = defaultdict[str, float](float), defaultdict[str, float](float), 0
     count = len(adapter.modules) * (2 if adapter.has_scales else 1)
     steps = added(base, adapter, specs, SHARD_BYTES)
     for one in track(steps, "merging", count, disable=not progress, transient=True):

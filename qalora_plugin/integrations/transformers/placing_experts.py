@@ -107,9 +107,10 @@ def read_experts(layer: QuantExpertLinear, projection: Projection, checkpoint: Q
             "onto one kind of device."
         )
     for i, spec in enumerate(projection.specs):
-        factors = (
-            tuple(checkpoint.files.tensor(f"{spec.name}.{part}") for part in FACTORS) if spec.offset_rank else None
-        )
+        factors = None
+        if spec.offset_rank:
+            a, b = (checkpoint.files.tensor(f"{spec.name}.{part}") for part in FACTORS)
+            factors = a, b
         layer.put(i, checkpoint.weight(spec.name), factors)
 
 
