@@ -25,6 +25,7 @@ from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.core.words import codes_per_period, words_per_period
 from qalora_plugin.formats.gptq import Gptq
+from vllm_ext.compat import Layer
 from vllm_ext.linear import QALoraLinearMethod
 from vllm_ext.ops import define
 
@@ -175,7 +176,8 @@ class QALoraMoEMethod(FusedMoEMethodBase):
 
     def _expert(self, layer: nn.Module, name: str, i: int) -> nn.Module:
         """The linear ``name`` of one expert, as :class:`QALoraLinearMethod` applies it."""
-        method, linear = self.methods[name][i], nn.Module()
+        method = self.methods[name][i]
+        linear: Layer = nn.Module()
         parts = {
             "qweight": True,
             "qzeros": True,
@@ -189,6 +191,10 @@ class QALoraMoEMethod(FusedMoEMethodBase):
             if there:
                 data = getattr(layer, f"{name}_{part}").data[i].contiguous().clone()
                 linear.register_parameter(part, nn.Parameter(data, requires_grad=False))
+        linear.bias = None
+        for parameter in (linear.qweight, linear.scales):  # what vLLM's kernels ask of its parameters
+            parameter.input_dim, parameter.output_dim = 0, 1
+        linear.qweight.packed_dim = 0
         method.process_weights_after_loading(linear)
         return linear
 
