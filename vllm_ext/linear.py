@@ -228,7 +228,7 @@ class QALoraLinearMethod(LinearMethodBase):
 
     def _held(self, layer: Layer, factors: tuple[Tensor, Tensor]) -> Tensor | None:
         """Keep the factors in the layer, or return their product ``[G, N]`` where that is no larger."""
-        if held := prepare_factors(*factors, self.act_dtype, self.columns_of_group):
+        if held := prepare_factors(*factors, self.act_dtype):
             layer.offsets_a, layer.offsets_b = (nn.Parameter(one, requires_grad=False) for one in held)
             return None
         return multiplied(factors).to(factors[1].dtype)

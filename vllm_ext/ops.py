@@ -43,14 +43,14 @@ def add_offsets(y: Tensor, x: Tensor, offsets: Tensor, group_size: int) -> None:
     torch.ops.qalora.add_offsets(y, x, offsets, group_size)
 
 
-def prepare_factors(a: Tensor, b: Tensor, act_dtype: torch.dtype, group_size: int) -> tuple[Tensor, Tensor] | None:
+def prepare_factors(a: Tensor, b: Tensor, act_dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
     """Factors ``[G, r]``, ``[r, N]`` of offsets as :func:`add_factored` reads them; None where the offsets themselves,
     as :func:`add_offsets` reads them, would take no more memory."""
     groups, n = a.shape[0], b.shape[1]
     if _runs_triton(a):
         from vllm_ext.kernels import offsets_triton
 
-        held = offsets_triton.prepare_factors(a, b, act_dtype, group_size)
+        held = offsets_triton.prepare_factors(a, b, act_dtype)
         itemsize = b.itemsize if torch.float32 in (b.dtype, act_dtype) else act_dtype.itemsize
     else:
         held, itemsize = (a.float(), b.float()), 2 if _takes_panels(a.device, act_dtype, groups * n) else 4

@@ -53,7 +53,7 @@ def few_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def few_factored_kernel(
-    y_ptr, x_ptr, a_ptr, b_ptr, M, N, G, R, g, stride_y, stride_x, divisor,
+    y_ptr, x_ptr, a_ptr, b_ptr, M, N, G, R, g, stride_y, stride_x,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """As :func:`few_kernel`, for offsets ``a·b``: a program multiplies all groups by a, then that by its tile of b."""
@@ -64,14 +64,14 @@ def few_factored_kernel(
     for first in range(0, G, BLOCK_G):
         groups = first + tl.arange(0, BLOCK_G)
         inside = (groups < G)[:, None] & (ranks < R)[None, :]
-        a = tl.load(a_ptr + groups[:, None] * R + ranks[None, :], mask=inside, other=0.0).to(tl.float32)
+        a = tl.load(a_ptr + groups[:, None] * R + ranks[None, :], mask=inside, other=0.0)
         pooled = tl.zeros((BLOCK_M, BLOCK_G), dtype=tl.float32)
         there = (rows < M)[:, None, None] & (groups < G)[None, :, None]
         for i in range(0, g, BLOCK_I):
             column = i + tl.arange(0, BLOCK_I)[None, None, :]
             x = tl.load(x_ptr + start + (groups * g)[None, :, None] + column, mask=there & (column < g), other=0.0)
             pooled += tl.sum(x.to(tl.float32), axis=2)
-        narrow += (pooled / divisor)[:, :, None] * a[None, :, :]
+        narrow += pooled[:, :, None] * a[None, :, :]
     inside = (ranks < R)[:, None] & (columns < N)[None, :]
     b = tl.load(b_ptr + ranks[:, None] * N + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     total = tl.sum(tl.sum(narrow, axis=1)[:, :, None] * b[None, :, :], axis=1)
@@ -136,14 +136,11 @@ def add_offsets(y: Tensor, x: Tensor, offsets: Tensor, group_size: int) -> None:
         torch.addmm(y, pool(x, groups, x.dtype, divisor), offsets, out=y)
 
 
-def prepare_factors(a: Tensor, b: Tensor, act_dtype: torch.dtype, group_size: int) -> tuple[Tensor, Tensor]:
-    """Factors ``[G, r]``, ``[r, N]`` as :func:`add_factored` reads them: in float32, or a multiplied and both in the
-    dtype of x."""
-    if torch.float32 not in (b.dtype, act_dtype):
-        prepared = (a.float() * _divisor(group_size)).to(act_dtype), b.to(act_dtype)
-        if all(one.isfinite().all() for one in prepared):
-            return prepared
-    return a.float(), b.float()
+def prepare_factors(a: Tensor, b: Tensor, act_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Factors ``[G, r]``, ``[r, N]`` as :func:`add_factored` reads them: a, the small one, in float32, b in the dtype of
+    x unless float32 was asked for."""
+    prepared = b.float() if torch.float32 in (b.dtype, act_dtype) else b.to(act_dtype)
+    return a.float(), prepared if prepared.isfinite().all() else b.float()
 
 
 def add_factored(y: Tensor, x: Tensor, a: Tensor, b: Tensor, group_size: int) -> None:
@@ -153,16 +150,15 @@ def add_factored(y: Tensor, x: Tensor, a: Tensor, b: Tensor, group_size: int) ->
         return
     if x.stride(1) != 1:
         x = x.contiguous()
-    divisor = 1 if a.dtype == torch.float32 else _divisor(group_size)
     if m <= FEW_ROWS:
         blocks = blocks_of_factors(m, rank, group_size)
         few_factored_kernel[(triton.cdiv(n, blocks["BLOCK_N"]),)](
-            y, x, a, b, m, n, groups, rank, group_size, y.stride(0), x.stride(0), float(divisor), **blocks
+            y, x, a, b, m, n, groups, rank, group_size, y.stride(0), x.stride(0), **blocks
         )
-    elif a.dtype == torch.float32:
+    elif b.dtype == torch.float32:
         y.add_(pool(x, groups, torch.float32) @ a @ b)
     else:
-        torch.addmm(y, pool(x, groups, x.dtype, divisor) @ a, b, out=y)
+        torch.addmm(y, (pool(x, groups, torch.float32) @ a).to(b.dtype), b, out=y)
 
 
 def _divisor(group_size: int) -> int:
