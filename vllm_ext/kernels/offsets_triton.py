@@ -3,7 +3,8 @@
 Decoding is bound by launches. Up to four rows run as ONE kernel: each program pools x for its own tile of y and adds
 the product in place. Every tile of N pools x again; from L2 that is free for a few rows (K 4096: 8 KB a row) and would
 be the whole cost for more. More rows are pooled once (``kernels/pool_triton.py``), and cuBLAS multiplies and adds in
-place.
+place. Of offsets that are held as factors, ``a·b``, each program of the one kernel multiplies what it has pooled by a
+as well; for more rows cuBLAS multiplies twice.
 
 Pooled inputs and offsets are rounded to x's dtype, 0.2 % of the term in bfloat16, as every bfloat16 kernel rounds its
 scales. A sum of float16 activations could overflow: what is multiplied is the sum divided by a power of two of at least
@@ -137,8 +138,8 @@ def add_offsets(y: Tensor, x: Tensor, offsets: Tensor, group_size: int) -> None:
 
 
 def prepare_factors(a: Tensor, b: Tensor, act_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Factors ``[G, r]``, ``[r, N]`` as :func:`add_factored` reads them: a, the small one, in float32, b in the dtype of
-    x unless float32 was asked for."""
+    """Factors ``[G, r]``, ``[r, N]`` as :func:`add_factored` reads them: a, the small one, in float32, b in the dtype
+    of x unless float32 was asked for."""
     prepared = b.float() if torch.float32 in (b.dtype, act_dtype) else b.to(act_dtype)
     return a.float(), prepared if prepared.isfinite().all() else b.float()
 
