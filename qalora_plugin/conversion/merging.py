@@ -139,12 +139,12 @@ def merge(
         write_config(work, files.config, quantization, written)
         copy_companions(files.folder, opened.folder, work)
         carry_special_tokens(files.folder, work)
-        card = model_card(out.name, quantization, opened, new_bytes, files.nbytes)
+        factored = sum(specs[name].offset_rank > 0 for name in opened.modules)
+        served = served_bits(specs.values(), source.act_order)
+        card = model_card(out.name, quantization, opened, new_bytes, files.nbytes, served, factored)
         (work / "README.md").write_text(card, encoding="utf-8")
         _require_unchanged(files, shards)
     logger.info("merged %d linears into %s (%.1f MB new)", len(opened.modules), out, new_bytes / 1e6)
-    factored = sum(specs[name].offset_rank > 0 for name in opened.modules)
-    served = served_bits(specs.values(), source.act_order)
     return MergeResult(out, len(opened.modules), new_bytes, linked, factored, served)
 
 

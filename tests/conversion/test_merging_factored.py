@@ -280,3 +280,20 @@ def test_a_version_of_other_tensors(chain, tmp_path, folder, version):
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(QALoraError, match=f"format_version is {version}, but it holds .*offsets_a|no .scales_delta"):
         QuantizedCheckpoint.open(copy)
+
+
+def test_exports_read_the_product(chain, tmp_path):
+    """As the dense merge is exported, and nothing of the factors is left in what they write."""
+    from qalora_plugin.conversion.export_gptq8 import export_gptq8
+    from qalora_plugin.conversion.export_mlx import export_mlx
+
+    biases, lost = [], []
+    for name in ("once", "dense"):
+        out = tmp_path / name
+        lost.append(export_gptq8(chain / name, out / "gptq8", progress=False).lost_of_offsets)
+        export_mlx(chain / name, out / "mlx", progress=False)
+        for kind in ("gptq8", "mlx"):
+            assert not any("offsets" in tensor for tensor in Checkpoint.open(out / kind).tensors)
+        biases.append(Checkpoint.open(out / "mlx").tensor(f"{MODULE}.biases").float())
+    assert lost[0] == pytest.approx(lost[1], rel=1e-2)
+    assert (biases[0] - biases[1]).norm() <= 1e-3 * biases[1].norm()

@@ -5,6 +5,7 @@ device; once they are loaded, the format makes a weight of them, and when the mo
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -44,7 +45,8 @@ def adopt_stored(layer: QuantLinear, spec: GroupwiseSpec, fmt: CheckpointFormat,
     if layer.qweight.is_meta and spec.has_g_idx:
         stored[f"{spec.name}.g_idx"] = load(f"{spec.name}.g_idx")
     bias = stored.get(f"{spec.name}.bias")
-    weight = fmt.read(spec, stored.__getitem__)
+    whole = replace(spec, offset_dtype=None, offset_rank=0) if spec.offset_rank else spec  # but for what stays factors
+    weight = fmt.read(whole, stored.__getitem__)
     for part in fmt.parts(spec):
         if part not in (*_WEIGHT, "bias"):
             delattr(layer, part)
@@ -52,7 +54,6 @@ def adopt_stored(layer: QuantLinear, spec: GroupwiseSpec, fmt: CheckpointFormat,
     if spec.scales_delta_dtype:
         layer.scales, layer.scales_delta = (stored[f"{spec.name}.{part}"] for part in SCALES)
     if spec.offset_rank:
-        layer.offsets = None
         layer.offsets_a, layer.offsets_b = (stored[f"{spec.name}.{part}"] for part in FACTORS)
 
 
