@@ -1,5 +1,7 @@
 """``y += P(x)·offsets`` as vLLM's layers call it, against ``quant/reference.py`` in float64."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -88,14 +90,20 @@ def test_op_is_well_formed_for_torch_compile(dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("factored", [False, True])
 @pytest.mark.parametrize("rows", [1, 40])
-def test_inside_a_cuda_graph(rows):
+def test_inside_a_cuda_graph(rows, factored):
     x, y = torch.randn(rows, K, device="cuda").bfloat16(), torch.zeros(rows, 192, device="cuda").bfloat16()
-    offsets = prepare(torch.randn(8, 192, device="cuda").half(), torch.bfloat16, 32)
-    add_offsets(y, x, offsets, 32)  # compiles
+    offsets = torch.randn(8, 192, device="cuda").half()
+    if factored:
+        held = prepare_factors(torch.randn(8, 2, device="cuda"), offsets[:2], torch.bfloat16)
+        term = partial(add_factored, y, x, *held, 32)
+    else:
+        term = partial(add_offsets, y, x, prepare(offsets, torch.bfloat16, 32), 32)
+    term()  # compiles
     wanted, graph = y.clone(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        add_offsets(y, x, offsets, 32)
+        term()
     y.zero_()
     graph.replay()
     assert torch.equal(y, wanted)
