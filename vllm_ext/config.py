@@ -142,8 +142,8 @@ class QALoraConfig(QuantizationConfig):
         base."""
         if self.quantization["quant_method"] != QALora.method:
             return
-        found = [f"{name}.offsets" for name, module in self.modules.items() if module.offset_dtype is not None]
-        found += [f"{name}.scales_delta" for name, module in self.modules.items() if module.scales_delta_dtype]
+        found = {f"{name}.{part}" for name, module in self.modules.items() for part in self.format.parts(module)}
+        found = {name for name in found if name.endswith(MERGED_PARTS)}
         index = folder / INDEX_NAME
         listed = read_json(index).get("weight_map") if index.is_file() else None
         listed = [name for name in listed if isinstance(name, str)] if isinstance(listed, dict) else []
@@ -225,7 +225,14 @@ class QALoraConfig(QuantizationConfig):
             if len(kinds) != 1 or any(name.rpartition(".")[2] == leaf for name in self.weights):
                 return []
             parts.append(
-                max(alike, key=lambda part: (part.scales_delta_dtype is not None, part.offset_dtype is not None))
+                max(
+                    alike,
+                    key=lambda part: (
+                        part.scales_delta_dtype is not None,
+                        part.offset_dtype is not None,
+                        part.offset_rank,
+                    ),
+                )
             )
         return parts
 

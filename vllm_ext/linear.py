@@ -2,8 +2,9 @@
 training changed them by: ``scales + scales_delta`` in float32, then in the kernel's own dtype as any scales.
 
 The first term is a kernel of vLLM's, on the base's own INT weights; the second is ``ops.add_offsets``, [G, N] wide, or
-part of the kernel's zero-points; without a kernel, ``dense`` computes both in one matmul (``paths`` chooses). Whether a
-layer is symmetric or in act-order is read off its tensors once they are loaded, since configs are known to be wrong.
+``ops.add_factored`` (:mod:`.factors`), or part of the kernel's zero-points; without a kernel, ``dense`` computes both
+in one matmul (``paths`` chooses). Whether a layer is symmetric or in act-order is read off its tensors once they are
+loaded, since configs are known to be wrong.
 """
 
 from collections.abc import Callable
@@ -29,11 +30,12 @@ from qalora_plugin.core.words import codes_per_period
 from qalora_plugin.formats.gptq import Gptq
 from qalora_plugin.kernels.hardware import gemm_dtype
 from vllm_ext.compat import Layer
+from vllm_ext.factors import OffsetFactors, multiplied, take
 from vllm_ext.kernels.dense import dense_weight, matmul
-from vllm_ext.kernels.select import FUSED, LayerKind, choose_path
+from vllm_ext.kernels.select import FUSED, SEPARATE, LayerKind, choose_path
 from vllm_ext.kernels.vllm import hand_over, moved_zeros
-from vllm_ext.loaders import load_g_idx, vocabulary_loader, zeros_loader
-from vllm_ext.ops import add_offsets, prepare
+from vllm_ext.loaders import fill_what_is_not_stored, load_by_part, require_finite, vocabulary_loader, zeros_loader
+from vllm_ext.ops import add_factored, add_offsets, prepare, prepare_factors
 
 
 @register_weight_loader_v2_supported_method
@@ -72,8 +74,9 @@ class QALoraLinearMethod(LinearMethodBase):
             )
         ((self.bits, self.in_features, self.group_size),) = kinds
         self.scale_dtype = reduce(torch.promote_types, [getattr(torch, part.scale_dtype) for part in parts])
-        offset_dtypes = [getattr(torch, part.offset_dtype) for part in parts if part.offset_dtype is not None]
-        self.offset_dtype = reduce(torch.promote_types, offset_dtypes) if offset_dtypes else None
+        dense = [getattr(torch, part.offset_dtype) for part in parts if part.offset_dtype and not part.offset_rank]
+        self.offset_dtype = reduce(torch.promote_types, dense) if dense else None
+        self.factors = OffsetFactors.of(parts)
         deltas = [getattr(torch, part.scales_delta_dtype) for part in parts if part.scales_delta_dtype is not None]
         self.scales_delta_dtype = reduce(torch.promote_types, deltas) if deltas else None
         self.has_g_idx = any(part.has_g_idx for part in parts)
@@ -120,11 +123,13 @@ class QALoraLinearMethod(LinearMethodBase):
         register("scales", self.scale_dtype)
         if self.offset_dtype is not None:
             register("offsets", self.offset_dtype)
+        if self.factors is not None:
+            self.factors.register(layer, len(self.parts), groups, n, loader)
         if self.scales_delta_dtype is not None:
             register("scales_delta", self.scales_delta_dtype)
         if self.has_g_idx:
             g_idx = self.in_order().repeat(len(output_partition_sizes), 1)  # stays so with --load-format dummy
-            layer.register_parameter("g_idx", BasevLLMParameter(data=g_idx, weight_loader=load_g_idx))
+            layer.register_parameter("g_idx", BasevLLMParameter(data=g_idx, weight_loader=load_by_part))
 
     def take_share(
         self, full_shape: tuple[int, int], k: int, outputs: list[int], act_dtype: torch.dtype, rank: int
@@ -171,11 +176,11 @@ class QALoraLinearMethod(LinearMethodBase):
         """
         if layer.qweight.is_meta:  # a head that a pooling model does not use
             return
-        self._fill_what_is_not_stored(layer)
+        fill_what_is_not_stored(layer, self.parts, self.columns, self.in_order())
         order = self._group_order(layer.g_idx.data) if self.has_g_idx else None
         if order is not None:
             layer.qweight.data = _sort_rows(layer.qweight.data, self.bits, order, self.output_sizes)
-        self._require_finite(layer)
+        require_finite(layer, self.parts, self.columns, self.prefix)
         if self.scales_delta_dtype is not None:
             layer.scales.data = layer.scales.data.float() + layer.scales_delta.data
             layer.register_parameter("scales_delta", None)
@@ -184,6 +189,7 @@ class QALoraLinearMethod(LinearMethodBase):
             del layer.g_idx
         offsets = None if self.offset_dtype is None else layer.offsets.data
         layer.register_parameter("offsets", None)
+        factors = None if self.factors is None else take(layer, self.parts, self.columns)
 
         zeros = layer.qzeros.data  # unpacked while they were loaded
         layer.register_parameter("qzeros", None)
@@ -195,11 +201,15 @@ class QALoraLinearMethod(LinearMethodBase):
             act_dtype=self.act_dtype,
             full_shape=self.full_shape,
             shape=self.shape,
-            has_offsets=offsets is not None,
+            has_offsets=offsets is not None or factors is not None,
             sortable=order is None or len(order) == 1,
         )
         self._require_same_kind(kind, order is not None)
         path, self.kernel = choose_path(kind, self.forced_path, self.timed_path)
+        moved = path == SEPARATE and not (kind.symmetric or self.kernel.config.zero_points)
+        if factors is not None:
+            alone = path == SEPARATE and offsets is None and not moved
+            offsets = self._held(layer, factors) if alone else multiplied(factors, offsets)
         if path == FUSED:
             shifts = torch.zeros_like(layer.scales.data) if offsets is None else offsets
             self.kernel.hand_over(layer, zeros, self.bits, shifts)
@@ -208,41 +218,25 @@ class QALoraLinearMethod(LinearMethodBase):
             self.gemm_dtype = gemm_dtype(self.act_dtype, zeros.device)
             layer.zeros = nn.Parameter(zeros, requires_grad=False)
         else:
-            if not (kind.symmetric or self.kernel.config.zero_points):
-                moved = moved_zeros(layer.scales.data.to(self.act_dtype), zeros, self.bits)  # the kernel's scales
-                offsets = moved if offsets is None else moved + offsets
+            if moved:
+                shifts = moved_zeros(layer.scales.data.to(self.act_dtype), zeros, self.bits)  # the kernel's scales
+                offsets = shifts if offsets is None else shifts + offsets
             hand_over(self.kernel, layer, zeros, self.bits)
             offsets = None if offsets is None else prepare(offsets, self.act_dtype, self.columns_of_group)
         if offsets is not None:
             layer.offsets = nn.Parameter(offsets, requires_grad=False)
 
-    def _fill_what_is_not_stored(self, layer: Layer) -> None:
-        """Some parts of a fused layer may have no adapter (q and v only), or no ``g_idx``: zeros, and groups in order.
+    def _held(self, layer: Layer, factors: tuple[Tensor, Tensor]) -> Tensor | None:
+        """Keep the factors in the layer, or return their product ``[G, N]`` where that is no larger."""
+        if held := prepare_factors(*factors, self.act_dtype):
+            layer.offsets_a, layer.offsets_b = (nn.Parameter(one, requires_grad=False) for one in held)
+            return None
+        return multiplied(factors).to(factors[1].dtype)
 
-        Not where parameters are created: for ``reload_weights`` vLLM creates them anew, uninitialised.
-        """
-        columns = self.output_sizes if len(self.parts) > 1 else [sum(self.output_sizes)]
-        for row, (part, n) in enumerate(zip(self.parts, columns, strict=True)):
-            start = sum(columns[:row])
-            if self.offset_dtype is not None and part.offset_dtype is None:
-                layer.offsets.data[:, start : start + n] = 0
-            if self.scales_delta_dtype is not None and part.scales_delta_dtype is None:
-                layer.scales_delta.data[:, start : start + n] = 0
-            if self.has_g_idx and not part.has_g_idx:
-                layer.g_idx.data[row] = self.in_order().to(layer.g_idx.device)
-
-    def _require_finite(self, layer: Layer) -> None:
-        """Refuse NaN and Inf, which would make every answer of the server worthless; the tensor is named."""
-        for name in ("scales", "offsets", "scales_delta"):
-            if (stored := getattr(layer, name, None)) is None or stored.data.isfinite().all():
-                continue
-            column = int((~stored.data.isfinite()).any(0).nonzero()[0])
-            ends = torch.tensor(self.output_sizes if len(self.parts) > 1 else [sum(self.output_sizes)]).cumsum(0)
-            part = self.parts[int((ends <= column).sum())]
-            raise QALoraError(
-                f"{part.name}.{name} holds NaN or Inf (served as {self.prefix}). The quantisation failed or the "
-                "training diverged: make the base, or the merge, again."
-            )
+    @property
+    def columns(self) -> list[int]:
+        """Of N, for each of the checkpoint's linears."""
+        return self.output_sizes if len(self.parts) > 1 else [sum(self.output_sizes)]
 
     def in_order(self) -> Tensor:
         """``g_idx`` [K] of this rank's share without act-order."""
@@ -290,6 +284,8 @@ class QALoraLinearMethod(LinearMethodBase):
         y = self.kernel.apply_weights(layer, x, bias)
         if layer.offsets is not None:
             add_offsets(y, x, layer.offsets, self.columns_of_group)
+        elif self.factors is not None and layer.offsets_a is not None:
+            add_factored(y, x, layer.offsets_a, layer.offsets_b, self.columns_of_group)
         return y
 
 

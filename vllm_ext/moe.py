@@ -25,12 +25,13 @@ from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.core.words import codes_per_period, words_per_period
 from qalora_plugin.formats.gptq import Gptq
+from vllm_ext.compat import Layer
 from vllm_ext.linear import QALoraLinearMethod
 from vllm_ext.ops import define
 
 _ROLES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3", "w1": "w1", "w2": "w2", "w3": "w3"}
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-_PARTS = ("qweight", "qzeros", "scales", "offsets", "g_idx")
+_PARTS = ("qweight", "qzeros", "scales", "offsets", "offsets_a", "offsets_b", "g_idx")
 
 
 class QALoraMoEMethod(FusedMoEMethodBase):
@@ -103,11 +104,15 @@ class QALoraMoEMethod(FusedMoEMethodBase):
             first, parts = self.methods[name][0], self.methods[name]
             n, groups, bits = sum(outputs), k // first.columns_of_group, first.bits
             offsets = [one.offset_dtype for one in parts if one.offset_dtype is not None]
+            factors = [one.factors for one in parts if one.factors is not None]
+            rank = max((one.rank for one in factors), default=0)
             shapes = {
                 "qweight": ((k // codes_per_period(bits) * words_per_period(bits), n), torch.int32),
                 "qzeros": ((groups, n), torch.uint8),
                 "scales": ((groups, n), _widest([one.scale_dtype for one in parts])),
                 "offsets": ((groups, n), _widest(offsets)),
+                "offsets_a": ((len(first.parts), groups, rank), torch.float32 if factors else None),
+                "offsets_b": ((rank, n), _widest([one.dtype for one in factors])),
                 "g_idx": ((len(outputs), k), torch.int32 if any(one.has_g_idx for one in parts) else None),
             }
             for part, (shape, dtype) in shapes.items():
@@ -137,7 +142,16 @@ class QALoraMoEMethod(FusedMoEMethodBase):
             target, second = param.data[expert_id], shard_id == "w3"
             if part == "qzeros":
                 loaded_weight = self.format.true_zeros(loaded_weight, self.methods[name][expert_id].bits)
-            if part == "g_idx":
+            if part == "offsets_a":
+                row, rank_of = target[int(second)], loaded_weight.shape[1]
+                start = rank * len(row) if len(loaded_weight) > len(row) else 0
+                row[:, :rank_of].copy_(loaded_weight[start : start + len(row)])
+            elif part == "offsets_b":
+                n = target.shape[1] // (2 if name == "w13" else 1)
+                start = rank * n if name == "w13" else 0
+                rows = target[: len(loaded_weight), n * second : n * (second + 1)]
+                rows.copy_(loaded_weight[:, start : start + n])
+            elif part == "g_idx":
                 start = rank * target.shape[1] if loaded_weight.shape[0] > target.shape[1] else 0
                 target[int(second)].copy_(loaded_weight[start : start + target.shape[1]])
             elif name == "w13":
@@ -162,18 +176,25 @@ class QALoraMoEMethod(FusedMoEMethodBase):
 
     def _expert(self, layer: nn.Module, name: str, i: int) -> nn.Module:
         """The linear ``name`` of one expert, as :class:`QALoraLinearMethod` applies it."""
-        method, linear = self.methods[name][i], nn.Module()
+        method = self.methods[name][i]
+        linear: Layer = nn.Module()
         parts = {
             "qweight": True,
             "qzeros": True,
             "scales": True,
             "offsets": method.offset_dtype,
+            "offsets_a": method.factors,
+            "offsets_b": method.factors,
             "g_idx": method.has_g_idx,
         }
         for part, there in parts.items():
             if there:
                 data = getattr(layer, f"{name}_{part}").data[i].contiguous().clone()
                 linear.register_parameter(part, nn.Parameter(data, requires_grad=False))
+        linear.bias = None
+        for parameter in (linear.qweight, linear.scales):  # what vLLM's kernels ask of its parameters
+            parameter.input_dim, parameter.output_dim = 0, 1
+        linear.qweight.packed_dim = 0
         method.process_weights_after_loading(linear)
         return linear
 

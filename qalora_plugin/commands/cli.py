@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from qalora_plugin.commands import exporting, importing
+from qalora_plugin.commands.summary import print_summary
 from qalora_plugin.core.errors import QALoraError, printable
 
 app = typer.Typer(
@@ -83,6 +84,10 @@ def merge(
     offset_dtype: Annotated[
         str | None, typer.Option(help="float16 or float32; default: float16, float32 if the base has offsets already.")
     ] = None,
+    offsets: Annotated[
+        str,
+        typer.Option(help="auto (factored where that is smaller), dense (as older versions of qalora read), factored."),
+    ] = "auto",
     copy: Annotated[bool, typer.Option("--copy", help="Copy the base's shards instead of hard-linking them.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Then prove it, as `qalora verify` does.")] = False,
     revision: Revision = None,
@@ -90,10 +95,8 @@ def merge(
     """Merge an adapter into its base: nothing re-quantised, the base's bytes unchanged."""
     from qalora_plugin.conversion.merging import merge
 
-    result = merge(base, adapter, out, offset_dtype, copy, revision)
-    how = "linked" if result.linked else "copied"
-    folder = printable(result.folder)
-    print(f"{folder}: {result.modules} linears merged, {result.new_bytes / 1e6:.1f} MB new, base shards {how}")
+    result = merge(base, adapter, out, offset_dtype, copy, revision, offsets=offsets)
+    print_summary(result)
     if verify:
         from qalora_plugin.eval.proof import prove
 

@@ -8,9 +8,11 @@ from typing import Any
 
 from qalora_plugin.checkpoint.folder import Checkpoint
 from qalora_plugin.checkpoint.hub import is_local
+from qalora_plugin.conversion.added import added_bytes, merged_spec
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 from qalora_plugin.eval.tables import print_facts
 from qalora_plugin.formats.opened import QuantizedCheckpoint
+from qalora_plugin.formats.served_bits import served_bits
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,15 @@ class InspectReport:
     act_order: bool | None = None
     zeros: str | None = None
     with_offsets: int = 0
+    with_factored_offsets: int = 0
     with_changed_scales: int = 0
     dense: tuple[str, ...] = ()
     rank: int = 0
     trainable_parameters: int = 0
     adapter_size: int = 0
     merged_extra: int = 0
+    served_bits: float = 0.0  # a weight, all included
+    served: str = ""
 
     def json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -46,9 +51,11 @@ class InspectReport:
                 ("zero-points", f"{'symmetric' if self.symmetric else 'asymmetric'}, stored as {self.zeros}"),
                 ("act-order", "yes" if self.act_order else "no"),
                 ("left dense", ", ".join(self.dense) or "nothing"),
+                ("served bits", self.served),
             ]
         if self.with_offsets:
-            rows.append(("offsets", f"on {self.with_offsets} linears"))
+            factored = f", factored on {self.with_factored_offsets}" if self.with_factored_offsets else ""
+            rows.append(("offsets", f"on {self.with_offsets} linears{factored}"))
         if self.with_changed_scales:
             rows.append(("changed scales", f"on {self.with_changed_scales} linears"))
         rows.append(("can be a base", "yes" if self.can_be_base else f"no: {self.why_not}"))
@@ -88,6 +95,7 @@ def inspect(path: str | Path, rank: int = 16) -> InspectReport:
     }
     if source is not None:
         specs = source.specs.values()
+        served = served_bits(specs, source.act_order)
         kinds = Counter(f"{spec.bits} bit, g {spec.group_size}" for spec in specs)
         parameters = sum(rank * (spec.groups + spec.out_features) for spec in specs)
         report |= {
@@ -97,12 +105,15 @@ def inspect(path: str | Path, rank: int = 16) -> InspectReport:
             "act_order": source.act_order,
             "zeros": source.format.reading,
             "with_offsets": sum(spec.offset_dtype is not None for spec in specs),
+            "with_factored_offsets": sum(spec.offset_rank > 0 for spec in specs),
             "with_changed_scales": sum(spec.scales_delta_dtype is not None for spec in specs),
             "dense": tuple(sorted(_dense_matrices(checkpoint))),
             "rank": rank,
             "trainable_parameters": parameters,
             "adapter_size": 4 * parameters,
-            "merged_extra": sum(2 * spec.groups * spec.out_features for spec in specs),
+            "merged_extra": sum(added_bytes(merged_spec(spec, rank, "float16")) for spec in specs),
+            "served_bits": served.bits_a_weight,
+            "served": str(served),
         }
     return InspectReport(**report)
 

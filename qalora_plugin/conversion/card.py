@@ -12,6 +12,7 @@ from qalora_plugin.checkpoint.hub import is_local
 from qalora_plugin.conversion.strength import PICTURE_NAME
 from qalora_plugin.core.errors import printable
 from qalora_plugin.formats.qalora import NEEDS_QALORA
+from qalora_plugin.formats.served_bits import SizeReport
 
 if TYPE_CHECKING:
     from qalora_plugin.eval.verifying import VerifyReport
@@ -22,16 +23,29 @@ _EXACTNESS = "| exactness | "
 _UNVERIFIED = "not measured yet: `qalora verify --base BASE --adapter ADAPTER --merged THIS_FOLDER`"
 
 
-def model_card(name: str, quantization: dict, adapter: AdapterFolder, new_bytes: int, base_bytes: int) -> str:
+def model_card(
+    name: str,
+    quantization: dict,
+    adapter: AdapterFolder,
+    new_bytes: int,
+    base_bytes: int,
+    served: SizeReport,
+    factored: int,
+) -> str:
     """Model card in Hugging Face form: what it was made of, how exact it is, how to use it.
 
     The metadata names the base only by a Hub id: the Hub refuses a path there.
+
+    Args:
+        served: what all quantized linears take. factored: of how many the offsets are.
     """
     base = quantization["base_model"]
     metadata = "" if is_local(base) else f"base_model: {_yaml(base)}\n"
     also, scales, delta = "", "scales", ""
     if adapter.has_scales:
         also, scales, delta = " and as many of changes of the scales", "(scales + scales_delta)", " and scales_delta"
+    if factored:
+        also += f"; the offsets of {factored} are kept as two factors each"
     return f"""---
 {metadata}library_name: transformers
 tags: [qalora, gptq, {quantization["bits"]}-bit]
@@ -54,6 +68,7 @@ tensors are unchanged, byte for byte, and the adapter is {len(adapter.modules)} 
 | adapter | rank {adapter.config["r"]}, alpha {adapter.config["lora_alpha"]} (`{quantization["adapter"]}`) |
 | bits · group size · symmetric · act-order | {quantization["bits"]} · {quantization.get("group_size")} · \
 {quantization["sym"]} · {quantization["desc_act"]} |
+| served bits | {served} |
 | added | {new_bytes / 1e6:.1f} MB of {quantization["offset_dtype"]} offsets{delta} on {base_bytes / 1e6:.1f} MB |
 {_EXACTNESS}{_UNVERIFIED} |
 

@@ -98,7 +98,9 @@ def export_gptq8(
     size = _group_size(source, group_size)
     source.check_values()
     specs = {
-        name: replace(spec, bits=BITS, group_size=size, scale_dtype="float16", offset_dtype=None, has_g_idx=True)
+        name: replace(
+            spec, bits=BITS, group_size=size, scale_dtype="float16", offset_dtype=None, offset_rank=0, has_g_idx=True
+        )
         for name, spec in source.specs.items()
     }
     bytes_made = sum(spec.out_features * (spec.in_features + 3 * spec.groups) for spec in specs.values())

@@ -1,19 +1,18 @@
 """Adapter + base → merged INT4 checkpoint. One addition, nothing re-quantized, the model is never loaded.
 
 The base's shards are linked (or copied) unchanged; the adapter becomes ``<module>.offsets`` [G, N] in files of its own:
-``w' = scales·(q − zeros) + offsets``, added to what the base has already. Trained scales become
-``<module>.scales_delta`` [G, N] likewise, ``scales ⊙ D·C``, where the scales are those that were trained on. At any
-model size it takes the memory of two shards of offsets: one is computed while the other is written.
+``w' = scales·(q − zeros) + offsets``, added to what the base has already; or, where that is smaller, two factors whose
+product they are (:mod:`qalora_plugin.formats.qalora`). Trained scales become ``<module>.scales_delta`` [G, N] likewise,
+``scales ⊙ D·C``, where the scales are those that were trained on. At any model size it takes the memory of two shards
+of offsets: one is computed while the other is written.
 """
 
 import logging
-from collections import Counter, deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from rich.progress import track
 
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
@@ -23,22 +22,22 @@ from qalora_plugin.checkpoint.fingerprint import Identity, identity, is_sampled,
 from qalora_plugin.checkpoint.folder import SINGLE_NAME, Checkpoint
 from qalora_plugin.checkpoint.json_files import read_json
 from qalora_plugin.checkpoint.places import require_place
-from qalora_plugin.checkpoint.tensors import all_finite
+from qalora_plugin.conversion.added import added, added_bytes, merged_specs
 from qalora_plugin.conversion.card import model_card
 from qalora_plugin.conversion.strength import PICTURE_NAME, picture, strengths
 from qalora_plugin.conversion.writer import ShardWriter, write_config, write_index
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
-from qalora_plugin.core.folding import fold, fold_workers, squared_norm
+from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.fusion import dense_modules, unservable
+from qalora_plugin.formats.gptq import MERGED
 from qalora_plugin.formats.opened import QuantizedCheckpoint
-from qalora_plugin.formats.qalora import MERGED_PARTS, QALora, require_offset_dtype
+from qalora_plugin.formats.qalora import AUTO, MERGED_PARTS, OFFSETS, QALora, require_offset_dtype
+from qalora_plugin.formats.served_bits import SizeReport, served_bits
 
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 64 << 20
 MOST_LOST = 1e-3  # of what the adapter adds, in the Euclidean norm; float16 rounds to 2e-4
-_SMALL = 1e-4  # mean square roots below this may suffer in float16, which loses digits below 6e-5
-_TOO_LARGE = {"float16": "Use offset_dtype float32", "float32": "The training diverged"}
 _KEPT_KEYS = (
     "bits",
     "group_size",
@@ -51,23 +50,25 @@ _KEPT_KEYS = (
 
 
 @dataclass(frozen=True)
-class _Folded:
-    """A tensor [G, N] of one linear as stored, the squared norm of what the adapter adds, and of what rounding lost."""
-
-    name: str
-    stored: np.ndarray
-    wanted: float
-    lost: float
-
-
-@dataclass(frozen=True)
 class MergeResult:
-    """What a merge wrote: the folder, how many linears it changed, bytes that are new, whether shards were linked."""
+    """What a merge wrote: the folder, how many linears it changed, bytes that are new, whether shards were linked, of
+    how many linears the offsets are factored, and what all quantized linears take now."""
 
     folder: Path
     modules: int
     new_bytes: int
     linked: bool
+    factored: int
+    served: SizeReport
+
+    def summary(self) -> list[str]:
+        """Lines for a terminal."""
+        new = f"{self.new_bytes / 1e6:.1f} MB new, base shards {'linked' if self.linked else 'copied'}"
+        offsets = f", offsets of {self.factored} factored" if self.factored else ""
+        return [
+            f"{self.folder}: {self.modules} linears merged{offsets}, {new}",
+            f"served bits: {self.served}",
+        ]
 
 
 @os_errors_in_one_line()
@@ -79,6 +80,7 @@ def merge(
     copy: bool = False,
     revision: str | None = None,
     progress: bool = True,
+    offsets: str = AUTO,
 ) -> MergeResult:
     """Merge a QA-LoRA adapter into its base, checkpoint to checkpoint.
 
@@ -89,6 +91,8 @@ def merge(
         offset_dtype: ``"float16"`` (error 0.03 % of the adapter's own contribution) or ``"float32"``, of offsets and
             changes of scales; default: float16, and float32 where the base has any already.
         copy: copy the base's shards even where they could be hard-linked.
+        offsets: ``"auto"``, which factors the offsets of every linear where that takes fewer bytes; ``"dense"``, which
+            versions of this package before format_version 3 can read; or ``"factored"``.
 
     Raises:
         QALoraError: anything that would make the result wrong; nothing is written then.
@@ -109,9 +113,8 @@ def merge(
     opened.check_fits(source.specs)
 
     offset_dtype = offset_dtype or default_offset_dtype(source)
-    itemsize = np.dtype(offset_dtype).itemsize
-    new_bytes = sum(source.specs[name].groups * source.specs[name].out_features for name in opened.modules) * itemsize
-    new_bytes *= 2 if opened.has_scales else 1
+    specs = merged_specs(source, opened, offset_dtype, offsets)
+    new_bytes = sum(map(added_bytes, specs.values()))
     kept = _kept_files(files)
     out.parent.mkdir(parents=True, exist_ok=True)
     linked = bool(kept) and not copy and same_disk(files.folder / files.files[0], out.parent)
@@ -124,25 +127,27 @@ def merge(
         weight_map = {tensor: kept[info.file] for tensor, info in files.tensors.items() if info.file in kept}
         weight_map |= _write_rest(work, files, set(files.files) - set(kept), set(kept.values()))
         writer = ShardWriter(work, "offsets", SHARD_BYTES, taken=set(kept.values()))
-        added = _write_offsets(writer, source, opened, offset_dtype, progress)
+        written = _write_added(writer, source, opened, specs, progress)
         new_bytes = writer.nbytes
         old = sum(info.end - info.start for name, info in files.tensors.items() if name.endswith(MERGED_PARTS))
-        write_index(work, weight_map | added, files.nbytes - old + new_bytes)
+        write_index(work, weight_map | written, files.nbytes - old + new_bytes)
         quantization = _quantization_config(source) | {
             "offset_dtype": offset_dtype,
             "base_model": str(base),
             "base_fingerprint": base_fingerprint,
             "adapter": opened.digest(),
         }
-        write_config(work, files.config, quantization, any(name.endswith(".scales_delta") for name in added))
+        write_config(work, files.config, quantization, written)
         copy_companions(files.folder, opened.folder, work)
         carry_special_tokens(files.folder, work)
         (work / PICTURE_NAME).write_text(picture(strengths(source, opened)), encoding="utf-8")
-        card = model_card(out.name, quantization, opened, new_bytes, files.nbytes)
+        factored = sum(specs[name].offset_rank > 0 for name in opened.modules)
+        served = served_bits(specs.values(), source.act_order)
+        card = model_card(out.name, quantization, opened, new_bytes, files.nbytes, served, factored)
         (work / "README.md").write_text(card, encoding="utf-8")
         _require_unchanged(files, shards)
     logger.info("merged %d linears into %s (%.1f MB new)", len(opened.modules), out, new_bytes / 1e6)
-    return MergeResult(out, len(opened.modules), new_bytes, linked)
+    return MergeResult(out, len(opened.modules), new_bytes, linked, factored, served)
 
 
 def default_offset_dtype(base: QuantizedCheckpoint) -> str:
@@ -202,76 +207,38 @@ def is_merge_of(
     )
 
 
-def _write_offsets(
-    writer: ShardWriter, base: QuantizedCheckpoint, adapter: AdapterFolder, dtype: str, progress: bool
+def _write_added(
+    writer: ShardWriter,
+    base: QuantizedCheckpoint,
+    adapter: AdapterFolder,
+    specs: dict[str, GroupwiseSpec],
+    progress: bool,
 ) -> dict[str, str]:
     """Write the files of offsets and changes of scales; returns their part of the weight map."""
-    wanted, lost, suffering = dict.fromkeys(MERGED_PARTS, 0.0), dict.fromkeys(MERGED_PARTS, 0.0), 0
-    count, written = len(adapter.modules) * (2 if adapter.has_scales else 1), set()
-    for one in track(_folded(base, adapter, dtype), "merging", count, disable=not progress, transient=True):
-        writer.add(one.name, one.stored)
-        written.add(one.name)
-        part = next(part for part in MERGED_PARTS if one.name.endswith(part))
-        wanted[part], lost[part] = wanted[part] + one.wanted, lost[part] + one.lost
+    wanted, lost, suffering = defaultdict[str, float](float), defaultdict[str, float](float), 0
+    count = len(adapter.modules) * (2 if adapter.has_scales else 1)
+    steps = added(base, adapter, specs, SHARD_BYTES)
+    for one in track(steps, "merging", count, disable=not progress, transient=True):
+        for name, tensor in one.tensors.items():
+            writer.add(name, tensor)
+        wanted[one.part] += one.wanted
+        lost[one.part] += one.lost
         suffering += one.lost > MOST_LOST**2 * one.wanted
+    replaced = MERGED if adapter.has_scales else OFFSETS
     for name, spec in base.specs.items():
-        for part, kept in zip(MERGED_PARTS, (spec.offset_dtype, spec.scales_delta_dtype), strict=True):
-            if kept and (stored := f"{name}{part}") not in written:
-                writer.add(stored, (base.files.tensor if kept == "bfloat16" else base.files.array)(stored))
+        for part in base.format.parts(spec):
+            if part in MERGED and (name not in adapter.keys or part not in replaced):
+                stored = f"{name}.{part}"
+                is_bfloat16 = base.files.tensors[stored].dtype == "BF16"
+                writer.add(stored, (base.files.tensor if is_bfloat16 else base.files.array)(stored))
     if suffering:
-        share = max((lost[part] / wanted[part] for part in MERGED_PARTS if wanted[part]), default=float("inf"))
+        share = max((lost[part] / wanted[part] for part in wanted if wanted[part]), default=float("inf"))
         logger.warning(
             "qalora: %d of %d adapted linears are so small that %s loses more than %.1g of what the adapter adds to "
             "them (%.2g of the whole adapter, in the Euclidean norm). Merge with offset_dtype float32.",
-            suffering, count, dtype, MOST_LOST, share**0.5,
+            suffering, count, specs[adapter.modules[0]].offset_dtype, MOST_LOST, share**0.5,
         )  # fmt: skip
     return writer.finish()
-
-
-def _folded(base: QuantizedCheckpoint, adapter: AdapterFolder, dtype: str) -> Iterator[_Folded]:
-    """What is stored of every adapted linear, in order, computed ahead of who takes it, by a shard at most."""
-    tasks = [(_offsets, name) for name in adapter.modules]
-    if adapter.has_scales:
-        tasks = [task for name in adapter.modules for task in ((_offsets, name), (_scales_delta, name))]
-    begun: deque[Future[_Folded]] = deque()
-    size = max(spec.groups * spec.out_features for spec in base.specs.values()) * np.dtype(dtype).itemsize
-    ahead = max(2, SHARD_BYTES // size)
-    with fold_workers() as workers:
-        for task, name in tasks:
-            begun.append(workers.submit(task, base, adapter, name, dtype))
-            if len(begun) > ahead:
-                yield begun.popleft().result()
-        while begun:
-            yield begun.popleft().result()
-
-
-def _offsets(base: QuantizedCheckpoint, adapter: AdapterFolder, name: str, dtype: str) -> _Folded:
-    lora_a, lora_b = adapter.factors(name)
-    scaling, before = adapter.scaling(name), base.offsets(name)
-    offsets = fold(lora_a, lora_b, scaling, dtype, before)
-    if not all_finite(offsets):
-        raise QALoraError(f"the offsets of {name} exceed what {dtype} can hold. {_TOO_LARGE[dtype]}.")
-    wanted, lost = squared_norm(lora_a, lora_b, scaling), 0.0
-    if dtype == "float16" and (before is not None or wanted < _SMALL**2 * offsets.size):
-        exact = fold(lora_a, lora_b, scaling, "float32", before)
-        lost = float(np.square(exact - offsets, dtype=np.float64).sum())
-        if before is None:
-            wanted = float(np.square(exact, dtype=np.float64).sum())
-    return _Folded(f"{name}.offsets", offsets, wanted, lost)
-
-
-def _scales_delta(base: QuantizedCheckpoint, adapter: AdapterFolder, name: str, dtype: str) -> _Folded:
-    factors = adapter.scale_factors(name)
-    assert factors is not None  # only adapters with scales come here
-    d, c = factors
-    scales, before = base.scales(name)
-    delta = fold(d.T, c.T, 1.0, dtype, before, scales)
-    if not all_finite(delta):
-        raise QALoraError(f"the changed scales of {name} exceed what {dtype} can hold. {_TOO_LARGE[dtype]}.")
-    added = fold(d.T, c.T, 1.0, "float32", None, scales)
-    exact = added if before is None else fold(d.T, c.T, 1.0, "float32", before, scales)
-    lost = np.square(exact - delta, dtype=np.float64).sum() if dtype == "float16" else 0.0
-    return _Folded(f"{name}.scales_delta", delta, float(np.square(added, dtype=np.float64).sum()), float(lost))
 
 
 def _quantization_config(base: QuantizedCheckpoint) -> dict:

@@ -89,12 +89,16 @@ def write_index(folder: Path, weight_map: Mapping[str, str], nbytes: int) -> Non
     write_json(folder / INDEX_NAME, {"metadata": {"total_size": nbytes}, "weight_map": dict(weight_map)})
 
 
-def write_config(folder: Path, config: dict[str, Any], quantization: dict[str, Any], has_scales: bool = False) -> None:
-    """``config.json`` of a checkpoint of ours, or of a GPTQ base (``quantization["quant_method"]``)."""
+def write_config(folder: Path, config: dict[str, Any], quantization: dict[str, Any], names: Iterable[str] = ()) -> None:
+    """``config.json`` of a checkpoint of ours, or of a GPTQ base (``quantization["quant_method"]``).
+
+    Args:
+        names: of its tensors, or of those among them that a merge writes.
+    """
     if quantization.get("quant_method") == "gptq":
         write_json(folder / "config.json", {**config, "quantization_config": quantization})
     else:
-        write_json(folder / "config.json", as_config(config, quantization, has_scales))
+        write_json(folder / "config.json", as_config(config, quantization, names))
 
 
 def write_model(
@@ -108,13 +112,12 @@ def write_model(
     for name, tensor in tensors:
         (offsets if name.endswith(MERGED_PARTS) else weights).add(name, tensor)
     weight_map = {**weights.finish(), **offsets.finish()}
-    has_scales = any(name.endswith(".scales_delta") for name in weight_map)
     if set(weight_map.values()) == {"model.safetensors"}:
-        write_config(folder, config, quantization, has_scales)
+        write_config(folder, config, quantization, weight_map)
         return
     if "model.safetensors" in weight_map.values():  # transformers would prefer it over the index
         only = "model-00001-of-00001.safetensors"
         (folder / "model.safetensors").rename(folder / only)
         weight_map = {name: only if file == "model.safetensors" else file for name, file in weight_map.items()}
     write_index(folder, weight_map, weights.nbytes + offsets.nbytes)
-    write_config(folder, config, quantization, has_scales)
+    write_config(folder, config, quantization, weight_map)

@@ -66,6 +66,15 @@ class ScaleDelta(NamedTuple):
         return gradient @ c.t(), d.t() @ gradient
 
 
+def factored_offsets(a: "Tensor", b: "Tensor") -> "Tensor":
+    """``a·b`` ``[*E, G, N]``, float32: the offsets of a checkpoint that keeps them as factors, ``[*E, G, r]`` and
+    ``[*E, r, N]``."""
+    import torch
+
+    with torch.autocast(a.device.type, enabled=False):  # which would multiply in 16 bits
+        return a.float() @ b.float()
+
+
 def scaled_product(a: "Tensor", b: "Tensor", scaling: float) -> "Tensor":
     """``scaling·(a·b)`` in one kernel."""
     import torch

@@ -11,6 +11,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 _BLOCK = 1 << 20  # offsets; what is in float64 at once
+_SCALES = 2.0 ** (np.arange(8) / 8)  # that a row of a factor is tried at
 _MOST_THREADS = 8
 
 
@@ -47,6 +48,33 @@ def fold(
         before, times = (None if tensor is None else tensor[block] for tensor in (base, factor))
         _multiply(a[block], b, before, times, offsets[block])
     return offsets
+
+
+def factor(lora_a: np.ndarray, lora_b: np.ndarray, scaling: float, dtype: str) -> tuple[np.ndarray, np.ndarray, float]:
+    """``scaling·(B·A)ᵀ`` as a product of two factors that may be rounded: ``a·b``.
+
+    The columns of a are orthogonal (QR), so that in the Euclidean norm a rounded b errs by what it was rounded by:
+    like offsets that are rounded one by one, whatever cancels in ``B·A``. Each row of b is brought to the order of 1,
+    where float16 has all its digits, a's column to the inverse; of eight such scales the one that rounds it least.
+
+    Args:
+        lora_a: ``[R, G]``. lora_b: ``[N, R]``. dtype: of b, ``"float16"`` or ``"float32"``.
+
+    Returns:
+        a ``[G, r]`` in float32, b ``[r, N]``, r = min(R, G), and ‖a·b − scaling·(B·A)ᵀ‖² but for a's own rounding.
+    """
+    q, left = np.linalg.qr(scaling * lora_a.T.astype(np.float64))
+    exact = left @ lora_b.T.astype(np.float64)
+    octave = np.ldexp(1.0, 1 - np.frexp(np.abs(exact).max(axis=1))[1])
+    scales, b = octave.copy(), np.empty(exact.shape, dtype)
+    lost = np.full(len(exact), np.inf)
+    for tried in _SCALES:
+        rounded = (exact * (tried * octave)[:, None]).astype(np.float32).astype(dtype)
+        error = np.square(rounded / (tried * octave)[:, None] - exact).sum(axis=1)
+        better = error < lost
+        b[better], scales[better], lost[better] = rounded[better], (tried * octave)[better], error[better]
+    with np.errstate(over="ignore"):
+        return (q / scales).astype(np.float32), b, float(lost.sum())
 
 
 def squared_norm(lora_a: np.ndarray, lora_b: np.ndarray, scaling: float) -> float:

@@ -49,6 +49,11 @@ def adapter_offsets(
     return offsets if unit is None else offsets * unit.to(dtype)
 
 
+def factored_offsets(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Offsets that are stored as factors: ``a·b``, a ``[G, r]``, b ``[r, N]`` → ``[G, N]`` in weight units."""
+    return a.to(dtype) @ b.to(dtype)
+
+
 def adapter_scales(scales: Tensor, d: Tensor, c: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """What merging adds to the scales ``[G, N]``: ``scales ⊙ D·C``, D ``[G, R]``, C ``[R, N]``."""
     return scales.to(dtype) * (d.to(dtype) @ c.to(dtype))

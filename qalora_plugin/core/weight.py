@@ -24,6 +24,8 @@ class GroupwiseSpec:
         name: on disk.
         bits: of a code. group_size: columns of K that share a scale (K itself for one group).
         bias_dtype, offset_dtype, scales_delta_dtype: None where nothing of the kind is stored.
+        offset_rank: r where the offsets are stored as two factors, ``[G, r]`` in float32 and ``[r, N]`` in
+            ``offset_dtype``; 0 where they are ``[G, N]``.
         has_g_idx: whether the group of every column is stored, which it may be without act-order.
     """
 
@@ -37,6 +39,7 @@ class GroupwiseSpec:
     offset_dtype: str | None = None
     has_g_idx: bool = False
     scales_delta_dtype: str | None = None
+    offset_rank: int = 0
 
     @property
     def groups(self) -> int:

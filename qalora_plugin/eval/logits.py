@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
 from qalora_plugin.core.delta import OffsetDelta
-from qalora_plugin.core.reference import adapter_offsets, adapter_scales
+from qalora_plugin.core.reference import adapter_offsets, adapter_scales, factored_offsets
 from qalora_plugin.eval.routing import recorded, replayed
 
 
@@ -48,7 +48,8 @@ def compare_logits(
         stored_exactly = False
         for name, (offsets, scales_delta) in exact.items():
             layer = model.get_submodule(name)
-            stored_exactly = layer.offsets.dtype == torch.float32
+            stored_exactly = (layer.offsets if layer.offsets_b is None else layer.offsets_b).dtype == torch.float32
+            layer.offsets_a = layer.offsets_b = None
             other = torch.float16 if stored_exactly else torch.float32
             layer.offsets = offsets.to(model.device, other)
             if scales_delta is not None:
@@ -93,6 +94,8 @@ def exact_values(model: nn.Module) -> dict[str, tuple[Tensor, Tensor | None]]:
             base: Any = layer.get_base_layer()
             if base.offsets is not None:
                 exact += base.offsets.cpu()
+            if base.offsets_a is not None:
+                exact += factored_offsets(base.offsets_a.cpu(), base.offsets_b.cpu())
             if active in layer.lora_D:
                 d, c = (part[active].weight.detach().cpu().double() for part in (layer.lora_D, layer.lora_C))
                 change = adapter_scales(base.quantized.scales.cpu(), d * layer.scales_ratio[active] ** 2, c)

@@ -33,8 +33,8 @@ class VerifyReport:
     weight_error_relative: float
     """‖w' − definition‖ / ‖what the adapter adds‖ over all adapted weights, float64."""
     offset_error: float
-    """Largest error of a weight, in units of what half a unit in the last place of its stored offset, and of the change
-    of its scale where there is one, can do to it."""
+    """Largest error of a weight, in units of what half a unit in the last place of its stored offset (or of the factors
+    of it), and of the change of its scale where there is one, can do to it."""
     tokens: int
     dtype: str
     logit_difference: float

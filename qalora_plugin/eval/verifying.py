@@ -7,7 +7,8 @@ do:
 2. an offset, or a change of a scale, that is not its definition, rounded once: off by more than half a unit in the last
    place of what it is stored in. (Each by itself: a wrong factor, a swapped linear, one wrong number cannot hide behind
    a large adapter. The sum of scale and change is taken in float64: that it is float32 later, as s·(1 + D·C) was in
-   training, is the base's own rounding);
+   training, is the base's own rounding. An offset that is stored as factors is their product, in float64 too, and may
+   be off by what half a unit in the last place of each of them makes of it);
 3. an adapter so small that the rounding eats it;
 4. logits in float32 that differ where nothing was rounded: base + adapter, as it was trained, against the merged
    checkpoint, as transformers loads it, with its offsets and changes of scales put to their exact values.
@@ -28,13 +29,20 @@ from torch import Tensor
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
 from qalora_plugin.checkpoint.folder import Checkpoint
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
-from qalora_plugin.core.reference import adapter_offsets, adapter_scales, column_groups, dequantize, unit_steps
+from qalora_plugin.core.reference import (
+    adapter_offsets,
+    adapter_scales,
+    column_groups,
+    dequantize,
+    factored_offsets,
+    unit_steps,
+)
 from qalora_plugin.core.weight import GroupwiseWeight
 from qalora_plugin.eval.logits import compare_logits
 from qalora_plugin.eval.report import VerifyReport
 from qalora_plugin.eval.tokens import default_texts, tokenize
 from qalora_plugin.formats.opened import QuantizedCheckpoint
-from qalora_plugin.formats.qalora import MERGED_PARTS, SCALES, QALora
+from qalora_plugin.formats.qalora import FACTORS, MERGED_PARTS, OFFSETS, SCALES, QALora
 
 _NOISE = 2.0**-48  # of float64 sums, relative
 _COLUMNS = 512  # output columns of a weight that are compared at a time
@@ -74,7 +82,8 @@ def verify(
     result = QuantizedCheckpoint.of(files)
     opened.check_fits(source.specs)
     # What the adapter changes is no longer the base's: offsets, and changes of scales, that a base of ours has already.
-    changed = {f"{module}{part}" for module in opened.modules for part in MERGED_PARTS[: 1 + opened.has_scales]}
+    parts = (*OFFSETS, SCALES[1]) if opened.has_scales else OFFSETS
+    changed = {f"{module}.{part}" for module in opened.modules for part in parts}
     kept = [name for name in sorted(source.files.tensors) if name not in changed]
     identical, sha256 = _compare_tensors(source.files, files, kept, progress)
     weights = _compare_weights(source, result, opened, progress)
@@ -138,13 +147,13 @@ def _compare_weights(
             raise QALoraError(f"{result.folder}: {lacking[0]} has no {what}, but it should. Merge again.")
     largest, in_roundings, error, contribution = 0.0, 0.0, 0.0, 0.0
     for name in track(adapter.modules, "weights", disable=not progress, transient=True):
-        dtype, scales_dtype = result.specs[name].offset_dtype, result.specs[name].scales_delta_dtype
+        scales_dtype = result.specs[name].scales_delta_dtype
         before, after = _unrounded(source, name), _unrounded(result, name)
         group = column_groups(before)
         lora_a, lora_b = map(torch.from_numpy, adapter.factors(name))
         delta = adapter_offsets(lora_a, lora_b, adapter.scaling(name))
         stored = delta if before.offsets is None else delta + before.offsets.double()
-        rounding = half_ulp(stored, str(dtype)) + _NOISE * stored.abs().max()
+        rounding = _offset_rounding(result, name, stored) + _NOISE * stored.abs().max()
         change, scales_rounding = torch.zeros_like(delta), torch.zeros_like(delta)
         if factors := adapter.scale_factors(name):
             trained_on, earlier = source.scales(name)
@@ -172,12 +181,28 @@ def _compare_weights(
 
 
 def _unrounded(source: QuantizedCheckpoint, name: str) -> GroupwiseWeight:
-    """One linear, its scales the sum of what is stored in float64."""
+    """One linear, its scales the sum of what is stored in float64, its offsets the product."""
     weight = source.weight(name)
+    if source.specs[name].offset_rank:
+        weight = weight._replace(offsets=factored_offsets(*_factors(source, name)))
     if source.specs[name].scales_delta_dtype is None:
         return weight
     scales, change = (source.files.tensor(f"{name}.{part}").double() for part in SCALES)
     return weight._replace(scales=scales + change)
+
+
+def _offset_rounding(result: QuantizedCheckpoint, name: str, exact: Tensor) -> Tensor:
+    """The most by which storing it moves each offset ``[G, N]``."""
+    spec = result.specs[name]
+    if not spec.offset_rank:
+        return half_ulp(exact, str(spec.offset_dtype))
+    a, b = (factor.double() for factor in _factors(result, name))
+    return a.abs() @ half_ulp(b, str(spec.offset_dtype)) + half_ulp(a, "float32") @ b.abs()
+
+
+def _factors(source: QuantizedCheckpoint, name: str) -> tuple[Tensor, Tensor]:
+    a, b = (source.files.tensor(f"{name}.{part}") for part in FACTORS)
+    return a, b
 
 
 def _larger(value: float, tensor: Tensor) -> float:

@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 V1, V2 = CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
-_FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _FIELDS = {  # of quantization_config; None stands for "not given"
     "bits": int, "group_size": int, "desc_act": bool, "sym": bool, "lm_head": bool, "dynamic": dict,
     "quant_method": str, "checkpoint_format": str, "format": str, "offset_dtype": str, "serving_path": str,
     "modules_to_not_convert": list, "modules_in_block_to_quantize": list,
 }  # fmt: skip
+MERGED = ("offsets", "offsets_a", "offsets_b", "scales_delta")  # parts that GPTQ does not have
 _NOT_FINITE = {
     "scales": "The quantisation of this layer failed: do it again (more calibration data, or a higher damp_percent).",
     "bias": "The checkpoint is damaged: download or copy it again.",
-    "offsets": "They are not what a merge writes: merge or download the checkpoint again.",
-    "scales_delta": "They are not what a merge writes: merge or download the checkpoint again.",
+    **dict.fromkeys(MERGED, "They are not what a merge writes: merge or download the checkpoint again."),
 }
 _PARTS = ("qweight", "qzeros", "scales", "g_idx", "bias", "offsets", "scales_delta")
 _JSON_NAMES = {int: "integer", bool: "boolean", str: "string", dict: "object", list: "array"}
@@ -76,7 +76,7 @@ class Gptq:
         return quantization.get("quant_method") == cls.method
 
     def specs(self, tensors: Headers, where: object) -> dict[str, GroupwiseSpec]:
-        stray = next((name for name in tensors if name.endswith((".offsets", ".scales_delta"))), None)
+        stray = next((name for name in tensors if name.rpartition(".")[2] in MERGED), None)
         if stray and not self.holds_offsets:
             raise QALoraError(
                 f"{where} is a GPTQ checkpoint by its config, but holds the merged {stray}. Use the "
@@ -183,7 +183,7 @@ class Gptq:
 
         def float_dtype(part: str) -> str | None:
             found = parts[part]
-            return None if found is None else _FLOATS[found.dtype]
+            return None if found is None else FLOATS[found.dtype]
 
         return GroupwiseSpec(
             name=name,
@@ -191,7 +191,7 @@ class Gptq:
             out_features=out_features,
             bits=bits,
             group_size=in_features // groups,
-            scale_dtype=_FLOATS[scales.dtype],
+            scale_dtype=FLOATS[scales.dtype],
             bias_dtype=float_dtype("bias"),
             offset_dtype=float_dtype("offsets"),
             has_g_idx=parts["g_idx"] is not None,
@@ -230,13 +230,13 @@ def _checked(parts: dict[str, TensorInfo | None], fail: Callable[[str], QALoraEr
         if len(found.shape) != 2 or 0 in found.shape:
             raise fail(f"{part} has shape {found.shape}, expected two dimensions.")
         if part != "scales" and found.dtype != "I32":
-            floats = part == "qzeros" and found.dtype in _FLOATS
+            floats = part == "qzeros" and found.dtype in FLOATS
             hint = ", not the floats of QA-LoRA's official merge.py: qalora import official SRC OUT" if floats else ""
             raise fail(f"{part} is {found.dtype}, expected int32 words{hint}.")
         required.append(found)
     for part, verb in {"scales": "are", "bias": "is", "offsets": "are", "scales_delta": "is"}.items():
         found = parts[part]
-        if found is not None and found.dtype not in _FLOATS:
+        if found is not None and found.dtype not in FLOATS:
             raise fail(f"{part} {verb} {found.dtype}, expected a float type.")
     g_idx = parts["g_idx"]
     if g_idx is not None and g_idx.dtype not in ("I32", "I64"):

@@ -14,7 +14,7 @@ from qalora_plugin.core.weight import GroupwiseSpec, GroupwiseWeight
 from qalora_plugin.formats.autoround import AutoRound
 from qalora_plugin.formats.base import CheckpointFormat
 from qalora_plugin.formats.gptq import Gptq, column_groups, is_act_order
-from qalora_plugin.formats.qalora import QALora
+from qalora_plugin.formats.qalora import FACTORS, QALora
 
 BASES: tuple[type[Gptq], ...] = (Gptq, AutoRound, QALora)  # what adapters go onto
 _MAKE_ONE = "Make a GPTQ checkpoint of the original 16-bit model: qalora quantize MODEL OUT."
@@ -65,8 +65,16 @@ class QuantizedCheckpoint:
         return column_groups(self.specs[name], self.files.array)
 
     def offsets(self, name: str) -> np.ndarray | None:
-        """What one linear has already, ``[G, N]``; None for nothing."""
-        return self.files.array(f"{name}.offsets") if self.specs[name].offset_dtype else None
+        """What one linear has already, ``[G, N]``; None for nothing, or where it is factored."""
+        spec = self.specs[name]
+        return self.files.array(f"{name}.offsets") if spec.offset_dtype and not spec.offset_rank else None
+
+    def offset_factors(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """The factors ``[G, r]``, ``[r, N]`` of one linear's offsets; None where they are dense, or there are none."""
+        if not self.specs[name].offset_rank:
+            return None
+        a, b = (self.files.array(f"{name}.{part}") for part in FACTORS)
+        return a, b
 
     def scales(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
         """The scales of one linear, float32 ``[G, N]``, and what merges changed them by; None for nothing."""

@@ -60,10 +60,18 @@ def served_bits(specs: Iterable[GroupwiseSpec], act_order: bool = False) -> Size
         bits["codes"] += spec.bits * spec.in_features * spec.out_features
         bits["scales"] += dtype_bits(spec.scale_dtype) * each
         bits["zeros"] += spec.bits * each
-        bits["offsets"] += dtype_bits(spec.offset_dtype) * each
+        bits["offsets"] += offset_bits(spec)
         bits["scales_delta"] += dtype_bits(spec.scales_delta_dtype) * each
         bits["column order"] += _INDEX_BITS * spec.in_features if act_order and spec.has_g_idx else 0
     return SizeReport(weights, {part: count for part, count in bits.items() if count})
+
+
+def offset_bits(spec: GroupwiseSpec) -> int:
+    """Of one linear's offsets, in the form and dtype that its spec says: ``G·N``, or factors of ``r·(G + N)``."""
+    if spec.offset_rank:
+        each = 32 * spec.groups + dtype_bits(spec.offset_dtype) * spec.out_features
+        return spec.offset_rank * each
+    return dtype_bits(spec.offset_dtype) * spec.groups * spec.out_features
 
 
 def dtype_bits(dtype: str | None) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from qalora_plugin.core.delta import OffsetDelta
+from qalora_plugin.core.delta import OffsetDelta, factored_offsets
 from qalora_plugin.core.weight import GroupwiseSpec, GroupwiseWeight
 from qalora_plugin.core.words import codes_per_period, words_per_period
 from qalora_plugin.kernels.autograd import linear
@@ -35,12 +35,16 @@ class QuantExpertLinear(QuantLinear):
         self.experts = experts = len(specs)
         k, n, groups = spec.in_features, spec.out_features, spec.groups
         period, words = codes_per_period(spec.bits), words_per_period(spec.bits)
-        offset_dtypes = [getattr(torch, one.offset_dtype) for one in specs if one.offset_dtype]
+        dense = [getattr(torch, one.offset_dtype) for one in specs if one.offset_dtype and not one.offset_rank]
+        factored = [getattr(torch, one.offset_dtype) for one in specs if one.offset_dtype and one.offset_rank]
+        rank = max(one.offset_rank for one in specs)
         shapes = {
             "qweight": ((k // period * words, n), torch.int32),
             "zeros": ((groups, n), torch.uint8),
             "scales": ((groups, n), _widest([getattr(torch, one.scale_dtype) for one in specs])),
-            "offsets": ((groups, n), _widest(offset_dtypes) if offset_dtypes else None),
+            "offsets": ((groups, n), _widest(dense) if dense else None),
+            "offsets_a": ((groups, rank), torch.float32 if factored else None),
+            "offsets_b": ((rank, n), _widest(factored) if factored else None),
             "g_idx": ((k,), torch.int32 if act_order else None),
             "group_order": ((k,), torch.int64 if act_order else None),
         }
@@ -48,8 +52,11 @@ class QuantExpertLinear(QuantLinear):
             empty = None if dtype is None else torch.empty(experts, *shape, dtype=dtype, device=device)
             self.register_buffer(name, empty, persistent=False)
 
-    def put(self, expert: int, weight: GroupwiseWeight) -> None:
-        """Hold this weight as that expert's."""
+    def put(self, expert: int, weight: GroupwiseWeight, factors: tuple[Tensor, Tensor] | None = None) -> None:
+        """Hold this weight as that expert's; factors: of its offsets, ``[G, r]`` and ``[r, N]``, if they are stored so.
+        (Those of a lower rank than another's are filled up with zeros.)"""
+        if factors is not None:
+            weight = weight._replace(offsets=None)
         if self.g_idx is not None and weight.g_idx is None:
             in_order = torch.arange(self.in_features)
             weight = weight._replace(g_idx=in_order // self.group_size, group_order=in_order)
@@ -59,10 +66,20 @@ class QuantExpertLinear(QuantLinear):
                 buffer[expert].zero_()  # offsets that this expert does not have
             elif buffer is not None:
                 buffer[expert].copy_(tensor)
+        if self.offsets_a is not None and self.offsets_b is not None:
+            self.offsets_a[expert].zero_()
+            self.offsets_b[expert].zero_()
+            if factors is not None:
+                a, b = factors
+                self.offsets_a[expert, :, : len(b)].copy_(a)
+                self.offsets_b[expert, : len(b)].copy_(b)
 
     def expert(self, i: int) -> GroupwiseWeight:
         """One expert's weight."""
-        weight = self.quantized.expert(i)
+        weight = GroupwiseWeight.of([getattr(self, name) for name in _STACKED], self.bits, self.group_size).expert(i)
+        if self.offsets_a is not None and self.offsets_b is not None:
+            product = factored_offsets(self.offsets_a[i], self.offsets_b[i])
+            weight = weight._replace(offsets=product if weight.offsets is None else weight.offsets + product)
         if self.g_idx is None or self.group_order is None:
             return weight
         return weight._replace(g_idx=self.g_idx[i], group_order=self.group_order[i])

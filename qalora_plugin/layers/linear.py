@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qalora_plugin.core.delta import OffsetDelta, ScaleDelta
+from qalora_plugin.core.delta import OffsetDelta, ScaleDelta, factored_offsets
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.weight import GroupwiseSpec, GroupwiseWeight
 from qalora_plugin.core.words import codes_per_period
@@ -13,7 +13,18 @@ from qalora_plugin.kernels.autograd import linear
 from qalora_plugin.kernels.unpacking import dequantized
 from qalora_plugin.layers.sharding import Layout, flatten, views
 
-_HELD = ("qweight", "zeros", "scales", "offsets", "g_idx", "group_order", "scales_delta", "bias")
+_HELD = (
+    "qweight",
+    "zeros",
+    "scales",
+    "offsets",
+    "g_idx",
+    "group_order",
+    "scales_delta",
+    "offsets_a",
+    "offsets_b",
+    "bias",
+)
 
 
 class QuantLinear(nn.Module):
@@ -21,8 +32,9 @@ class QuantLinear(nn.Module):
 
     Its tensors are those of a :class:`~qalora_plugin.core.weight.GroupwiseWeight`, as buffers: none is a parameter, for
     they never train. A new layer is empty; :meth:`set_weight` fills it. Where a checkpoint stores ``scales_delta``
-    beside the scales, the layer holds both as stored, half the size of their sum in float32. Where ranks share the
-    weight between them, it is in ``words`` instead (:mod:`.sharding`).
+    beside the scales, the layer holds both as stored, half the size of their sum in float32; where it stores the
+    offsets' factors, those (multiplied at every use: 1/g of the work that dequantizing is, times their rank). Where
+    ranks share the weight between them, it is in ``words`` instead (:mod:`.sharding`).
 
     Args:
         spec: sizes, bits and group size.
@@ -36,6 +48,8 @@ class QuantLinear(nn.Module):
     scales: Tensor
     scales_delta: Tensor | None
     offsets: Tensor | None
+    offsets_a: Tensor | None
+    offsets_b: Tensor | None
     g_idx: Tensor | None
     group_order: Tensor | None
     bias: Tensor | None
@@ -47,7 +61,17 @@ class QuantLinear(nn.Module):
         self.in_features, self.out_features = spec.in_features, spec.out_features
         self.bits, self.group_size, self.groups = spec.bits, spec.group_size, spec.groups
         self.base_fingerprint: Callable[..., str] | None = None  # of the checkpoint this comes from; set by its loader
-        for name in ("qweight", "zeros", "scales", "scales_delta", "offsets", "g_idx", "bias"):
+        for name in (
+            "qweight",
+            "zeros",
+            "scales",
+            "scales_delta",
+            "offsets",
+            "offsets_a",
+            "offsets_b",
+            "g_idx",
+            "bias",
+        ):
             self.register_buffer(name, None)
         self.register_buffer("group_order", None, persistent=False)
         self.register_parameter("words", None)
@@ -57,7 +81,7 @@ class QuantLinear(nn.Module):
         """Hold these tensors. bias: ``[N]`` or None."""
         self.qweight, self.zeros, self.scales = weight.qweight, weight.zeros, weight.scales
         self.offsets, self.g_idx, self.group_order = weight.offsets, weight.g_idx, weight.group_order
-        self.scales_delta, self.bias = None, bias
+        self.scales_delta, self.offsets_a, self.offsets_b, self.bias = None, None, None, bias
         return self
 
     def make_shardable(self, dtype: torch.dtype) -> None:
@@ -73,9 +97,14 @@ class QuantLinear(nn.Module):
             tensors = [getattr(self, name) for name in _HELD]
         else:
             tensors = views(self.words, self._layout)
-        *weight, change, bias = tensors
+        *weight, change, a, b, bias = tensors
         found = GroupwiseWeight.of(weight, self.bits, self.group_size)
-        return found if change is None else found._replace(scales=found.scales.float() + change), bias
+        if change is not None:
+            found = found._replace(scales=found.scales.float() + change)
+        if a is not None and b is not None:
+            product = factored_offsets(a, b)
+            found = found._replace(offsets=product if found.offsets is None else found.offsets + product)
+        return found, bias
 
     @property
     def quantized(self) -> GroupwiseWeight:
@@ -95,7 +124,8 @@ class QuantLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
-            f"group_size={self.group_size}, act_order={self._has('g_idx')}, offsets={self._has('offsets')}"
+            f"group_size={self.group_size}, act_order={self._has('g_idx')}, "
+            f"offsets={self._has('offsets') or self._has('offsets_a')}"
         )
 
     def _has(self, name: str) -> bool:

@@ -66,9 +66,9 @@ def llama_cpp_log_p(file):
         return log_probabilities(model.logits(IDS), IDS)
 
 
-def merged_of(base, folder, **lora):
+def merged_of(base, folder, offsets="auto", **lora):
     make_adapter(base, folder / "adapter", **lora)
-    merge(base, folder / "adapter", folder / "merged", progress=False)
+    merge(base, folder / "adapter", folder / "merged", progress=False, offsets=offsets)
     return folder / "merged"
 
 
@@ -140,9 +140,12 @@ def test_a_vocabulary_made_from_the_folder_is_the_files(tokenizer, tmp_path):
     assert {key: after[key][0] for key in known} == known
 
 
-@pytest.mark.parametrize(("bits", "group_size"), [(2, 32), (3, 32), (4, 64), (4, 128), (2, 256)])
-def test_codes_of_2_3_and_4_bits_are_kept(bits, group_size, tokenizer, tmp_path):
-    merged = merged_of(gptq_base(tmp_path / "base", tokenizer, bits, group_size), tmp_path)
+@pytest.mark.parametrize(
+    ("bits", "group_size", "offsets"),
+    [(2, 32, "dense"), (3, 32, "dense"), (4, 64, "dense"), (4, 128, "dense"), (2, 256, "dense"), (4, 32, "factored")],
+)
+def test_codes_of_2_3_and_4_bits_are_kept(bits, group_size, offsets, tokenizer, tmp_path):
+    merged = merged_of(gptq_base(tmp_path / "base", tokenizer, bits, group_size), tmp_path, offsets)
     result = export_gguf(merged, tmp_path / "out.gguf", progress=False)
     assert result.types == {"F16": 1, "Q4_1": 14, "F32": 5}
     assert_holds(result.file, merged)

@@ -215,15 +215,15 @@ def test_killed_at_any_moment(base, adapter, tmp_path, moment):
     """SIGKILL in the middle of a slowed-down merge: nothing or everything under the final name; then merging works."""
     code = r"""
 import os, sys, time
-from qalora_plugin.conversion import merging, writer
+from qalora_plugin.conversion import added, merging, writer
 slow = merging.link_or_copy
 def slower(*args, **kwargs):
     os.write(1, b"step\n"); time.sleep(0.1); return slow(*args, **kwargs)
 merging.link_or_copy = slower
-offsets = merging._offsets
+offsets = added._offsets
 def slow_offsets(*args):
     os.write(1, b"step\n"); time.sleep(0.02); return offsets(*args)
-merging._offsets = slow_offsets
+added._offsets = slow_offsets
 merging.merge(*sys.argv[1:], progress=False)
 os.write(1, b"step\n")  # the last moment: it is there
 """

@@ -23,7 +23,7 @@ float64; `tests/formats` runs each again. Written by `PYTHONPATH=tests .venv/bin
 - **refused**: with one line that says why, before anything is written.
 - **–**: the format has no such checkpoints.
 
-g −1 is one group for all of K.
+g −1 is one group for all of K. What a merged checkpoint itself is: [merging.md](merging.md).
 """
 NO_CELL = "–"
 

@@ -144,7 +144,9 @@ def retyped(path: Path, chance: random.Random) -> None:
     else:
         del header[name]
         header[
-            chance.choice([f"{name}{ESCAPE}", ".qweight", f"{name}.offsets", "x" * 2000, f"{name} ", "é.qweight", ""])
+            chance.choice(
+                [f"{name}{ESCAPE}", ".qweight", f"{name}.offsets", f"{name}_a", "x" * 2000, f"{name} ", "é.qweight", ""]
+            )
         ] = entry
     write_tensors(path, header, body)
 

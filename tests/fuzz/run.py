@@ -67,6 +67,8 @@ class Fuzzer:
             base = make_base(place / f"intact{i}", **kind)
             (base / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
             self.intact.append((base, make_adapter(base, place / f"adapter{i}", rank_pattern={"up_proj": 2})))
+        once = merge(*self.intact[0], place / "intact2", progress=False, offsets="factored").folder
+        self.intact.append((once, make_adapter(once, place / "adapter2")))
         tokenizer = make_tokenizer()  # a run's own: BOS, EOS and PAD have to be carried
         tokenizer.add_special_tokens({"eos_token": "~"})
         tokenizer.save_pretrained(self.intact[1][1])

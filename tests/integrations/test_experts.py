@@ -172,13 +172,33 @@ def test_merged_experts_are_exact_one_by_one(mixtral, tmp_path, shared):
     assert shared or verify(mixtral, adapter, merged, sequences=IDS.tolist(), device="cpu", progress=False).passed
 
 
-def test_a_merged_model_loads_and_saves_back_bit_equal(mixtral, adapter, tmp_path):
-    merged = merge(mixtral, adapter, tmp_path / "merged", progress=False).folder
+@pytest.mark.parametrize("form", ["dense", "factored"])
+def test_a_merged_model_loads_and_saves_back_bit_equal(mixtral, adapter, tmp_path, form):
+    merged = merge(mixtral, adapter, tmp_path / "merged", progress=False, offsets=form).folder
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
     model.save_pretrained(tmp_path / "again")
     first, again = Checkpoint.open(merged), Checkpoint.open(tmp_path / "again")
     assert first.tensors.keys() == again.tensors.keys()
     assert all(torch.equal(first.tensor(name), again.tensor(name)) for name in first.tensors)
+
+
+def test_experts_whose_offsets_are_factored(mixtral, tmp_path):
+    """Some of one projection: then those of a second adapter, whose ranks add up; all are held as factors."""
+    targets = r".*layers\.0.*(up|down)_proj|.*q_proj"
+    first = save_random(load_base(mixtral, dtype=torch.float32), tmp_path / "first", r=1, target_modules=targets)
+    once = merge(mixtral, first, tmp_path / "once", progress=False, offsets="factored").folder
+    assert verify(mixtral, first, once, sequences=IDS.tolist(), device="cpu", progress=False).passed
+    model = load_base(once, dtype=torch.float32)
+    layer, name = model.get_submodule("model.layers.0.mlp.experts.up_proj"), "model.layers.0.block_sparse_moe.experts"
+    assert layer.offsets is None
+    opened = QuantizedCheckpoint.open(once)
+    for i in range(4):
+        assert torch.equal(layer.expert(i).offsets, opened.weight(f"{name}.{i}.w3").offsets)
+    second = save_random(model, tmp_path / "second", r=1)
+    twice = merge(once, second, tmp_path / "twice", progress=False, offsets="factored").folder
+    found = QuantizedCheckpoint.open(twice)
+    assert (found.specs[f"{name}.0.w3"].offset_rank, found.specs[f"{name}.0.w1"].offset_rank) == (2, 1)
+    assert verify(once, second, twice, sequences=IDS.tolist(), device="cpu", progress=False).passed
 
 
 def test_sharding_experts_is_refused(mixtral):

@@ -23,6 +23,12 @@ for capability, rows, group_size in ((TURING, 1, 32), (AMPERE, 1, 128), (HOPPER,
     blocks = offsets_triton.blocks_of_few(rows, group_size)
     check(capability, offsets_triton.few_kernel, pointers, SIZES, blocks)
 
+for capability, rows, rank in ((TURING, 1, 16), (AMPERE, 1, 48), (HOPPER, 1, 16), (HOPPER, 4, 48), (BLACKWELL, 1, 64)):
+    pointers = {"y_ptr": "*bf16", "x_ptr": "*bf16", "a_ptr": "*fp32", "b_ptr": "*bf16"}
+    blocks = offsets_triton.blocks_of_factors(rows, rank, 32)
+    sizes = {name: kind for name, kind in SIZES.items() if name != "divisor"} | {"R": "i32"}
+    check(capability, offsets_triton.few_factored_kernel, pointers, sizes, blocks)
+
 for capability in (TURING, AMPERE, HOPPER, BLACKWELL):
     pointers = {"x": "*bf16", "pooled": "*bf16"}
     check(capability, pooling.pool_kernel, pointers, POOL_SIZES, pooling.pool_blocks(32))

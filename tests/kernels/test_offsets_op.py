@@ -1,12 +1,14 @@
 """``y += P(x)·offsets`` as vLLM's layers call it, against ``quant/reference.py`` in float64."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from qalora_plugin.core import reference
 from qalora_plugin.kernels import cpu
 from vllm_ext import ops
-from vllm_ext.ops import add_offsets, prepare
+from vllm_ext.ops import add_factored, add_offsets, prepare, prepare_factors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 K = 256
@@ -41,6 +43,26 @@ def test_adds_pooled_times_offsets(dtype, offset_dtype, group_size, lead):
     assert (found.cpu() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
 
 
+@pytest.mark.parametrize("factor_dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("lead", [(1,), (2, 3), (300,)], ids=str)
+def test_adds_pooled_times_factors(dtype, factor_dtype, lead):
+    torch.manual_seed(0)
+    x, y = torch.randn(*lead, K).to(dtype), torch.randn(*lead, 192).to(dtype)
+    a, b = torch.randn(K // 32, 3), torch.randn(3, 192).to(factor_dtype)
+    pooled = reference.pool(x.double(), torch.arange(K) // 32, K // 32)
+    expected = y.double() + pooled @ reference.factored_offsets(a, b)
+    found, held = y.to(DEVICE), prepare_factors(a.to(DEVICE), b.to(DEVICE), dtype)
+    add_factored(found, x.to(DEVICE), *held, 32)
+    assert found.dtype == dtype
+    assert (found.cpu() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+
+
+def test_factors_that_are_no_smaller_are_not_held():
+    assert prepare_factors(torch.randn(8, 8), torch.randn(8, 64), torch.float32) is None
+    assert prepare_factors(torch.randn(128, 16), torch.randn(16, 4096), torch.bfloat16) is not None
+
+
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("rows", [1, 1 << 12])
 def test_pooling_does_not_round_before_it_has_summed(rows):
@@ -63,17 +85,25 @@ def test_op_is_well_formed_for_torch_compile(dtype):
     y, x = torch.randn(3, 8).to(DEVICE, dtype), torch.randn(3, 64).to(DEVICE, dtype)
     arguments = (y, x, prepare(torch.randn(2, 8, device=DEVICE), dtype, 32), 32)
     torch.library.opcheck(torch.ops.qalora.add_offsets.default, arguments)
+    factors = torch.randn(2, 1, device=DEVICE), torch.randn(1, 8, device=DEVICE)
+    torch.library.opcheck(torch.ops.qalora.add_factored.default, (y, x, *factors, 32))
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("factored", [False, True])
 @pytest.mark.parametrize("rows", [1, 40])
-def test_inside_a_cuda_graph(rows):
+def test_inside_a_cuda_graph(rows, factored):
     x, y = torch.randn(rows, K, device="cuda").bfloat16(), torch.zeros(rows, 192, device="cuda").bfloat16()
-    offsets = prepare(torch.randn(8, 192, device="cuda").half(), torch.bfloat16, 32)
-    add_offsets(y, x, offsets, 32)  # compiles
+    offsets = torch.randn(8, 192, device="cuda").half()
+    if factored:
+        held = prepare_factors(torch.randn(8, 2, device="cuda"), offsets[:2], torch.bfloat16)
+        term = partial(add_factored, y, x, *held, 32)
+    else:
+        term = partial(add_offsets, y, x, prepare(offsets, torch.bfloat16, 32), 32)
+    term()  # compiles
     wanted, graph = y.clone(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        add_offsets(y, x, offsets, 32)
+        term()
     y.zero_()
     graph.replay()
     assert torch.equal(y, wanted)

@@ -45,6 +45,24 @@ def test_adds_pooled_times_offsets(m, size, dtypes):
     check(m, size, *dtypes)
 
 
+@pytest.mark.parametrize("dtypes", [(BF16, F16), (F16, F16), (BF16, F32)], ids=str)
+@pytest.mark.parametrize(("size", "rank"), [("below", 1), ("whole", 16), ("past", 5), ("g 128", 48), ("one group", 2)])
+@pytest.mark.parametrize("m", [1, 3, 31])
+def test_adds_pooled_times_factors(m, size, rank, dtypes):
+    n, groups, g = SIZES[size]
+    x_dtype, factor_dtype = dtypes
+    generator = torch.Generator().manual_seed(m)
+    x = torch.randn(m, groups * g, generator=generator).to(x_dtype)
+    y = torch.randn(m, n, generator=generator).to(x_dtype)
+    a, b = torch.randn(groups, rank, generator=generator), torch.randn(rank, n, generator=generator).to(factor_dtype)
+    pooled = reference.pool(x.double(), torch.arange(groups * g) // g, groups)
+    wanted = y.double() + pooled @ reference.factored_offsets(a, b)
+    found = y.to(DEVICE)
+    held = offsets_triton.prepare_factors(a.to(DEVICE), b.to(DEVICE), x_dtype)
+    offsets_triton.add_factored(found, x.to(DEVICE), *held, g)
+    assert (found.cpu().double() - wanted).norm() <= TOLERANCE[x_dtype] * wanted.norm()
+
+
 @pytest.mark.parametrize("m", [2, 40])
 def test_rows_with_gaps_between_them(m):
     check(m, "past", BF16, F16, contiguous=False)

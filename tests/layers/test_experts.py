@@ -1,5 +1,7 @@
 """Stacked experts against the definition, in float64, expert by expert."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.layers import assert_close, make_layer, spec_of
@@ -35,6 +37,32 @@ def test_every_expert_is_the_definition(kind):
     assert_close(layer(x, counts), wanted, 1e-6)
     assert_close(layer.dense_weight(), dense(weights), 1e-6)
     assert layer(x[:0], [0] * EXPERTS).shape == (0, INNER)
+
+
+def test_offsets_of_every_form_in_one_layer():
+    """Factored in two ranks, dense, and none."""
+    weights = [make_layer(HIDDEN, INNER, 4, 32, seed=i, offsets=True).quantized for i in range(EXPERTS)]
+    factors, specs = {}, []
+    for i, weight in enumerate(weights):
+        spec, groups = spec_of(weight), weight.groups
+        if i in (0, 3):
+            a, b = torch.randn(groups, 1 + i // 3), torch.randn(1 + i // 3, INNER).half()
+            factors[i] = a, b
+            weights[i] = weight._replace(offsets=(a @ b.float()))
+            spec = replace(spec, offset_dtype="float16", offset_rank=1 + i // 3)
+        elif i == 1:
+            weights[i], spec = weight._replace(offsets=None), replace(spec, offset_dtype=None)
+        else:
+            spec = replace(spec, offset_dtype="float16")
+        specs.append(spec)
+    layer = QuantExpertLinear(specs)
+    for _ in range(2):  # put again, over what was there
+        for i, weight in enumerate(weights):
+            layer.put(i, weight, factors.get(i))
+    assert layer.offsets_a.shape == (EXPERTS, HIDDEN // 32, 2)
+    x, counts = torch.randn(2 * EXPERTS, HIDDEN), [2] * EXPERTS
+    wanted = torch.cat([part.double() @ w for part, w in zip(x.split(counts), dense(weights), strict=True)])
+    assert_close(layer(x, counts), wanted, 1e-6)
 
 
 def make_experts():

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from support.layers import make_layer
+from support.layers import assert_close, make_layer
 
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.weight import GroupwiseSpec
@@ -31,3 +31,16 @@ def test_a_layer_moves_with_all_its_tensors():
 def test_a_layer_of_one_group():
     assert make_layer(64, 32, 4, -1).groups == 1
     assert make_layer(64, 32, 4, -1)(torch.ones(2, 64)).shape == (2, 32)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_factored_offsets_are_multiplied_at_every_use(sharded):
+    """To what is dense beside them, too, were there any; and whole in the flat parameter of FSDP2 and ZeRO-3."""
+    layer = make_layer(64, 32, 4, 32, offsets=True)
+    beside, a, b = layer.offsets.float(), torch.randn(2, 3), torch.randn(3, 32).half()
+    layer.offsets_a, layer.offsets_b = a, b
+    x, weight = torch.randn(5, 64), layer.dense_weight(torch.float64)
+    if sharded:
+        layer.make_shardable(torch.bfloat16)
+    assert torch.equal(layer.quantized.offsets, beside + a @ b.float())
+    assert_close(layer(x), x.double() @ weight, 1e-6)

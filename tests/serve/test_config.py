@@ -44,8 +44,10 @@ def test_plain_gptq_base_on_request_only(merged):
 
 
 def test_unknown_format_version(merged):
-    edit_quantization(merged, format_version=3)
-    with pytest.raises(ValueError, match=r"format_version is 3, this version of qalora reads 1 and 2\. Update qalora"):
+    edit_quantization(merged, format_version=4)
+    with pytest.raises(
+        ValueError, match=r"format_version is 4, this version of qalora reads 1, 2 and 3\. Update qalora"
+    ):
         read(merged)
 
 

@@ -16,7 +16,7 @@ PATIENCE = 10  # seconds
 
 @pytest.fixture(scope="module")
 def merged(tmp_path_factory):
-    return make_merged(tmp_path_factory.mktemp("intact"))
+    return make_merged(tmp_path_factory.mktemp("intact"), factored=("up_proj", "q_proj"))
 
 
 def read(quantization, folder) -> None:
@@ -31,7 +31,7 @@ def judge(chance, merged, folder) -> str | None:
     """Damage the config, then perhaps a file; what is wrong with the outcome."""
     quantization = {
         "quant_method": "qalora", "bits": 4, "group_size": 32, "desc_act": False, "sym": False, "lm_head": False,
-        "checkpoint_format": "gptq", "dynamic": {"-:x": {}}, "offset_dtype": "float16", "format_version": 1,
+        "checkpoint_format": "gptq", "dynamic": {"-:x": {}}, "offset_dtype": "float16", "format_version": 3,
         "serving_path": "dense", "modules_to_not_convert": ["lm_head"], "base_model": "x", "adapter": "y",
     }  # fmt: skip
     if chance.random() < 0.6:

@@ -34,7 +34,11 @@ def make_experts(sym, group_size, act_order=False):
 
 def spec(name, tensors, bits=4):
     groups, n = tensors["scales"].shape
-    return GroupwiseSpec(name, K, n, bits, K // groups, offset_dtype="float16", has_g_idx="g_idx" in tensors)
+    has_offsets, rank = {"offsets", "offsets_a"} & tensors.keys(), tensors.get("offsets_a", torch.empty(0, 0)).shape[1]
+    dtype = "float16" if has_offsets else None
+    return GroupwiseSpec(
+        name, K, n, bits, K // groups, offset_dtype=dtype, has_g_idx="g_idx" in tensors, offset_rank=rank
+    )
 
 
 def make_layer(experts, dtype, path, rank=0, ranks=1, **changes):
@@ -119,6 +123,26 @@ def test_ranks_add_up():
     found = sum(apply(make_layer(experts, torch.float32, "dense", rank, 2), x, shares, ids) for rank in range(2))
     wanted = defined(experts, x, shares, ids)
     assert (found - wanted).norm() <= 3 * TOLERANCE[torch.float32] * wanted.norm()
+
+
+@pytest.mark.parametrize("compute", [(torch.bfloat16, None), (torch.float32, "dense")], ids=str)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_factored_offsets(compute, ranks):
+    """Of one layer: ranks that differ, an expert whose offsets are dense, one without."""
+    (dtype, path), experts = compute, []
+    for e, of_leaves in enumerate([(2, 2, 2), (1, 2, 3), (0, 0, 0), (None, 2, None)]):
+        one = {}
+        for i, (leaf, rank) in enumerate(zip(LEAVES, of_leaves, strict=True)):
+            stored = None if rank is None else torch.float16
+            one[leaf] = linear_tensors(K, 7 * e + i, False, "gptq", 32, offset_dtype=stored, rank=rank or 0)
+            del one[leaf]["bias"]
+        experts.append(one)
+    x, shares, ids = routing()
+    ids[0, 0] = EXPERTS - 1
+    x = x.to(dtype)
+    wanted = defined(experts, x, shares, ids)
+    found = sum(apply(make_layer(experts, dtype, path, rank, ranks), x, shares, ids).double() for rank in range(ranks))
+    assert (found - wanted).norm() <= 3 * TOLERANCE[dtype] * wanted.norm()
 
 
 def test_a_rank_cannot_split_a_group():

@@ -16,7 +16,8 @@ def read_stored(stored: dict, bits: int, fmt: str = "gptq") -> GroupwiseWeight:
     k = stored["qweight"].shape[0] * 32 // bits
     spec = GroupwiseSpec(
         "layer", k, n, bits, k // groups, has_g_idx="g_idx" in stored,
-        offset_dtype="float16" if "offsets" in stored else None,
+        offset_dtype="float16" if {"offsets", "offsets_a"} & stored.keys() else None,
+        offset_rank=stored["offsets_a"].shape[1] if "offsets_a" in stored else 0,
         scales_delta_dtype="float16" if "scales_delta" in stored else None,
     )  # fmt: skip
     return QALora({"checkpoint_format": fmt}).read(spec, lambda name: stored[name.removeprefix("layer.")])

@@ -20,6 +20,7 @@ def make_merged(
     offset_dtype: torch.dtype = torch.float16,
     quantized_head: bool = False,
     scales: tuple[str, ...] = (),
+    factored: tuple[str, ...] = (),
     **base_kwargs,
 ) -> Path:
     """Write ``folder/base`` and ``folder/merged``; returns the latter.
@@ -28,13 +29,14 @@ def make_merged(
         targets: substrings of the names of the linears that get offsets.
         quantized_head: the base's ``lm_head`` is quantised too.
         scales: substrings of the names of the linears whose scales are changed.
+        factored: of those whose offsets are factored, of rank 3 (2 in q and v).
         base_kwargs: for :func:`support.fabricate.make_base`.
     """
     base = make_base(folder / "base", hidden=HIDDEN, **base_kwargs)
     calm(base)
     if quantized_head:
         quantize_head(base, **base_kwargs)
-    return add_offsets(base, folder / "merged", targets, offset_dtype, scales)
+    return add_offsets(base, folder / "merged", targets, offset_dtype, scales, factored)
 
 
 def add_offsets(
@@ -43,6 +45,7 @@ def add_offsets(
     targets: tuple[str, ...] = ALL,
     offset_dtype: torch.dtype = torch.float16,
     scales: tuple[str, ...] = (),
+    factored: tuple[str, ...] = (),
 ) -> Path:
     """Write ``merged``, ``base`` with random offsets for the linears whose names hold one of ``targets``."""
     source = QuantizedCheckpoint.open(base)
@@ -56,12 +59,19 @@ def add_offsets(
         if any(target in name for target in targets):
             step = files.tensor(f"{name}.scales").float()
             shift = 2 ** (spec.bits - 5) * torch.randn(spec.groups, spec.out_features, generator=generator)
-            writer.add(f"{name}.offsets", (step * shift).to(offset_dtype))
+            if any(part in name for part in factored):
+                rank = 2 if name.endswith(("q_proj", "v_proj")) else 3
+                other = torch.randn(rank, spec.out_features, generator=generator)
+                writer.add(f"{name}.offsets_a", shift[:, :rank].contiguous() * step.mean() / rank**0.5)
+                writer.add(f"{name}.offsets_b", other.to(offset_dtype))
+            else:
+                writer.add(f"{name}.offsets", (step * shift).to(offset_dtype))
         if any(target in name for target in scales):
             step = files.tensor(f"{name}.scales").float()
             change = 0.3 * torch.randn(step.shape, generator=torch.Generator().manual_seed(2))
             writer.add(f"{name}.scales_delta", (step * change).to(offset_dtype))
-    write_index(merged, dict.fromkeys(files.tensors, weights) | writer.finish(), 0)
+    weight_map = dict.fromkeys(files.tensors, weights) | writer.finish()
+    write_index(merged, weight_map, 0)
     quantization = files.quantization | {
         "quant_method": "qalora",
         "desc_act": source.act_order,
@@ -71,7 +81,7 @@ def add_offsets(
         "base_fingerprint": source.fingerprint(),
         "adapter": "none",
     }
-    write_config(merged, files.config, quantization, bool(scales))
+    write_config(merged, files.config, quantization, weight_map)
     for path in base.glob("tokenizer*"):
         (merged / path.name).hardlink_to(path)
     return merged

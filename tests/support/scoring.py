@@ -27,6 +27,8 @@ def score(folder: Path, tokens: Tensor, dtype: torch.dtype, with_offsets: bool =
         for module in model.modules():
             if getattr(module, "offsets", None) is not None:
                 module.offsets.zero_()
+            if getattr(module, "offsets_b", None) is not None:
+                module.offsets_b.zero_()
     logprobs = torch.log_softmax(model(tokens).logits.float(), dim=-1)
     return logprobs[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
 

@@ -21,12 +21,14 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 
 
 def linear_tensors(
-    n, seed, sym, checkpoint_format, group_size, bits=4, order_seed=None, offset_dtype=torch.float16, scales_dtype=None
+    n, seed, sym, checkpoint_format, group_size, bits=4, order_seed=None, offset_dtype=torch.float16, scales_dtype=None,
+    rank=0,
 ):  # fmt: skip
     """A random quantised linear ``[K, N]`` as a checkpoint stores it.
 
     Args:
         offset_dtype: None: not adapted. scales_dtype: of the changes of its scales; None: none.
+        rank: of the offsets' factors; 0: they are dense.
     """
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(n, K, generator=generator) * 0.05
@@ -34,7 +36,12 @@ def linear_tensors(
     tensors = quantize(weight, bits, group_size, sym, checkpoint_format, order is not None, order)
     if offset_dtype is not None:
         shift = 0.5 * torch.randn(tensors["scales"].shape, generator=generator)
-        tensors["offsets"] = (tensors["scales"].float() * shift).to(offset_dtype)
+        step = tensors["scales"].float()
+        if rank:
+            tensors["offsets_a"] = 0.5 * step.mean() * torch.randn(len(step), rank, generator=generator) / rank**0.5
+            tensors["offsets_b"] = torch.randn(rank, n, generator=generator).to(offset_dtype)
+        else:
+            tensors["offsets"] = (step * shift).to(offset_dtype)
     if scales_dtype is not None:
         change = 0.2 * torch.randn(tensors["scales"].shape, generator=generator)
         tensors["scales_delta"] = (tensors["scales"].float() * change).to(scales_dtype)
@@ -56,6 +63,8 @@ def config_for(folder, modules, checkpoint_format, path=None):
     quantization = {"quant_method": method, "checkpoint_format": checkpoint_format, "format_version": 1}
     if any(name.endswith(".scales_delta") for name in stored):
         quantization["format_version"] = 2
+    if any(name.endswith(".offsets_a") for name in stored):
+        quantization["format_version"] = 3
     if path:
         quantization["serving_path"] = path
     config = QALoraConfig.from_config(quantization)

@@ -17,6 +17,7 @@ from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.base import CheckpointFormat
 from qalora_plugin.formats.gptq import is_act_order
 from qalora_plugin.formats.opened import QuantizedCheckpoint
+from qalora_plugin.formats.qalora import FACTORS
 from qalora_plugin.integrations.transformers.naming import Destination, is_ignored
 from qalora_plugin.layers.experts import QuantExpertLinear, QuantExperts
 
@@ -28,7 +29,7 @@ _ROLES = {
     "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj",
 }  # fmt: skip
 _NAME = re.compile(r"(?P<parent>(?:.+\.)?experts)\.(?P<expert>\d{1,5})\.(?P<leaf>\w+)")
-_PARTS = r"\.experts\.\d+\.\w+\.(qweight|qzeros|scales|g_idx|offsets)$"
+_PARTS = r"\.experts\.\d+\.\w+\.(qweight|qzeros|scales|g_idx|offsets|offsets_a|offsets_b)$"
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,11 @@ def read_experts(layer: QuantExpertLinear, projection: Projection, checkpoint: Q
             "onto one kind of device."
         )
     for i, spec in enumerate(projection.specs):
-        layer.put(i, checkpoint.weight(spec.name))
+        factors = None
+        if spec.offset_rank:
+            a, b = (checkpoint.files.tensor(f"{spec.name}.{part}") for part in FACTORS)
+            factors = a, b
+        layer.put(i, checkpoint.weight(spec.name), factors)
 
 
 def experts_as_stored(
@@ -116,10 +121,13 @@ def experts_as_stored(
     parent = name.rpartition(".")[0]
     state: dict[str, Tensor] = {}
     for i, spec in enumerate(projection.specs):
-        weight = layer.expert(i)
-        if spec.offset_dtype is None:
+        weight, stored = layer.expert(i), f"{parent}.{i}.{projection.leaf}"
+        if spec.offset_dtype is None or spec.offset_rank:
             weight = weight._replace(offsets=None)
-        state |= fmt.write(f"{parent}.{i}.{projection.leaf}", weight, g_idx=spec.has_g_idx)
+        state |= fmt.write(stored, weight, g_idx=spec.has_g_idx)
+        if spec.offset_rank and layer.offsets_a is not None and layer.offsets_b is not None:
+            state[f"{stored}.offsets_a"] = layer.offsets_a[i, :, : spec.offset_rank].contiguous()
+            state[f"{stored}.offsets_b"] = layer.offsets_b[i, : spec.offset_rank].contiguous()
     return state
 
 

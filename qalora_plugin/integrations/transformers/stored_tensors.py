@@ -5,13 +5,14 @@ device; once they are loaded, the format makes a weight of them, and when the mo
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.base import CheckpointFormat, Headers
-from qalora_plugin.formats.qalora import SCALES
+from qalora_plugin.formats.qalora import FACTORS, SCALES
 from qalora_plugin.layers.linear import QuantLinear
 
 _WEIGHT = (
@@ -20,6 +21,8 @@ _WEIGHT = (
     "scales",
     "scales_delta",
     "offsets",
+    "offsets_a",
+    "offsets_b",
     "g_idx",
 )  # buffers of a QuantLinear that a format stores
 
@@ -42,17 +45,24 @@ def adopt_stored(layer: QuantLinear, spec: GroupwiseSpec, fmt: CheckpointFormat,
     if layer.qweight.is_meta and spec.has_g_idx:
         stored[f"{spec.name}.g_idx"] = load(f"{spec.name}.g_idx")
     bias = stored.get(f"{spec.name}.bias")
-    weight = fmt.read(spec, stored.__getitem__)
+    whole = replace(spec, offset_dtype=None, offset_rank=0) if spec.offset_rank else spec  # but for what stays factors
+    weight = fmt.read(whole, stored.__getitem__)
     for part in fmt.parts(spec):
         if part not in (*_WEIGHT, "bias"):
             delattr(layer, part)
     layer.set_weight(weight, bias)
     if spec.scales_delta_dtype:
         layer.scales, layer.scales_delta = (stored[f"{spec.name}.{part}"] for part in SCALES)
+    if spec.offset_rank:
+        layer.offsets_a, layer.offsets_b = (stored[f"{spec.name}.{part}"] for part in FACTORS)
 
 
 def as_stored(layer: QuantLinear, name: str, spec: GroupwiseSpec, fmt: CheckpointFormat) -> dict[str, Tensor]:
     """The tensors of ``layer``, called ``name``, as they were loaded."""
     bias = {} if layer.bias is None else {f"{name}.bias": layer.bias}
-    scales = {f"{name}.{part}": getattr(layer, part) for part in SCALES} if spec.scales_delta_dtype else {}
-    return fmt.write(name, layer.quantized, g_idx=spec.has_g_idx) | bias | scales
+    kept = (*(SCALES if spec.scales_delta_dtype else ()), *(FACTORS if spec.offset_rank else ()))
+    weight = layer.quantized
+    if spec.offset_rank:
+        weight = weight._replace(offsets=None)
+    stored = {f"{name}.{part}": getattr(layer, part) for part in kept}
+    return fmt.write(name, weight, g_idx=spec.has_g_idx) | bias | stored

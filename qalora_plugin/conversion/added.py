@@ -1,0 +1,140 @@
+"""What a merge adds to each linear, as it is stored: offsets, dense or factored, and changes of scales."""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
+from qalora_plugin.checkpoint.tensors import all_finite
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.core.folding import factor, fold, fold_workers, squared_norm
+from qalora_plugin.core.weight import GroupwiseSpec
+from qalora_plugin.formats.opened import QuantizedCheckpoint
+from qalora_plugin.formats.qalora import AUTO, FACTORED, FACTORS, OFFSET_FORMS
+from qalora_plugin.formats.served_bits import dtype_bits, offset_bits
+
+_SMALL = 1e-4  # mean square roots below this may suffer in float16, which loses digits below 6e-5
+_TOO_LARGE = {"float16": "Use offset_dtype float32", "float32": "The training diverged"}
+
+
+@dataclass(frozen=True)
+class Added:
+    """What is stored of one linear's offsets, or of its changed scales.
+
+    Attributes:
+        tensors: by their names on disk. part: ``"offsets"`` or ``"scales_delta"``.
+        wanted: the squared norm of what the adapter adds. lost: of what rounding takes.
+    """
+
+    tensors: dict[str, np.ndarray]
+    part: str
+    wanted: float
+    lost: float
+
+
+def merged_specs(base: QuantizedCheckpoint, adapter: AdapterFolder, dtype: str, form: str) -> dict[str, GroupwiseSpec]:
+    """Every linear of the merge, in the base's order.
+
+    Args:
+        dtype: of offsets and changes of scales.
+        form: of the adapted linears' offsets: ``"dense"``, ``"factored"``, or ``"auto"``: factored where that takes
+            fewer bytes. Onto dense offsets of the base only dense ones can be added.
+
+    Raises:
+        QALoraError: there is no such form, or factors cannot be had.
+    """
+    if form not in OFFSET_FORMS:
+        raise QALoraError(f"offsets is {form!r}, expected one of {', '.join(OFFSET_FORMS)}.")
+    specs = dict(base.specs)
+    for name in adapter.modules:
+        specs[name] = merged_spec(base.specs[name], adapter.rank(name), dtype, form, adapter.has_scales)
+    return specs
+
+
+def merged_spec(spec: GroupwiseSpec, rank: int, dtype: str, form: str = AUTO, scales: bool = False) -> GroupwiseSpec:
+    """What a linear of the base becomes with an adapter of this rank, and trained scales or none."""
+    changed = dtype if scales else spec.scales_delta_dtype
+    dense = replace(spec, offset_dtype=dtype, offset_rank=0, scales_delta_dtype=changed)
+    factored = replace(dense, offset_rank=min(spec.offset_rank + rank, spec.groups))
+    if spec.offset_dtype is not None and not spec.offset_rank:
+        if form == FACTORED:
+            raise QALoraError(
+                f"{spec.name} has offsets in the base that are not factored, so neither is their sum with the "
+                "adapter's. Merge with offsets auto or dense."
+            )
+        return dense
+    smaller = offset_bits(factored) < offset_bits(dense)
+    return factored if form == FACTORED or (form == AUTO and smaller) else dense
+
+
+def added_bytes(spec: GroupwiseSpec) -> int:
+    """What offsets and changes of scales of one linear take on disk."""
+    return (offset_bits(spec) + dtype_bits(spec.scales_delta_dtype) * spec.groups * spec.out_features) // 8
+
+
+def added(
+    base: QuantizedCheckpoint, adapter: AdapterFolder, specs: dict[str, GroupwiseSpec], ahead_bytes: int
+) -> Iterator[Added]:
+    """What is stored of every adapted linear, in order, computed ahead of who takes it, by ``ahead_bytes`` at most.
+
+    Args:
+        specs: from :func:`merged_specs`.
+    """
+    tasks = [(_offsets, name) for name in adapter.modules]
+    if adapter.has_scales:
+        tasks = [task for name in adapter.modules for task in ((_offsets, name), (_scales_delta, name))]
+    begun: deque[Future[Added]] = deque()
+    ahead = max(2, ahead_bytes // max(added_bytes(specs[name]) for name in adapter.modules))
+    with fold_workers() as workers:
+        for task, name in tasks:
+            begun.append(workers.submit(task, base, adapter, specs[name]))
+            if len(begun) > ahead:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+
+
+def _offsets(base: QuantizedCheckpoint, adapter: AdapterFolder, spec: GroupwiseSpec) -> Added:
+    name, dtype = spec.name, str(spec.offset_dtype)
+    lora_a, lora_b = adapter.factors(name)
+    scaling, before = adapter.scaling(name), base.offsets(name)
+    wanted = squared_norm(lora_a, lora_b, scaling)
+    if (earlier := base.offset_factors(name)) is not None:  # the base's are an adapter of their own
+        lora_a = np.concatenate([scaling * lora_a.astype(np.float64), earlier[0].T])
+        lora_b, scaling = np.concatenate([lora_b, earlier[1].T], axis=1, dtype=np.float64), 1.0
+    if spec.offset_rank:
+        a, b, lost = factor(lora_a, lora_b, scaling, dtype)
+        if not all_finite(a):
+            raise QALoraError(f"the offsets of {name} exceed what float32 can hold. {_TOO_LARGE['float32']}.")
+        return Added(
+            {f"{name}.{part}": one for part, one in zip(FACTORS, (a, b), strict=True)}, "offsets", wanted, lost
+        )
+    offsets, lost = fold(lora_a, lora_b, scaling, dtype, before), 0.0
+    if not all_finite(offsets):
+        raise QALoraError(f"the offsets of {name} exceed what {dtype} can hold. {_TOO_LARGE[dtype]}.")
+    onto = before is not None or earlier is not None
+    if dtype == "float16" and (onto or wanted < _SMALL**2 * offsets.size):
+        exact = fold(lora_a, lora_b, scaling, "float32", before)
+        lost = float(np.square(exact - offsets, dtype=np.float64).sum())
+        if not onto:
+            wanted = float(np.square(exact, dtype=np.float64).sum())
+    return Added({f"{name}.offsets": offsets}, "offsets", wanted, lost)
+
+
+def _scales_delta(base: QuantizedCheckpoint, adapter: AdapterFolder, spec: GroupwiseSpec) -> Added:
+    name, dtype = spec.name, str(spec.scales_delta_dtype)
+    factors = adapter.scale_factors(name)
+    assert factors is not None  # only adapters with scales come here
+    d, c = factors
+    scales, before = base.scales(name)
+    delta = fold(d.T, c.T, 1.0, dtype, before, scales)
+    if not all_finite(delta):
+        raise QALoraError(f"the changed scales of {name} exceed what {dtype} can hold. {_TOO_LARGE[dtype]}.")
+    change = fold(d.T, c.T, 1.0, "float32", None, scales)
+    exact = change if before is None else fold(d.T, c.T, 1.0, "float32", before, scales)
+    lost = np.square(exact - delta, dtype=np.float64).sum() if dtype == "float16" else 0.0
+    wanted = np.square(change, dtype=np.float64).sum()
+    return Added({f"{name}.scales_delta": delta}, "scales_delta", float(wanted), float(lost))
