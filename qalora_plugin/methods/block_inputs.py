@@ -79,12 +79,12 @@ def hessians(
     for i, module in enumerate(modules):
         block, prefix = deepcopy(module), f"{blocks}.{i}."
         dtype = next((p.dtype for p in block.parameters() if p.is_floating_point()), torch.float32)
-        place = {"device": device, "dtype": gemm_dtype(dtype, device)}
-        block.to(**place)
+        dtype = gemm_dtype(dtype, device)
+        block.to(device, dtype)
         gathered = _Gathered({n: block.get_submodule(n.removeprefix(prefix)) for n in names if n.startswith(prefix)})
         for state in states:
             arguments, keywords = state.calls[i]
-            found = block(*_moved((state.hidden, *arguments), place), **_moved(keywords, place))
+            found = block(*_moved((state.hidden, *arguments), device, dtype), **_moved(keywords, device, dtype))
             state.hidden = _first(found).cpu()
             state.calls[i] = ((), {})
             gathered.end_of_sequence()
@@ -181,13 +181,13 @@ def _replaced(forwards: list[tuple[nn.Module, Any]]) -> Iterator[None]:
             del module.__dict__["forward"]
 
 
-def _moved(values: Any, place: dict[str, Any]) -> Any:
+def _moved(values: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """Nested arguments on the device that computes, what is not a whole number in its dtype."""
 
     def moved(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return value.to(device=place["device"], dtype=place["dtype"] if value.is_floating_point() else value.dtype)
+        return value.to(device, dtype if value.is_floating_point() else value.dtype)
 
     return tree_map(moved, values)
 
