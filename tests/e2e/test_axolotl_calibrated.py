@@ -50,7 +50,7 @@ def test_another_model_is_refused(folders, tmp_path):
     make_base(tmp_path / "wide", hidden=128, twin=tmp_path / "other")
     make_base(tmp_path / "deep", layers=1, twin=tmp_path / "shallow")
     for model, message in (
-        (tmp_path / "other", r"is not the 16-bit model of this base: .*down_proj is 64×128 in the base, .* has 128×256"),
+        (tmp_path / "other", r"is not the 16-bit model of this base: .*down_proj is 64×128 in the base.* has 128×256"),
         (tmp_path / "shallow", r"is not the 16-bit model of this base: model.layers.1.* has no weight of that name"),
         (folders[0], r"is quantized itself \(gptq\)"),
     ):
