@@ -80,6 +80,8 @@ def calibrate(
     _require_twin(twin, layers, dense)
     blocks, inside = blocks_of(twin, layers)
     sequences = text if not isinstance(text, str | Path) else _sequences(folder, str(text), samples, length, seed)
+    if not sequences:
+        raise QALoraError("no sequence to calibrate on was given. Pass some, or a text file.")
     device = _weight(next(iter(layers.values()))).scales.device
     errors = {}
     with Progress(disable=not progress, transient=True) as bar:
@@ -93,7 +95,7 @@ def calibrate(
         )  # fmt: skip
     model.peft_config[model.active_adapter].qalora["init"] = CALIBRATED
     _take_the_first_ranks(layers)
-    before, after = (sum(values) for values in zip(*errors.values(), strict=True))
+    before, after = sum(found.before for found in errors.values()), sum(found.after for found in errors.values())
     logger.info(
         "adapter calibrated on %d tokens: the mean square error of %d linears' outputs is %.3f of the base's",
         sum(map(len, sequences)), len(errors), after / before if before else 1.0,
