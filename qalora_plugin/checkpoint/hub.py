@@ -21,6 +21,20 @@ def expanded(path: str | Path) -> Path:
         raise QALoraError(f"{path}: {error} Write the folder out.") from error
 
 
+def fetch_config(name: str, revision: str | None = None, what: str = "base_model") -> Path:
+    """``config.json`` of a Hub id, without the weights. ``what``: the key that names it, for the error."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, "config.json", revision=revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise QALoraError(
+            f"{what} {name!r} is no local folder, and its config.json cannot be had from the Hub: {error}. "
+            "Check the spelling, your connection, and access rights."
+        ) from error
+
+
 def resolve(path: str | Path, revision: str | None = None, **hub: Any) -> Path:
     """Local folder as it is; anything that looks like a Hub id through the Hub cache.
 

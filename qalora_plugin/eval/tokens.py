@@ -40,6 +40,11 @@ def sample_dataset(dataset: Iterable[dict[str, Any]] | None, max_tokens: int) ->
     return sequences
 
 
+def is_text_file(text: str) -> bool:
+    """Whether this names a file here, there or not; else it is a dataset of the Hub."""
+    return expanded(text).exists() or text.endswith((".txt", ".jsonl", ".md"))
+
+
 @os_errors_in_one_line()
 def read_texts(path: str | Path) -> list[str]:
     """Texts of a local file: ``.jsonl`` line by line (all string values of a line joined), else the file as one text.

@@ -70,21 +70,21 @@ def hessians(
         model: on the CPU. blocks: name of their list in it. sequences: token ids.
 
     Raises:
-        QALoraError: the model does more between its blocks than to hand on hidden states.
+        QALoraError: the model does more between its blocks than hand on hidden states.
     """
     modules = cast(nn.ModuleList, model.get_submodule(blocks))
-    in_tuples = _answers_in_tuples(model, modules[0], sequences[0])
-    states = [_captured(model, modules, ids, in_tuples) for ids in sequences]
+    others = _others_returned(model, modules[0], sequences[0])
+    states = [_captured(model, modules, ids, others) for ids in sequences]
     task = progress.add_task("calibrating", total=len(modules) * len(states))
     for i, module in enumerate(modules):
         block, prefix = deepcopy(module), f"{blocks}.{i}."
         dtype = next((p.dtype for p in block.parameters() if p.is_floating_point()), torch.float32)
-        place = {"device": device, "dtype": gemm_dtype(dtype, device)}
-        block.to(**place)
+        dtype = gemm_dtype(dtype, device)
+        block.to(device, dtype)
         gathered = _Gathered({n: block.get_submodule(n.removeprefix(prefix)) for n in names if n.startswith(prefix)})
         for state in states:
             arguments, keywords = state.calls[i]
-            found = block(*_moved((state.hidden, *arguments), place), **_moved(keywords, place))
+            found = block(*_moved((state.hidden, *arguments), device, dtype), **_moved(keywords, device, dtype))
             state.hidden = _first(found).cpu()
             state.calls[i] = ((), {})
             gathered.end_of_sequence()
@@ -125,7 +125,7 @@ class _Gathered:
         return {name: self._sums[owner] for name, owner in self._owners.items()}
 
 
-def _captured(model: nn.Module, blocks: nn.ModuleList, ids: list[int], in_tuples: bool) -> _Sequence:
+def _captured(model: nn.Module, blocks: nn.ModuleList, ids: list[int], others: int | None) -> _Sequence:
     """Run the model with blocks that do nothing but keep what they are called with."""
     state: _Sequence | None = None
     handed_on: Tensor | None = None
@@ -143,17 +143,17 @@ def _captured(model: nn.Module, blocks: nn.ModuleList, ids: list[int], in_tuples
         if i == len(blocks) - 1:
             raise _Captured
         handed_on = hidden.view_as(hidden)  # another object, to be known by
-        return (handed_on,) if in_tuples else handed_on
+        return handed_on if others is None else (handed_on, *[None] * others)
 
     with _replaced([(block, partial(stand_in, i)) for i, block in enumerate(blocks)]):
         _run(model, ids)
-    if state is None:
+    if state is None or len(state.calls) != len(blocks):
         raise _cannot_be_streamed(model)
     return state
 
 
-def _answers_in_tuples(model: nn.Module, block: nn.Module, ids: list[int]) -> bool:
-    """Whether blocks return a tuple or a tensor: run the first one."""
+def _others_returned(model: nn.Module, block: nn.Module, ids: list[int]) -> int | None:
+    """What blocks return besides hidden states, all of it None without a cache; None for a tensor. The first is run."""
     forward, found = block.forward, []
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -162,7 +162,7 @@ def _answers_in_tuples(model: nn.Module, block: nn.Module, ids: list[int]) -> bo
 
     with _replaced([(block, run)]):
         _run(model, ids[:8])
-    return bool(found) and isinstance(found[0], tuple)
+    return len(found[0]) - 1 if found and isinstance(found[0], tuple) else None
 
 
 def _run(model: nn.Module, ids: list[int]) -> None:
@@ -181,13 +181,13 @@ def _replaced(forwards: list[tuple[nn.Module, Any]]) -> Iterator[None]:
             del module.__dict__["forward"]
 
 
-def _moved(values: Any, place: dict[str, Any]) -> Any:
+def _moved(values: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """Nested arguments on the device that computes, what is not a whole number in its dtype."""
 
     def moved(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return value.to(device=place["device"], dtype=place["dtype"] if value.is_floating_point() else value.dtype)
+        return value.to(device, dtype if value.is_floating_point() else value.dtype)
 
     return tree_map(moved, values)
 
@@ -198,6 +198,6 @@ def _first(found: Any) -> Tensor:
 
 def _cannot_be_streamed(model: nn.Module) -> QALoraError:
     return QALoraError(
-        f"{type(model).__name__} does more between its blocks than to hand on hidden states, so it cannot be "
-        "calibrated block by block. Leave init out: the adapter then starts at zero."
+        f"{type(model).__name__} does more between its blocks than hand on hidden states, or leaves some out, so it "
+        "cannot be calibrated block by block. Leave init out: the adapter then starts at zero."
     )

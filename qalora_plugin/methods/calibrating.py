@@ -6,7 +6,7 @@ The arithmetic is in :mod:`.calibration`, the inputs of linears come from :mod:`
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from qalora_plugin.checkpoint.folder import read_config
 from qalora_plugin.checkpoint.hub import resolve
 from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.core.weight import GroupwiseWeight
 from qalora_plugin.integrations.peft.adapter import QALoraLayer
 from qalora_plugin.integrations.peft.experts import QALoraExpertsLayer
 from qalora_plugin.integrations.peft.sharded import is_to_be_sharded
 from qalora_plugin.integrations.transformers.loading import load_model
+from qalora_plugin.layers.linear import QuantLinear
 from qalora_plugin.methods.block_inputs import blocks_of, hessians
 from qalora_plugin.methods.calibration import calibrated_factors
 from qalora_plugin.methods.quantizing import calibration_rows
@@ -28,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 CALIBRATED = "calibrated"  # `qalora.init` in an adapter's config
 SAMPLES, LENGTH = 128, 512
+_SHORTER = 4  # times as many sequences where a text's are short: tokens are what is needed
 
 
 class Errors(NamedTuple):
@@ -77,7 +80,9 @@ def calibrate(
     _require_twin(twin, layers, dense)
     blocks, inside = blocks_of(twin, layers)
     sequences = text if not isinstance(text, str | Path) else _sequences(folder, str(text), samples, length, seed)
-    device = next(iter(layers.values())).get_base_layer().quantized.scales.device
+    if not sequences:
+        raise QALoraError("no sequence to calibrate on was given. Pass some, or a text file.")
+    device = _weight(next(iter(layers.values()))).scales.device
     errors = {}
     with Progress(disable=not progress, transient=True) as bar:
         for found in hessians(twin, blocks, inside, sequences, device, bar):
@@ -90,7 +95,7 @@ def calibrate(
         )  # fmt: skip
     model.peft_config[model.active_adapter].qalora["init"] = CALIBRATED
     _take_the_first_ranks(layers)
-    before, after = (sum(values) for values in zip(*errors.values(), strict=True))
+    before, after = sum(found.before for found in errors.values()), sum(found.after for found in errors.values())
     logger.info(
         "adapter calibrated on %d tokens: the mean square error of %d linears' outputs is %.3f of the base's",
         sum(map(len, sequences)), len(errors), after / before if before else 1.0,
@@ -137,11 +142,15 @@ def _active(layer: QALoraLayer) -> str:
     return layer.active_adapters[0]
 
 
+def _weight(layer: QALoraLayer) -> GroupwiseWeight:
+    return cast(QuantLinear, layer.get_base_layer()).quantized
+
+
 def _require_twin(twin: nn.Module, layers: dict[str, QALoraLayer], dense: str | Path) -> None:
     modules = dict(twin.named_modules())
     for name, layer in layers.items():
         weight = getattr(modules.get(name), "weight", None)
-        expected = (layer.get_base_layer().in_features, layer.out_features)
+        expected = (_weight(layer).in_features, _weight(layer).out_features)
         found = None if weight is None or weight.dim() != 2 else tuple(_dense_weight(modules[name]).shape)
         if found != expected:
             what = "has no such linear" if found is None else f"has one of {found[0]}×{found[1]}"
@@ -153,15 +162,20 @@ def _require_twin(twin: nn.Module, layers: dict[str, QALoraLayer], dense: str | 
 
 def _dense_weight(linear: nn.Module) -> Tensor:
     """``[K, N]`` of a linear, or of what transformers calls Conv1D, which stores it so."""
-    weight = linear.weight.detach()
+    weight = cast(Tensor, linear.weight).detach()
     return weight.t() if isinstance(linear, nn.Linear) else weight
 
 
 def _sequences(folder: Path, text: str, samples: int, length: int, seed: int) -> list[list[int]]:
     from transformers import AutoTokenizer
 
-    rows = calibration_rows(AutoTokenizer.from_pretrained(folder), text, samples, length, seed)
-    return [row["input_ids"] for row in rows]
+    rows = calibration_rows(AutoTokenizer.from_pretrained(folder), text, _SHORTER * samples, length, seed)
+    sequences, left = [], samples * length
+    for row in rows:
+        if left > 0:
+            sequences.append(row["input_ids"])
+            left -= len(row["input_ids"])
+    return sequences
 
 
 @torch.no_grad()
@@ -169,11 +183,11 @@ def _set(layer: QALoraLayer, dense: Tensor, hessian: Tensor) -> Errors:
     name = _active(layer)
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     has_scales = name in layer.lora_D
-    weight = layer.get_base_layer().quantized
-    found = calibrated_factors(weight, dense.to(hessian.device), hessian, a.shape[0], layer.scaling[name], has_scales)
+    dense = dense.to(hessian.device)
+    found = calibrated_factors(_weight(layer), dense, hessian, a.shape[0], layer.scaling[name], has_scales)
     a.copy_(found.a)
     b.copy_(found.b)
-    if has_scales:  # what is held is D / ratio and C / ratio
+    if found.d is not None and found.c is not None:  # what is held is D / ratio and C / ratio
         ratio = layer.scales_ratio[name]
         layer.lora_D[name].weight.copy_(found.d / ratio)
         layer.lora_C[name].weight.copy_(found.c / ratio)

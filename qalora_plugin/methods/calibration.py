@@ -79,11 +79,9 @@ def calibrated_factors(
     after = _errors(hessian, left)
     better = after < before
     a, b = _started(basis, b * better, rank)
-    factors = (*(_started(d, c * better, rank) if with_scales else (None, None)),)
-    return Factors(
-        a.t().contiguous(), (b.t() / scaling).contiguous(), *factors,
-        before.sum().item(), torch.where(better, after, before).sum().item(),
-    )  # fmt: skip
+    found_d, found_c = _started(d, c * better, rank) if with_scales else (None, None)
+    errors = before.sum().item(), torch.where(better, after, before).sum().item()
+    return Factors(a.t().contiguous(), (b.t() / scaling).contiguous(), found_d, found_c, *errors)
 
 
 class _Norm:

@@ -20,7 +20,7 @@ from qalora_plugin.checkpoint.hub import expanded, resolve
 from qalora_plugin.checkpoint.json_files import read_json
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 from qalora_plugin.core.words import SUPPORTED_BITS
-from qalora_plugin.eval.tokens import read_texts, tokenize
+from qalora_plugin.eval.tokens import is_text_file, read_texts, tokenize
 from qalora_plugin.methods.bit_allocation import Choice, allocate, served_bits
 from qalora_plugin.methods.sensitivity import measure
 
@@ -152,8 +152,7 @@ def _check_sizes(config: dict[str, Any], group_size: int) -> None:
 
 def calibration_rows(tokenizer: Any, dataset: str, samples: int, length: int, seed: int) -> list[dict[str, list[int]]]:
     """``samples`` random sequences of ``length`` tokens."""
-    looks_local = expanded(dataset).exists() or dataset.endswith((".txt", ".jsonl", ".md"))
-    texts = read_texts(dataset) if looks_local else _hub_texts(dataset, 8 * samples)
+    texts = read_texts(dataset) if is_text_file(dataset) else _hub_texts(dataset, 8 * samples)
     random.Random(seed).shuffle(texts)
     sequences = tokenize(tokenizer, texts, 4 * samples * length, length)
     random.Random(seed).shuffle(sequences)
@@ -161,8 +160,8 @@ def calibration_rows(tokenizer: Any, dataset: str, samples: int, length: int, se
     chosen = sequences[:samples]
     if sum(map(len, chosen)) < 512:
         raise QALoraError(
-            f"{dataset} gives {sum(map(len, chosen))} tokens to calibrate on; GPTQ needs some thousands. "
-            "Pass more text with --dataset."
+            f"{dataset} gives {sum(map(len, chosen))} tokens to calibrate on; that takes some thousands. "
+            "Give more text, or another dataset."
         )
     return [{"input_ids": sequence, "attention_mask": [1] * len(sequence)} for sequence in chosen]
 

@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from qalora_plugin.core.errors import QALoraError
-from qalora_plugin.integrations.axolotl.args import QALoraArgs, refuse_unmergeable
+from qalora_plugin.integrations.axolotl.args import QALoraArgs, read_block, refuse_unmergeable
 
 GOOD = {"adapter": "qalora", "base_model": "x", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
 
@@ -130,3 +130,22 @@ def test_splitting_linears_or_experts_is_refused(key):
     with pytest.raises(QALoraError, match=f"{key}: 2 cannot be combined with adapter: qalora"):
         refuse_unmergeable(GOOD | {key: 2})
     refuse_unmergeable(GOOD | {key: 1})
+
+
+INIT = {"init": "calibrated", "init_model": "./dense", "init_dataset": "./text.jsonl"}
+
+
+def test_a_calibrated_start_needs_its_inputs():
+    read_block(INIT)
+    assert read_block({}).init is None
+    for missing in ("init_model", "init_dataset"):
+        with pytest.raises(QALoraError, match=f"qalora.init is calibrated, but {missing} is missing: .*Set both"):
+            read_block({key: value for key, value in INIT.items() if key != missing})
+    with pytest.raises(QALoraError, match="init_model and init_dataset is missing"):
+        read_block({"init": "calibrated"})
+    with pytest.raises(QALoraError, match=r"qalora\.init_samples is set, but init is not"):
+        read_block({"init_samples": 4})
+    with pytest.raises(QALoraError, match=r"qalora\.init is 'loftq': .*'calibrated'"):
+        read_block(INIT | {"init": "loftq"})
+    with pytest.raises(QALoraError, match=r"qalora\.init_samples is 0"):
+        read_block(INIT | {"init_samples": 0})

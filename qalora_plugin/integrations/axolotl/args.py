@@ -51,11 +51,39 @@ class QALoraBlock(BaseModel):
         default=None,
         description="How many times as fast D and C learn as A and B, with every optimizer; default 3.",
     )
+    init: Literal["calibrated"] | None = Field(
+        default=None,
+        description="What a new adapter starts from: calibrated, with values that bring base + adapter as close to the "
+        "16-bit model as its rank allows, on calibration text; default: at zero. Needs init_model and init_dataset.",
+    )
+    init_model: str | None = Field(
+        default=None, description="Folder or Hub id of the 16-bit model that the base was quantized from."
+    )
+    init_dataset: str | None = Field(
+        default=None, description="Calibration text: a .txt or .jsonl file, or a dataset id of the Hub."
+    )
+    init_samples: int | None = Field(
+        default=None, gt=0, description="How many sequences of 512 tokens of it to calibrate on; default 128."
+    )
     verify_tokens: int = Field(default=2048, gt=0, description="How many tokens of real data that comparison uses.")
 
     @model_validator(mode="after")
     def ratio_of_something(self) -> "QALoraBlock":
         check_wishes({"scales": self.scales, "scales_lr_ratio": self.scales_lr_ratio}, "qalora:")
+        return self
+
+    @model_validator(mode="after")
+    def whole_init(self) -> "QALoraBlock":
+        inputs = {"init_model": self.init_model, "init_dataset": self.init_dataset}
+        missing = [key for key, value in inputs.items() if not value]
+        if self.init and missing:
+            raise QALoraError(
+                f"qalora.init is {self.init}, but {' and '.join(missing)} is missing: it needs the 16-bit model that "
+                "the base was quantized from, and text to calibrate on. Set both, or remove init."
+            )
+        given = [key for key in (*inputs, "init_samples") if getattr(self, key) is not None]
+        if given and not self.init:
+            raise QALoraError(f"qalora.{given[0]} is set, but init is not. Set init: calibrated, or remove {given[0]}.")
         return self
 
     @model_validator(mode="before")

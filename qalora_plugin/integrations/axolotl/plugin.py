@@ -100,6 +100,10 @@ class QALoraPlugin(BasePlugin):
                 return None, config
             options = {"autocast_adapter_dtype": cfg.peft_autocast_adapter_dtype}
             peft_model = get_peft_model(model, config, **{k: v for k, v in options.items() if v is not None})
+            if cfg.qalora.init and not inference:
+                from qalora_plugin.integrations.axolotl.calibrated_start import start_calibrated
+
+                start_calibrated(peft_model, cfg)
         peft_model.print_trainable_parameters()
         if cfg.merge_lora:
             peft_model.merge_and_unload = lambda **_: _MergedOnSave(peft_model, cfg)

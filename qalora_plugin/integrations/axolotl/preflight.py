@@ -12,7 +12,7 @@ from qalora_plugin.checkpoint import autogptq
 from qalora_plugin.checkpoint.adapter_config import check_config_patterns
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder, matching_pattern
 from qalora_plugin.checkpoint.atomic import require_absent
-from qalora_plugin.checkpoint.hub import expanded, is_local, resolve
+from qalora_plugin.checkpoint.hub import expanded, fetch_config, is_local, resolve
 from qalora_plugin.checkpoint.json_files import read_json
 from qalora_plugin.checkpoint.places import absolute, is_inside, require_outside, require_writable
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line, printable
@@ -20,6 +20,7 @@ from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.fusion import dense_modules, unservable
 from qalora_plugin.formats.opened import QuantizedCheckpoint, base_format
 from qalora_plugin.integrations.axolotl.args import QALoraBlock, read_block, refuse_unmergeable
+from qalora_plugin.integrations.axolotl.calibrated_start import check_init
 from qalora_plugin.integrations.transformers.loading import config_overrides, trainable
 from qalora_plugin.kernels.hardware import emulates
 
@@ -54,6 +55,8 @@ def check_axolotl(cfg: dict[str, Any], other_adapters: dict[str, list[str]] | No
             adapter.check_fits(modules)
     elif modules is not None:
         check_targets(cfg, modules)
+    if options.init:
+        check_init(cfg, options, {} if modules is None or cfg.get("lora_model_dir") else targeted(cfg, modules))
     fused_loss = _fused_loss(cfg)
     if fused_loss and _quantises_head(cfg, modules):
         raise QALoraError(
@@ -108,13 +111,7 @@ def check_targets(cfg: dict[str, Any], modules: dict[str, GroupwiseSpec]) -> Non
     wanted = cfg.get("lora_target_modules") or []
     patterns = {"target_modules": wanted, "exclude_modules": cfg.get("lora_exclude_modules")}
     check_config_patterns(patterns, list(modules), "the config")
-    config = LoraConfig(
-        target_modules=wanted if not cfg.get("lora_target_linear") else sorted(_leaves(modules)),
-        exclude_modules=cfg.get("lora_exclude_modules") or None,
-        layers_to_transform=cfg.get("peft_layers_to_transform"),
-        layers_pattern=cfg.get("peft_layers_pattern"),
-    )
-    if not any(check_target_module_exists(config, name) for name in modules):
+    if not targeted(cfg, modules):
         if isinstance(wanted, str) and any("language_model" in name.split(".") for name in modules):
             # A model with vision: names on disk may not be those in the model, which is known once it is loaded.
             LOG.warning("lora_target_modules: %s matches no name of the base's file", printable(wanted))
@@ -134,6 +131,19 @@ def check_targets(cfg: dict[str, Any], modules: dict[str, GroupwiseSpec]) -> Non
         for pattern in cfg.get(key) or ():
             if not any(matching_pattern([pattern], name) for name in modules):
                 LOG.warning("%s: %s matches no quantised linear of this base", key, printable(pattern))
+
+
+def targeted(cfg: dict[str, Any], modules: dict[str, GroupwiseSpec]) -> dict[str, GroupwiseSpec]:
+    """Those of the base's quantised linears that get an adapter, by PEFT's own rules."""
+    config = LoraConfig(
+        target_modules=cfg.get("lora_target_modules") or []
+        if not cfg.get("lora_target_linear")
+        else sorted(_leaves(modules)),
+        exclude_modules=cfg.get("lora_exclude_modules") or None,
+        layers_to_transform=cfg.get("peft_layers_to_transform"),
+        layers_pattern=cfg.get("peft_layers_pattern"),
+    )
+    return {name: spec for name, spec in modules.items() if check_target_module_exists(config, name)}
 
 
 def _leaves(modules: dict[str, GroupwiseSpec]) -> set[str]:
@@ -199,14 +209,14 @@ def overrides_of_config(base: str, revision: str | None = None) -> dict[str, Any
     """
     if is_local(base):
         return config_overrides(expanded(base))
-    if found := read_json(_hub_config(base, revision)).get("quantization_config"):
+    if found := read_json(fetch_config(base, revision)).get("quantization_config"):
         return trainable(found)
     return config_overrides(resolve(base, revision))
 
 
 def _hub_quantization(base: str, revision: str | None) -> dict[str, Any]:
     """``quantization_config`` of a Hub id, ``{}`` for a dense one."""
-    config = read_json(_hub_config(base, revision))
+    config = read_json(fetch_config(base, revision))
     if config.get("quantization_config"):
         return config["quantization_config"]
     from huggingface_hub import hf_hub_download
@@ -217,16 +227,3 @@ def _hub_quantization(base: str, revision: str | None) -> dict[str, Any]:
     except (EntryNotFoundError, LocalEntryNotFoundError):
         return {}
     return autogptq.as_quantization_config(read_json(Path(settings)))
-
-
-def _hub_config(base: str, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(base, "config.json", revision=revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise QALoraError(
-            f"base_model {base!r} is no local folder, and its config.json cannot be had from the Hub: {error}. "
-            "Check the spelling, your connection, and access rights."
-        ) from error
