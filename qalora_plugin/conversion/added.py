@@ -41,7 +41,8 @@ def merged_specs(base: QuantizedCheckpoint, adapter: AdapterFolder, dtype: str, 
     Args:
         dtype: of offsets and changes of scales.
         form: of the adapted linears' offsets: ``"dense"``, ``"factored"``, or ``"auto"``: factored where that takes
-            fewer bytes. Onto dense offsets of the base only dense ones can be added.
+            fewer bytes. Onto dense offsets of the base only dense ones can be added, and so are those in units of
+            trained scales, which are no product.
 
     Raises:
         QALoraError: there is no such form, or factors cannot be had.
@@ -59,6 +60,13 @@ def merged_spec(spec: GroupwiseSpec, rank: int, dtype: str, form: str = AUTO, sc
     changed = dtype if scales else spec.scales_delta_dtype
     dense = replace(spec, offset_dtype=dtype, offset_rank=0, scales_delta_dtype=changed)
     factored = replace(dense, offset_rank=min(spec.offset_rank + rank, spec.groups))
+    if scales:
+        if form == FACTORED:
+            raise QALoraError(
+                f"the offsets of {spec.name} are in units of the scales that were trained beside them: no two factors "
+                "make them up. Merge with offsets auto or dense."
+            )
+        return dense
     if spec.offset_dtype is not None and not spec.offset_rank:
         if form == FACTORED:
             raise QALoraError(
@@ -98,6 +106,8 @@ def added(
 
 
 def _offsets(base: QuantizedCheckpoint, adapter: AdapterFolder, spec: GroupwiseSpec) -> Added:
+    if adapter.has_scales:
+        return _offsets_in_steps(base, adapter, spec)
     name, dtype = spec.name, str(spec.offset_dtype)
     lora_a, lora_b = adapter.factors(name)
     scaling, before = adapter.scaling(name), base.offsets(name)
@@ -124,17 +134,34 @@ def _offsets(base: QuantizedCheckpoint, adapter: AdapterFolder, spec: GroupwiseS
     return Added({f"{name}.offsets": offsets}, "offsets", wanted, lost)
 
 
+def _offsets_in_steps(base: QuantizedCheckpoint, adapter: AdapterFolder, spec: GroupwiseSpec) -> Added:
+    before = base.offsets(spec.name)
+    if (earlier := base.offset_factors(spec.name)) is not None:
+        before = earlier[0].astype(np.float64) @ earlier[1].astype(np.float64)
+    factors, scaling = adapter.factors(spec.name), adapter.scaling(spec.name)
+    return _times_scales(base, f"{spec.name}.offsets", *factors, scaling, str(spec.offset_dtype), before)
+
+
 def _scales_delta(base: QuantizedCheckpoint, adapter: AdapterFolder, spec: GroupwiseSpec) -> Added:
-    name, dtype = spec.name, str(spec.scales_delta_dtype)
-    factors = adapter.scale_factors(name)
+    factors = adapter.scale_factors(spec.name)
     assert factors is not None  # only adapters with scales come here
-    d, c = factors
-    scales, before = base.scales(name)
-    delta = fold(d.T, c.T, 1.0, dtype, before, scales)
-    if not all_finite(delta):
-        raise QALoraError(f"the changed scales of {name} exceed what {dtype} can hold. {_TOO_LARGE[dtype]}.")
-    change = fold(d.T, c.T, 1.0, "float32", None, scales)
-    exact = change if before is None else fold(d.T, c.T, 1.0, "float32", before, scales)
-    lost = np.square(exact - delta, dtype=np.float64).sum() if dtype == "float16" else 0.0
+    (d, c), (_, before) = factors, base.scales(spec.name)
+    return _times_scales(base, f"{spec.name}.scales_delta", d.T, c.T, 1.0, str(spec.scales_delta_dtype), before)
+
+
+def _times_scales(
+    base: QuantizedCheckpoint, name: str, a: np.ndarray, b: np.ndarray, scaling: float, dtype: str,
+    before: np.ndarray | None,
+) -> Added:  # fmt: skip
+    """``before + scales ⊙ scaling·(b·a)ᵀ`` under ``name``; the scales are those that were trained on."""
+    module, _, part = name.rpartition(".")
+    scales, _ = base.scales(module)
+    found = fold(a, b, scaling, dtype, before, scales)
+    if not all_finite(found):
+        what = "offsets" if part == "offsets" else "changed scales"
+        raise QALoraError(f"the {what} of {module} exceed what {dtype} can hold. {_TOO_LARGE[dtype]}.")
+    change = fold(a, b, scaling, "float32", None, scales)
+    exact = change if before is None else fold(a, b, scaling, "float32", before, scales)
+    lost = np.square(exact - found, dtype=np.float64).sum() if dtype == "float16" else 0.0
     wanted = np.square(change, dtype=np.float64).sum()
-    return Added({f"{name}.scales_delta": delta}, "scales_delta", float(wanted), float(lost))
+    return Added({name: found}, part, float(wanted), float(lost))

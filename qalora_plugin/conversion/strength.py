@@ -45,9 +45,10 @@ def strengths(base: QuantizedCheckpoint, adapter: AdapterFolder) -> list[Strengt
 def _strength(base: QuantizedCheckpoint, adapter: AdapterFolder, name: str) -> Strength:
     groups = np.unique(np.linspace(0, base.specs[name].groups - 1, _SAMPLED).round().astype(int))
     lora_a, lora_b = (factor.astype(np.float32) for factor in adapter.factors(name))
-    steps = np.abs(_sampled_scales(base, name, groups))
-    offsets = np.abs((adapter.scaling(name) * lora_a[:, groups]).T @ lora_b.T)
-    in_steps = np.divide(offsets, steps, out=np.zeros_like(offsets), where=steps > 0)
+    in_steps = np.abs((adapter.scaling(name) * lora_a[:, groups]).T @ lora_b.T)
+    if not adapter.has_scales:
+        steps = np.abs(_sampled_scales(base, name, groups))
+        in_steps = np.divide(in_steps, steps, out=np.zeros_like(in_steps), where=steps > 0)
     factors = adapter.scale_factors(name)
     changed = None if factors is None else float(np.abs(factors[0][groups] @ factors[1]).mean())
     return Strength(name, float(in_steps.mean()), changed)

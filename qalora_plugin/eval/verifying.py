@@ -131,7 +131,8 @@ def _bytes_of(tensor: Tensor) -> Tensor:
 def _compare_weights(
     source: QuantizedCheckpoint, result: QuantizedCheckpoint, adapter: AdapterFolder, progress: bool
 ) -> dict[str, Any]:
-    """Errors of the merged weights against ``w + s·D·C·(q − z) + α/R·(B·A)ᵀ`` per group, in float64."""
+    """Errors of the merged weights against ``w + s·D·C·(q − z) + α/R·(B·A)ᵀ`` per group, in float64; where scales were
+    trained, ``(B·A)ᵀ`` in units of them."""
     for what, part, adapted in (
         ("offsets", "offset_dtype", adapter.modules),
         ("changed scales", "scales_delta_dtype", adapter.modules if adapter.has_scales else []),
@@ -151,15 +152,16 @@ def _compare_weights(
         before, after = _unrounded(source, name), _unrounded(result, name)
         group = column_groups(before)
         lora_a, lora_b = map(torch.from_numpy, adapter.factors(name))
-        delta = adapter_offsets(lora_a, lora_b, adapter.scaling(name))
+        scales, before_scales = source.scales(name)
+        trained_on = torch.from_numpy(scales)
+        delta = adapter_offsets(lora_a, lora_b, adapter.scaling(name), trained_on if adapter.has_scales else None)
         stored = delta if before.offsets is None else delta + before.offsets.double()
         rounding = _offset_rounding(result, name, stored) + _NOISE * stored.abs().max()
         change, scales_rounding = torch.zeros_like(delta), torch.zeros_like(delta)
         if factors := adapter.scale_factors(name):
-            trained_on, earlier = source.scales(name)
             d, c = map(torch.from_numpy, factors)
-            change = adapter_scales(torch.from_numpy(trained_on), d, c)
-            in_all = change if earlier is None else change + torch.from_numpy(earlier).double()
+            change = adapter_scales(trained_on, d, c)
+            in_all = change if before_scales is None else change + torch.from_numpy(before_scales).double()
             scales_rounding = half_ulp(in_all, str(scales_dtype)) + _NOISE * after.scales.abs()
         for start in range(0, before.out_features, _COLUMNS):
             columns = slice(start, start + _COLUMNS)

@@ -10,8 +10,8 @@ With trained scales:
     backward   dA and dB through scales ⊙ (P(x)ᵀ·dy) [G, N]
                dD = dM·Cᵀ, dC = Dᵀ·dM, where dM is the gradient of D·C: :mod:`.scales`
 
-Between the two only ``P(x)`` is saved, 1/g of ``x``; with trained scales also one token of ``x`` in n, whose share in dM,
-times n, stands for the whole: that product would cost half as much again as all others. The weight multiplied here
+Between the two only ``P(x)`` is saved, 1/g of ``x``; with trained scales also one token of ``x`` in n, whose share in
+dM, times n, stands for the whole: that product would cost half as much again as all others. The weight multiplied here
 is, up to the rounding of the stored offsets and scales, the one that the merged checkpoint serves.
 """
 
@@ -212,12 +212,15 @@ def _(
 def _adapter_gradients(
     dy: Tensor, pooled: Tensor, delta: OffsetDelta, unit: Tensor | None, kernel: Kernel
 ) -> tuple[Tensor, Tensor]:
-    """dA ``[R, G]`` and dB ``[N, R]`` of dy ``[T, N]`` and P(x) ``[T, G]``; ``unit`` ``[G, N]``: of ``delta``, if not 1.
+    """dA ``[R, G]`` and dB ``[N, R]`` of dy ``[T, N]`` and P(x) ``[T, G]``.
 
-    Few groups, or a unit: through ``dE = P(x)ᵀ·dy`` [G, N], which reads dy once. Many: factored, through ``dy·B`` and ``P(x)·Aᵀ``
-    [T, R], which reads it twice and multiplies less. These products are bound by memory: on a CPU, one pass over dy
-    still wins at twice the multiplications (G = 4·R). They run in dy's dtype (summed in float32) as any LoRA's do,
-    where the device multiplies in it.
+    Few groups, or a unit: through ``dE = P(x)ᵀ·dy`` [G, N], which reads dy once. Many: factored, through ``dy·B`` and
+    ``P(x)·Aᵀ`` [T, R], which reads it twice and multiplies less. These products are bound by memory: on a CPU, one pass
+    over dy still wins at twice the multiplications (G = 4·R). They run in dy's dtype (summed in float32) as any LoRA's
+    do, where the device multiplies in it.
+
+    Args:
+        unit: ``[G, N]``, of ``delta``; None: 1.
     """
     lora_a, lora_b, scaling = delta
     if unit is not None or pooled.shape[1] <= 4 * len(lora_a):

@@ -6,7 +6,7 @@ square of what its output is off by. One step of arithmetic, no training. After 
 
 1.  Every output feature on its own: the offsets and changes of scales that would be best without a limit of rank.
 2.  D, C: the changes of scales cut down to rank R, in the norm that is left for them when offsets follow.
-3.  A, B: the best offsets of rank R beside these scales, CLoQ's closed form.
+3.  A, B: the best offsets of rank R beside these scales, CLoQ's closed form; in units of the scales, where they train.
 4.  An output feature that came out worse than it was (the norms above are damped) keeps its zeros.
 
 Without scales only the third step is left.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qalora_plugin.core.reference import dequantize
 from qalora_plugin.core.weight import GroupwiseWeight
-from qalora_plugin.methods.normal_equations import NormalEquations, solve
+from qalora_plugin.methods.normal_equations import BLOCK, NormalEquations, solve
 
 _DAMPING = 0.01  # of H's mean diagonal, as GPTQ's: what calibration text says nothing of should not be made worse
 _NEGLIGIBLE = 1e-9  # of the largest: rounding
@@ -71,11 +71,12 @@ def calibrated_factors(
     if with_scales:
         d, c = _best_scales(equations, norm, rank)
         equations.fix_scales(d @ c)
-    basis, b = norm.truncated(norm.dual(equations.offsets_side), rank)
-
-    left = lacking - equations.spread(basis @ b)
-    if with_scales:
-        left -= steps * equations.spread(d @ c)
+        unit = weight.scales.double()
+        basis, b = _best_in_steps(equations, norm, unit, rank)
+        left = lacking - equations.spread(unit * (basis @ b)) - steps * equations.spread(d @ c)
+    else:
+        basis, b = norm.truncated(norm.dual(equations.offsets_side), rank)
+        left = lacking - equations.spread(basis @ b)
     after = _errors(hessian, left)
     better = after < before
     a, b = _started(basis, b * better, rank)
@@ -98,6 +99,10 @@ class _Norm:
     def dual(self, side: Tensor) -> Tensor:
         """:meth:`primal` of the x of ``gram·x = side``."""
         return (self.vectors.t() @ side) / self.roots
+
+    def solution(self, side: Tensor) -> Tensor:
+        """The x of ``gram·x = side``."""
+        return self.vectors @ (self.dual(side) / self.roots)
 
     def truncated(self, x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """The nearest product of that rank, ``[G, r]·[r, N]``, to an x given as :meth:`primal`."""
@@ -124,6 +129,25 @@ def _best_scales(equations: NormalEquations, norm: _Norm, rank: int) -> tuple[Te
     roots = weights.clamp(min=max(weights.max().item(), 1e-30) * _NEGLIGIBLE).sqrt()
     d, c = of_scales.truncated(of_scales.primal(change) * roots, rank)
     return d, c / roots
+
+
+def _best_in_steps(equations: NormalEquations, norm: _Norm, unit: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A and B, ``[G, r]`` and ``[r, N]``, of the best offsets ``unit ⊙ A·B``.
+
+    No closed form has a weight for each entry. A is best for the unit that a product of one row and one column comes
+    near to; B is then best for the unit itself, one output feature at a time.
+    """
+    columns = unit.abs().mean(0).clamp(min=1e-30)
+    rows = (unit.abs() / columns).mean(1).clamp(min=1e-30)
+    near = _Norm(rows[:, None] * equations.offsets_gram * rows)
+    wanted = torch.where(unit != 0, norm.solution(equations.offsets_side) / unit, 0)
+    basis, b = near.truncated(near.primal(wanted) * columns, rank)
+    for block in torch.arange(unit.shape[1], device=unit.device).split(max(1, BLOCK // basis.numel())):
+        spread = unit[:, block, None] * basis[:, None]  # [G, n, r]
+        gram = (equations.offsets_gram @ spread.flatten(1)).view_as(spread)
+        sides = torch.einsum("gnr,gn->nr", spread, equations.offsets_side[:, block])
+        b[:, block] = solve(torch.einsum("gnr,gns->nrs", spread, gram), sides).t()
+    return basis, b
 
 
 def _started(basis: Tensor, coefficients: Tensor, rank: int) -> tuple[Tensor, Tensor]:

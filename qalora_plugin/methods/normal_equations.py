@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_BLOCK = 2**24  # numbers that a temporary may have: at most 128 MiB each, four or five at a time
+BLOCK = 2**24  # numbers that a temporary may have: at most 128 MiB each, four or five at a time
 _RIDGE = 1e-4  # added to a diagonal of ones: a group of equal codes has an offset and a scale that do the same
 
 
@@ -41,7 +41,7 @@ class NormalEquations:
 
     def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Rows n of N, their matrices ``[n, 2G, 2G]`` and right sides ``[n, 2G]``: offsets first, then scales."""
-        rows = max(1, _BLOCK // (2 * self.groups) ** 2)
+        rows = max(1, BLOCK // (2 * self.groups) ** 2)
         for start in range(0, self.steps.shape[1], rows):
             block = slice(start, start + rows)
             sides = torch.cat([self.offsets_side[:, block], self.scales_side[:, block]]).t()
@@ -54,7 +54,7 @@ class NormalEquations:
         out = steps.new_empty(n, 2 * groups, 2 * groups, dtype=torch.float64)
         out[:, :groups, :groups] = self.offsets_gram
         grouped = steps.view(groups, size, n)
-        at_once = max(1, _BLOCK // (k * n))
+        at_once = max(1, BLOCK // (k * n))
         for start in range(0, groups, at_once):
             stop = min(start + at_once, groups)
             columns = self.hessian[:, start * size : stop * size].unflatten(1, (-1, size)).transpose(0, 1)

@@ -26,7 +26,8 @@ def problem(bits=2, act_order=False, dead=0, dtype=torch.float64, **layer):
 
 def adapted(weight, factors):
     """``w'`` ``[K, N]``, float64, by the reference."""
-    offsets = reference.adapter_offsets(factors.a, factors.b, SCALING)
+    unit = None if factors.d is None else weight.scales
+    offsets = reference.adapter_offsets(factors.a, factors.b, SCALING, unit)
     found = reference.dequantize(weight)
     if factors.d is not None:
         found = reference.scaled_weight(weight, factors.d, factors.c)

@@ -40,7 +40,7 @@ def is_bound(qalora: dict[str, Any] | None) -> bool:
     return qalora is not None and not set(qalora) <= set(WISHES)
 
 
-def stretched(linear: nn.Module, ratio: float | None) -> Tensor:
+def stretched(linear: nn.Linear, ratio: float | None) -> Tensor:
     """A factor of an adapter from the layer that holds it, divided by its ratio if there is one."""
     found = factor(linear)
     return found if ratio is None else _Stretched.apply(found, ratio)
