@@ -84,21 +84,23 @@ def exact_values(model: nn.Module) -> dict[str, tuple[Tensor, Tensor | None]]:
     for name, layer in model.named_modules():
         if isinstance(layer, QALoraLayer):
             (active,) = layer.active_adapters
+            base: Any = layer.get_base_layer()
             lora_a, lora_b = (part[active].weight.detach().cpu() for part in (layer.lora_A, layer.lora_B))
-            change = None
+            change, unit, squared_ratio = None, None, layer.scales_ratio.get(active, 1.0) ** 2
+            if active in layer.lora_D:
+                unit = base.quantized.scales.cpu()
             if lora_b.ndim == 3:
                 deltas = unstacked(OffsetDelta(lora_a, lora_b, layer.scaling[active]))
                 exact = torch.stack([adapter_offsets(*delta) for delta in deltas])
             else:
-                exact = adapter_offsets(lora_a, lora_b, layer.scaling[active])
-            base: Any = layer.get_base_layer()
+                exact = adapter_offsets(lora_a, lora_b, layer.scaling[active] * squared_ratio, unit)
             if base.offsets is not None:
                 exact += base.offsets.cpu()
             if base.offsets_a is not None:
                 exact += factored_offsets(base.offsets_a.cpu(), base.offsets_b.cpu())
-            if active in layer.lora_D:
+            if unit is not None:
                 d, c = (part[active].weight.detach().cpu().double() for part in (layer.lora_D, layer.lora_C))
-                change = adapter_scales(base.quantized.scales.cpu(), d * layer.scales_ratio[active] ** 2, c)
+                change = adapter_scales(unit, d * squared_ratio, c)
                 if base.scales_delta is not None:
                     change += base.scales_delta.cpu()
                 change = change.float()

@@ -185,10 +185,10 @@ def _set(layer: QALoraLayer, dense: Tensor, hessian: Tensor) -> Errors:
     has_scales = name in layer.lora_D
     dense = dense.to(hessian.device)
     found = calibrated_factors(_weight(layer), dense, hessian, a.shape[0], layer.scaling[name], has_scales)
-    a.copy_(found.a)
-    b.copy_(found.b)
-    if found.d is not None and found.c is not None:  # what is held is D / ratio and C / ratio
-        ratio = layer.scales_ratio[name]
+    ratio = layer.scales_ratio.get(name, 1.0)  # what is held is each factor divided by it
+    a.copy_(found.a / ratio)
+    b.copy_(found.b / ratio)
+    if found.d is not None and found.c is not None:
         layer.lora_D[name].weight.copy_(found.d / ratio)
         layer.lora_C[name].weight.copy_(found.c / ratio)
     return Errors(found.before, found.after)

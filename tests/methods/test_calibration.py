@@ -137,7 +137,7 @@ def test_a_base_that_is_right_already():
 def test_blocks_and_float32_change_nothing(monkeypatch):
     weight, dense, hessian = problem()
     whole = calibrated_factors(weight, dense, hessian, 4, SCALING, True)
-    monkeypatch.setattr(normal_equations, "_BLOCK", 2000)  # rows and groups, both in several parts
+    monkeypatch.setattr(normal_equations, "BLOCK", 2000)  # rows and groups, both in several parts
     parts = calibrated_factors(weight, dense, hessian, 4, SCALING, True)
     single = calibrated_factors(weight, dense.bfloat16(), hessian.float(), 4, SCALING, True)
     assert parts.after == pytest.approx(whole.after, rel=1e-9)
