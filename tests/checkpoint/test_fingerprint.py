@@ -114,7 +114,7 @@ def test_stray_offsets_in_a_base_are_refused(adapter, copy, tmp_path):
     name = "model.layers.0.mlp.up_proj.offsets"
     edit_tensors(copy, lambda t: t.update({name: torch.ones_like(t[name.replace("offsets", "scales")])}))
     for use in (load_base, lambda folder: merge(folder, adapter, tmp_path / "out", progress=False)):
-        with pytest.raises(QALoraError, match=f"GPTQ checkpoint by its config, but holds the merged offsets {name}"):
+        with pytest.raises(QALoraError, match=f"GPTQ checkpoint by its config, but holds the merged {name}"):
             use(copy)
 
 

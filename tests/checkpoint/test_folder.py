@@ -88,8 +88,8 @@ def test_a_merged_checkpoint_is_a_base(merged):
 
 def test_unknown_format_version(merged, tmp_path):
     folder = shutil.copytree(merged, tmp_path / "m")
-    edit_config(folder, format_version=3)
-    with pytest.raises(QALoraError, match="format_version is 3, this version of qalora reads 1"):
+    edit_config(folder, format_version=4)
+    with pytest.raises(QALoraError, match="format_version is 4, this version of qalora reads 1"):
         QuantizedCheckpoint.open(folder)
 
 

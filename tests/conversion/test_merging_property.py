@@ -90,7 +90,7 @@ def test_merge_is_one_addition(case):
         tensors = write_base(base, case)
         lora_a, lora_b, scaling = write_adapter(adapter, base, case)
         assert AdapterFolder.open(adapter).scaling("layer.up_proj") == scaling
-        merge(base, adapter, out, case["offset_dtype"], progress=False)
+        merge(base, adapter, out, case["offset_dtype"], progress=False, offsets="dense")
 
         source = QuantizedCheckpoint.open(out)
         merged, (module,) = source.files, source.specs.values()
