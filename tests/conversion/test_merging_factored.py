@@ -112,11 +112,10 @@ def test_7b_serves_at_its_base_s_bits():
 
 
 @pytest.mark.parametrize("kind", [{}, {"act_order": True, "shards": 2}, {"group_size": -1, "bias": True}], ids=str)
-@pytest.mark.parametrize("options", [{"offset_dtype": "float16"}, {"offset_dtype": "float32", "scales": True}], ids=str)
-def test_merged_equals_base_plus_adapter(tmp_path, kind, options):
-    options = dict(options)
-    base, dtype = make_base(tmp_path / "base", **kind), options.pop("offset_dtype")
-    adapter = make_adapter(base, tmp_path / "adapter", rank_pattern={"up_proj": 2}, **options)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_merged_equals_base_plus_adapter(tmp_path, kind, dtype):
+    base = make_base(tmp_path / "base", **kind)
+    adapter = make_adapter(base, tmp_path / "adapter", rank_pattern={"up_proj": 2})
     result = merge(base, adapter, tmp_path / "out", dtype, progress=False, offsets="factored")
     assert result.factored == result.modules
     report = check(base, adapter, tmp_path / "out")
@@ -130,6 +129,19 @@ def test_merged_equals_base_plus_adapter(tmp_path, kind, options):
     assert found.served == str(result.served)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["format_version"] == 3
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_offsets_in_units_of_trained_scales_are_dense(chain, tmp_path, dtype):
+    """Onto factors of the base, too."""
+    adapter = make_adapter(chain / "once", tmp_path / "adapter", std=0.1, scales=True)
+    result = merge(chain / "once", adapter, tmp_path / "out", dtype, progress=False)
+    assert result.factored == 0
+    report = check(chain / "once", adapter, tmp_path / "out")
+    assert report.passed, report
+    with pytest.raises(QALoraError, match="no two factors make them up"):
+        merge(chain / "once", adapter, tmp_path / "no", progress=False, offsets="factored")
+    assert not (tmp_path / "no").exists()
 
 
 def test_two_merges_add_their_ranks(chain):
