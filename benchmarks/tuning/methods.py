@@ -14,7 +14,6 @@ from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from tuning.jobs import RANK, Job
-from tuning.scale_units import InScaleUnits
 
 from qalora_plugin import add_adapter, load_base, merge
 from qalora_plugin.integrations.peft import scales
@@ -153,15 +152,6 @@ def merged(model: Any, job: Job, places: Places) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map=places.device)
 
 
-def build_scale_units(job: Job, places: Places) -> nn.Module:
-    """A trial: offsets in units of scales, both at one rate."""
-    model = load_base(places.base(job), dtype=torch.bfloat16, device_map=places.device).requires_grad_(False)
-    for name, layer in linears(model).items():
-        model.set_submodule(name, InScaleUnits(layer, RANK))
-    model.is_quantized = False  # or the Trainer, which sees no adapter of PEFT's, would refuse it
-    return model
-
-
 # ---- on an INT base, PEFT's
 
 
@@ -226,5 +216,4 @@ METHODS: dict[str, tuple[Build, Finish]] = {
     "scales-all-tokens": (build_scales_all_tokens, merged),
     "scales-calibrated": (build_calibrated, merged),
     "peqa": (build_peqa, merged),
-    "scale-units": (build_scale_units, as_it_is),
 }

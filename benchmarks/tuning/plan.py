@@ -20,7 +20,6 @@ RATES = {
     "lora": (3e-3, 1e-3, 1e-2),
     "offsets": (1e-2, 3e-3, 2e-2),
     "scales": (1e-2, 3e-3, 2e-2),
-    "scale-units": (3e-2, 1e-2),
     "peqa": (3e-3, 1e-3),
     "galore": (1e-3, 3e-4),
 }
@@ -60,7 +59,6 @@ def table(results: Iterable[dict]) -> list[Job]:
     wanted += [("functions", REQUANTIZE, base) for base in (FOUR, TWO, THREE)]
     wanted += [("gsm8k", "qlora", None), ("gsm8k", REQUANTIZE, (2, 32, False)), ("gsm8k", REQUANTIZE, (3, 32, False))]
     wanted += [("gsm8k", "peft", base) for base in (FOUR, TWO)]
-    wanted += [("gsm8k", "scale-units", base) for base in (FOUR, TWO, THREE)]
     wanted += [("gsm8k", "peqa", base) for base in (FOUR, TWO, THREE)]
     wanted += [("functions", "scales-calibrated", base) for base in (TWO, THREE, FOUR)]
     wanted += [("gsm8k", "galore", None), ("functions", "qlora", None)]

@@ -49,7 +49,7 @@ class QALoraBlock(BaseModel):
     )
     scales_lr_ratio: float | None = Field(
         default=None,
-        description="How many times as fast D and C learn as A and B, with every optimizer; default 3.",
+        description="How many times as fast all factors learn as a LoRA would, with every optimizer; default 3.",
     )
     init: Literal["calibrated"] | None = Field(
         default=None,

@@ -27,9 +27,9 @@ def add_adapter(
         model: from :func:`load_base`.
         config: a ``LoraConfig`` (or :class:`QALoraConfig`); or pass its fields as ``lora_kwargs``
             (``r``, ``lora_alpha``, ``target_modules="all-linear"`` …).
-        scales: train step sizes beside the offsets, ``scales ⊙ (1 + D·C)``; half as much again to compute, and
+        scales: train step sizes beside the offsets, ``scales ⊙ (1 + D·C)``; an eighth more to compute, and
             more accurate. (To a trainer of TRL: ``peft_config=QALoraConfig(qalora={"scales": True}, …)``.)
-        scales_lr_ratio: how many times as fast D and C learn as A and B; default 3.
+        scales_lr_ratio: how many times as fast all factors then learn as a LoRA would; default 3.
 
     Raises:
         QALoraError: an option that cannot be merged, or targets that are not quantised.

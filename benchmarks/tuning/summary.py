@@ -1,0 +1,145 @@
+"""The accuracy table: runs as CSV, their means over seeds as Markdown, loss against served bits as a plot."""
+
+import csv
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from report import short
+from transformers import AutoConfig
+from tuning.jobs import QUANTIZE, RANK, REQUANTIZE, Job, job_of
+
+from qalora_plugin.conversion.added import merged_spec
+from qalora_plugin.core.weight import GroupwiseSpec
+from qalora_plugin.formats.served_bits import served_bits
+
+LABELS = {
+    "16-bit": "16-bit model, untuned",
+    "base": "INT base, untuned",
+    "lora": "LoRA, 16-bit, not merged",
+    "galore": "GaLore, 16-bit",
+    "qlora": "QLoRA (NF4), not merged",
+    REQUANTIZE: "LoRA → merge → GPTQ",
+    "peft": "PEFT `use_qalora`",
+    "offsets": "QA-LoRA (offsets)",
+    "peqa": "PEQA (free step sizes)",
+    "scale-units": "offsets and scales, gradient of all tokens (trial)",
+    "weight-units": "offsets in weight units, scales × 3 (trial)",
+    "scales": "**offsets and scales**",
+    "scales-all-tokens": "the same, gradient of all tokens",
+    "scales-calibrated": "**offsets and scales, calibrated start**",
+}
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # a byte for 64 weights, and a float32 for 256 of these bytes
+COLUMNS = [
+    "task", "method", "bits", "group_size", "clip", "lr", "seed", "loss", "top1", "prose", "bits_a_weight", "steps",
+    "trained", "first_loss", "last_loss", "step_seconds", "train_seconds", "peak_mb", "machine", "torch",
+    "transformers", "peft", "commit", "date", "note",
+]  # fmt: skip
+
+
+class Cell(NamedTuple):
+    """Runs that differ in their seed alone."""
+
+    job: Job
+    losses: list[float]
+    prose: list[float]
+
+    @property
+    def loss(self) -> float:
+        return statistics.mean(self.losses)
+
+
+def linear_specs(model: Path, bits: int, group_size: int) -> list[GroupwiseSpec]:
+    """Linears of one decoder layer of a Llama: all layers are alike."""
+    config = AutoConfig.from_pretrained(model)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    heads = config.num_key_value_heads * hidden // config.num_attention_heads
+    sizes = [(hidden, hidden)] * 2 + [(hidden, heads)] * 2 + [(hidden, inner)] * 2 + [(inner, hidden)]
+    return [GroupwiseSpec("", k, n, bits, group_size) for k, n in sizes]
+
+
+def bits_a_weight(job: Job, model: Path) -> float:
+    """What the linears take where the result is served, all included."""
+    specs = linear_specs(model, job.bits or 4, job.group_size or 32)
+    weights = sum(spec.in_features * spec.out_features for spec in specs)
+    lora = 16 * RANK * sum(spec.in_features + spec.out_features for spec in specs) / weights
+    if not job.bits:
+        return {"qlora": NF4_BITS + lora, "lora": 16 + lora}.get(job.method, 16.0)
+    if job.method in ("base", REQUANTIZE):
+        return served_bits(specs).bits_a_weight
+    scales = job.method not in ("offsets", "peft")
+    return served_bits(merged_spec(spec, RANK, "float16", scales=scales) for spec in specs).bits_a_weight
+
+
+def cells(rows: Iterable[dict]) -> list[Cell]:
+    """Of every method and base the runs at the rate that does best."""
+    found: dict[Job, Cell] = {}
+    for row in rows:
+        job = job_of(row)
+        if job.method == QUANTIZE or "loss" not in row:
+            continue
+        one = found.setdefault(Job(**{**vars(job), "seed": 0}), Cell(job, [], []))
+        one.losses.append(row["loss"])
+        one.prose.append(row["prose"])
+    best: dict[tuple, Cell] = {}
+    for cell in found.values():
+        key = (cell.job.task, cell.job.method, cell.job.base)
+        if key not in best or (-len(cell.losses), cell.loss) < (-len(best[key].losses), best[key].loss):
+            best[key] = cell
+    return list(best.values())
+
+
+def write_csv(rows: list[dict], model: Path, out: Path) -> None:
+    with out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        for row in sorted(rows, key=lambda row: job_of(row).name):
+            if row["method"] != QUANTIZE:
+                row = {"bits_a_weight": bits_a_weight(job_of(row), model), **row}
+                writer.writerow({key: short(value) for key, value in row.items()})
+
+
+def markdown(found: list[Cell], model: Path) -> str:
+    """One table a task; differences are from LoRA on the 16-bit model."""
+    lines = []
+    for task in dict.fromkeys(cell.job.task for cell in found):
+        here = [cell for cell in found if cell.job.task == task]
+        limit = next((cell.loss for cell in here if cell.job.method == "lora"), None)
+        lines += [f"**{task}**", "", "| base | method | loss | − LoRA's | seeds | prose | served bits |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+        order = list(LABELS)
+        here.sort(key=lambda cell: (-(cell.job.bits or 16), cell.job.group_size, order.index(cell.job.method)))
+        for cell in here:
+            spread = f" ± {(max(cell.losses) - min(cell.losses)) / 2:.4f}" if len(cell.losses) > 1 else ""
+            behind = "" if limit is None else f"{cell.loss - limit:+.4f}"
+            clipped = ", clipped" if cell.job.clip else ""
+            base = f"{cell.job.bits} bit g {cell.job.group_size}{clipped}" if cell.job.bits else "16 bit"
+            lines.append(
+                f"| {base} | {LABELS[cell.job.method]} | {cell.loss:.4f}{spread} | {behind} | {len(cell.losses)} | "
+                f"{statistics.mean(cell.prose):.3f} | {bits_a_weight(cell.job, model):.2f} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot(found: list[Cell], model: Path, out: Path) -> None:
+    """Held-out loss against served bits, a panel a task, of all that was tuned and is served in INT."""
+    import matplotlib.pyplot as plt
+
+    tasks = list(dict.fromkeys(cell.job.task for cell in found))
+    figure, panels = plt.subplots(1, len(tasks), figsize=(6 * len(tasks), 4.5), squeeze=False)
+    for task, panel in zip(tasks, panels[0], strict=True):
+        lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for cell in found:
+            if cell.job.task == task and cell.job.bits and cell.job.method != "base":
+                lines[cell.job.method].append((bits_a_weight(cell.job, model), cell.loss))
+            elif cell.job.task == task and cell.job.method == "lora":
+                panel.axhline(cell.loss, color="gray", linestyle=":", label=LABELS["lora"])
+        for method, points in lines.items():
+            panel.plot(*zip(*sorted(points), strict=True), marker="o", label=LABELS[method].replace("*", ""))
+        panel.set(title=task, xlabel="bits a weight, served", ylabel="held-out loss, nats a token")
+        panel.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(out, dpi=120)
