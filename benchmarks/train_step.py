@@ -9,7 +9,7 @@ One run compares, each method in a process of its own, on the same shapes and to
     dense   the frozen dense model, no adapter: forward and the gradient of every input. The limit.
     lora    PEFT LoRA on it            qlora   the same on bitsandbytes NF4
     peft    PEFT ``use_qalora`` on GPTQModel (in the environment that has GPTQModel; 16 bit only)
-    ours    ``adapter: qalora``
+    ours    ``adapter: qalora``        scales  the same, with ``scales: true``
 
 On a CPU all methods of a scenario stay loaded and take turns step by step, so that a machine that slows down slows all
 of them; on a GPU they run one after the other, as a 7B model does not fit five times. Writes one CSV row a method and
@@ -36,7 +36,7 @@ from qalora_plugin.kernels.hardware import emulates
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-METHODS = ("dense", "lora", "qlora", "peft", "ours")
+METHODS = ("dense", "lora", "qlora", "peft", "ours", "scales")
 
 # batch, length: tokens of a step. Everything else as in the first unless a scenario says otherwise.
 COMMON = {"batch": 2, "length": 512, "rank": 16, "group_size": 32, "checkpointing": False}

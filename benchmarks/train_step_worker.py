@@ -20,10 +20,10 @@ def build(
     """The model that ``method`` trains; its trainable parameters are the adapter's."""
     options = {"dtype": dtype, "device_map": device, "attn_implementation": "sdpa"}
     lora = {"r": rank, "lora_alpha": rank, "target_modules": list(_TARGETS), "lora_dropout": 0.0}
-    if method == "ours":
+    if method in ("ours", "scales"):
         from qalora_plugin import add_adapter, load_base
 
-        return add_adapter(load_base(base, **options), **lora)
+        return add_adapter(load_base(base, **options), scales=method == "scales", **lora)
     from transformers import AutoModelForCausalLM
 
     if method == "dense":

@@ -156,6 +156,23 @@ def test_codes_of_2_3_and_4_bits_are_kept(bits, group_size, offsets, tokenizer, 
     assert result.total.largest_step < 2e-2
 
 
+def test_trained_scales_are_rounded_to_float16_and_it_is_said(tokenizer, tmp_path, caplog):
+    merged = merged_of(gptq_base(tmp_path / "base", tokenizer), tmp_path, std=0.1, scales=True)
+    with caplog.at_level(logging.WARNING):
+        result = export_gguf(merged, tmp_path / "out.gguf", progress=False)
+    assert 0 < result.total.scales <= 2**-11
+    assert "scales are rounded to float16" in caplog.text
+    opened, stored = QuantizedCheckpoint.open(merged), GgufFile.open(result.file).tensors
+    for leaf in ("gate", "up", "down"):
+        weight = opened.weight(f"model.layers.1.mlp.{leaf}_proj")
+        found = decode(np.array(stored[f"blk.1.ffn_{leaf}.weight"].data), "Q4_1")
+        np.testing.assert_array_equal(found.codes, unpack_rows(weight.qweight, 4).T.numpy())
+        np.testing.assert_array_equal(found.scales, weight.scales.T.numpy().astype(np.float16))
+    exact = llama_cpp_log_p(in_float32(result.file, tmp_path / "float32.gguf"))
+    assert np.abs(exact - log_p(merged)).mean() <= EXACT
+    assert np.abs(log_p(tmp_path / "base") - log_p(merged)).mean() > 5 * EXACT
+
+
 def test_symmetric_4_bit_without_offsets_is_q4_0_exactly(tokenizer, tmp_path):
     base = gptq_base(tmp_path / "base", tokenizer, sym=True)
     result = export_gguf(base, tmp_path / "out.gguf", progress=False)

@@ -20,9 +20,9 @@ from qalora_plugin.formats.base import Unsupported
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 
 
-def merged_of(tmp_path, **options):
+def merged_of(tmp_path, scales=False, **options):
     base = make_base(tmp_path / "base", **options)
-    adapter = make_adapter(base, tmp_path / "adapter", std=0.05)
+    adapter = make_adapter(base, tmp_path / "adapter", std=0.05, scales=scales)
     return merge(base, adapter, tmp_path / "merged", progress=False).folder
 
 
@@ -40,6 +40,7 @@ CASES = {
     "one group, partly dense": ({"group_size": -1, "dense": ("down_proj",)}, None, 64),
     "8 bit": ({"bits": 8}, 32, 32),
     "groups of 16": ({"group_size": 16}, None, 64),
+    "trained scales": ({"scales": True}, None, 32),
 }
 
 

@@ -43,13 +43,14 @@ CASES = {
     "2 bit, groups of 64": {"bits": 2, "group_size": 64},
     "8 bit, partly dense": {"bits": 8, "dense": ("down_proj",)},
     "one group": {"group_size": -1, "store_g_idx": False},
+    "trained scales": {},
 }
 
 
 @pytest.mark.parametrize("case", list(CASES))
 def test_mlx_computes_what_transformers_does(tmp_path, case):
     base = make_base(tmp_path / "base", **CASES[case])
-    adapter = make_adapter(base, tmp_path / "adapter", std=0.05)
+    adapter = make_adapter(base, tmp_path / "adapter", std=0.05, scales=case == "trained scales")
     merged = merge(base, adapter, tmp_path / "merged", progress=False).folder
     result = export_mlx(merged, tmp_path / "mlx", progress=False)
     expected = by_transformers(merged)
