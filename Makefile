@@ -82,7 +82,8 @@ test-train: .venv/.installed .venv-serve/.installed .cache/auto_gptq .cache/auto
 # Not part of `make test`: DeepSpeed is not installed where all other tests run, for transformers and accelerate import it
 # wherever it is.
 test-deepspeed: .venv/.installed .cache/deepspeed/.installed
-	PYTHONPATH=$(CURDIR)/.cache/deepspeed .venv/bin/python -m pytest tests/e2e/test_deepspeed.py --durations 10
+	PYTHONPATH=$(CURDIR)/.cache/deepspeed .venv/bin/python -m pytest \
+		tests/e2e/test_deepspeed.py tests/e2e/test_two_processes_experts.py -k deepspeed --durations 10
 
 test-serve: .venv-serve/.installed
 	.venv-serve/bin/python -m pytest tests/serve --durations 10

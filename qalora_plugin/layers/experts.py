@@ -74,15 +74,17 @@ class QuantExpertLinear(QuantLinear):
                 self.offsets_a[expert, :, : len(b)].copy_(a)
                 self.offsets_b[expert, : len(b)].copy_(b)
 
-    def expert(self, i: int) -> GroupwiseWeight:
-        """One expert's weight."""
-        weight = GroupwiseWeight.of([getattr(self, name) for name in _STACKED], self.bits, self.group_size).expert(i)
-        if self.offsets_a is not None and self.offsets_b is not None:
-            product = factored_offsets(self.offsets_a[i], self.offsets_b[i])
+    def expert(self, i: int, tensors: list[Tensor | None] | None = None) -> GroupwiseWeight:
+        """One expert's weight. tensors: from :meth:`tensors`, of a caller who asks for several experts."""
+        *stacked, _, a, b, _ = tensors or self.tensors()
+        weight = GroupwiseWeight.of(stacked, self.bits, self.group_size).expert(i)
+        if a is not None and b is not None:
+            product = factored_offsets(a[i], b[i])
             weight = weight._replace(offsets=product if weight.offsets is None else weight.offsets + product)
-        if self.g_idx is None or self.group_order is None:
+        g_idx, group_order = stacked[-2:]
+        if g_idx is None or group_order is None:
             return weight
-        return weight._replace(g_idx=self.g_idx[i], group_order=self.group_order[i])
+        return weight._replace(g_idx=g_idx[i], group_order=group_order[i])
 
     def forward(  # type: ignore[override]  # rows come sorted, with the count of each expert's
         self, x: Tensor, counts: list[int], delta: OffsetDelta | None = None
@@ -94,7 +96,8 @@ class QuantExpertLinear(QuantLinear):
             delta: adapters of all experts, A ``[E, R, G]`` (or one for all, ``[R, G]``) and B ``[E, N, R]``.
         """
         deltas: list[OffsetDelta | None] = [None] * self.experts if delta is None else list(unstacked(delta))
-        parts = [linear(part, self.expert(i), deltas[i]) for i, part in routed(x, counts)]
+        tensors = self.tensors()
+        parts = [linear(part, self.expert(i, tensors), deltas[i]) for i, part in routed(x, counts)]
         return torch.cat(parts) if parts else x.new_zeros(0, self.out_features)
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:

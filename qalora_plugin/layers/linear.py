@@ -91,13 +91,15 @@ class QuantLinear(nn.Module):
             for name in _HELD:
                 setattr(self, name, None)
 
+    def tensors(self) -> list[Tensor | None]:
+        """All that the layer holds, as it is stored; taken anew at every use, since ``words`` come and go."""
+        if self.words is None or self._layout is None:
+            return [getattr(self, name) for name in _HELD]
+        return views(self.words, self._layout)
+
     def held(self) -> tuple[GroupwiseWeight, Tensor | None]:
         """The weight as kernels and formats take it, and the bias ``[N]``."""
-        if self.words is None or self._layout is None:
-            tensors = [getattr(self, name) for name in _HELD]
-        else:
-            tensors = views(self.words, self._layout)
-        *weight, change, a, b, bias = tensors
+        *weight, change, a, b, bias = self.tensors()
         found = GroupwiseWeight.of(weight, self.bits, self.group_size)
         if change is not None:
             found = found._replace(scales=found.scales.float() + change)

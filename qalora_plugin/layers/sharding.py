@@ -102,6 +102,29 @@ class ShardedFactor(nn.Linear):
         return self.weight.clone() if x is None else super().forward(x)
 
 
-def factor(linear: nn.Linear) -> Tensor:
+class StackedFactors(nn.Module):
+    """A or B of all experts of a layer, under the name that PEFT gives a linear's."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+class ShardedStack(StackedFactors):
+    """The same that FSDP2 shards by itself, as :class:`ShardedFactor` is."""
+
+    def forward(self) -> Tensor:
+        return self.weight.clone()
+
+
+def factor(held: nn.Linear | StackedFactors) -> Tensor:
     """The whole weight of a factor, sharded or not."""
-    return linear() if isinstance(linear, ShardedFactor) else linear.weight
+    return held() if isinstance(held, (ShardedFactor, ShardedStack)) else held.weight
+
+
+def make_factor_shardable(held: nn.Linear | StackedFactors) -> None:
+    """Give a factor the class that :func:`factor` calls, and memory if it has none: by its address accelerate knows
+    the optimizer's."""
+    held.__class__ = ShardedStack if isinstance(held, StackedFactors) else ShardedFactor
+    if held.weight.is_meta:
+        held.to_empty(device="cpu")

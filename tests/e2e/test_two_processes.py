@@ -3,22 +3,9 @@
 import pytest
 from safetensors.torch import load_file
 from support.axolotl_runs import BIN, command
-from support.two_processes import assert_same_training, report, train_as_two, trained
+from support.two_processes import FSDP2, assert_same_training, fsdp2, report, train_as_two, trained
 
 pytestmark = pytest.mark.e2e
-
-LAYERS = {
-    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-    "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
-    "reshard_after_forward": True,
-}
-FSDP2 = {
-    "full": LAYERS | {"state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": True},
-    "sharded": LAYERS | {
-        "state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": False, "offload_params": True,
-        "cpu_offload_pin_memory": False, "activation_checkpointing": True,
-    },
-}  # fmt: skip
 
 
 def test_data_parallel_trains_what_one_process_does(configured, data_parallel):
@@ -37,7 +24,7 @@ def test_data_parallel_trains_what_one_process_does(configured, data_parallel):
 @pytest.mark.parametrize("kind", FSDP2)
 def test_fsdp2_trains_what_data_parallel_does(configured, data_parallel, kind):
     """In two runs, of which the second resumes the first."""
-    options = {"fsdp_version": 2, "fsdp_config": FSDP2[kind]}
+    options = fsdp2(kind)
     train_as_two(configured(kind, max_steps=2, qalora={"merge": False}, **options))
     checkpoint = configured(kind).parent / "out" / "checkpoint-2"
     resumed = configured(

@@ -201,10 +201,26 @@ def test_experts_whose_offsets_are_factored(mixtral, tmp_path):
     assert verify(once, second, twice, sequences=IDS.tolist(), device="cpu", progress=False).passed
 
 
-def test_sharding_experts_is_refused(mixtral):
-    model = load_base(mixtral, dtype=torch.float32)
-    with pytest.raises(QALoraError, match=r"experts.* cannot be sharded over ranks yet"):
-        make_shardable(model)
+@pytest.mark.parametrize("shared_a", [False, True])
+def test_made_shardable_they_compute_the_same(mixtral, shared_a):
+    """Every tensor of all experts in one flat parameter a projection, factors read through calls."""
+    model = add_adapter(load_base(mixtral, dtype=torch.float32), r=4, target_modules=MLP, shared_a=shared_a)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(0, 0.05)
+    expected = model(IDS, labels=IDS)
+    wanted = torch.autograd.grad(expected.loss, [p for p in model.parameters() if p.requires_grad])
+    make_shardable(model.get_base_model())
+    layers = [m for m in model.modules() if isinstance(m, QuantExpertLinear)]
+    assert layers
+    for layer in layers:
+        assert not list(layer.buffers())
+        assert [name for name, _ in layer.named_parameters()] == ["words"]
+        assert not layer.words.requires_grad
+    found = model(IDS, labels=IDS)
+    assert torch.equal(found.logits, expected.logits)
+    gradients = torch.autograd.grad(found.loss, [p for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(one, other) for one, other in zip(gradients, wanted, strict=True))
 
 
 def test_export_as_lora_is_refused(mixtral, adapter, tmp_path):

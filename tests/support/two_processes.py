@@ -16,6 +16,13 @@ _SETTINGS = {
     "eval_steps": None, "gradient_checkpointing": False, "optimizer": "adamw_torch", "adam_epsilon": 1e-3,
     "learning_rate": 0.005, "lr_scheduler": "constant", "qalora": {"verify": False},
 }  # fmt: skip
+FSDP2 = {
+    "full": {"state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": True},
+    "sharded": {
+        "state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": False, "offload_params": True,
+        "cpu_offload_pin_memory": False, "activation_checkpointing": True,
+    },
+}  # fmt: skip
 _ADDRESS = ("--standalone", "--nproc_per_node", "2")
 
 
@@ -36,15 +43,21 @@ def train_as_two(config: Path, **options) -> str:
     return launch(Path(__file__).with_name("axolotl_process.py"), config, **options)
 
 
+def fsdp2(kind: str, layer: str = "LlamaDecoderLayer") -> dict:
+    """Settings of a kind of FSDP2 that shares out every ``layer``."""
+    wrap = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": layer}
+    return {"fsdp_version": 2, "fsdp_config": {**wrap, "reshard_after_forward": True, **FSDP2[kind]}}
+
+
 def report(config: Path, rank: int) -> dict:
     """What a rank found when training began: ``mode``, ``backend``, ``model``, ``packed`` and ``here`` (bytes)."""
     return json.loads((config.parent / f"rank{rank}.json").read_text())
 
 
-def same_training(root: Path) -> Callable[..., Path]:
+def same_training(root: Path, base: Path | None = None, **adapter_options) -> Callable[..., Path]:
     """Makes configs that differ by what they are called with; all train the same adapter on the same base and data."""
-    base = make_base(root / "base", act_order=True, bias=True)
-    adapter = make_adapter(base, root / "adapter", r=8, lora_alpha=16)
+    base = base or make_base(root / "base", act_order=True, bias=True)
+    adapter = make_adapter(base, root / "adapter", r=8, lora_alpha=16, **adapter_options)
     # Of one length: Axolotl has each rank average over its own tokens, which one process with all rows does not.
     rows = ({"instruction": f"say {i:03d}", "input": "", "output": f"{i * i:05d} is its square"} for i in range(64))
     data = root / "data.jsonl"

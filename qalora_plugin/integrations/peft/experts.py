@@ -13,14 +13,7 @@ from qalora_plugin.core.delta import OffsetDelta
 from qalora_plugin.integrations.peft.adapter import QALoraConfig, QALoraLayer
 from qalora_plugin.kernels.pooling import pool
 from qalora_plugin.layers.experts import QuantExpertLinear, routed, unstacked
-
-
-class StackedFactors(nn.Module):
-    """A or B of all experts, under the name that PEFT gives a linear's."""
-
-    def __init__(self, weight: Tensor):
-        super().__init__()
-        self.weight = nn.Parameter(weight)
+from qalora_plugin.layers.sharding import StackedFactors, factor
 
 
 class QALoraExpertsLayer(QALoraLayer):
@@ -51,7 +44,7 @@ class QALoraExpertsLayer(QALoraLayer):
         base = cast(QuantExpertLinear, self.get_base_layer())
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
         deltas = [
-            OffsetDelta(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]) for name in active
+            OffsetDelta(factor(self.lora_A[name]), factor(self.lora_B[name]), self.scaling[name]) for name in active
         ]
         if not active:
             return base(x, counts)

@@ -18,9 +18,8 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.integrations.peft.adapter import QALoraLayer
-from qalora_plugin.layers.experts import QuantExpertLinear
 from qalora_plugin.layers.linear import QuantLinear
-from qalora_plugin.layers.sharding import ShardedFactor
+from qalora_plugin.layers.sharding import make_factor_shardable
 
 _WRAPPED = "_checkpoint_wrapped_module."
 
@@ -42,20 +41,13 @@ def make_shardable(model: PreTrainedModel) -> None:
     """
     # Of the dense parameters, and so of mixed precision.
     dtype = cast(nn.Embedding, model.get_input_embeddings()).weight.dtype
-    for name, module in model.named_modules():
-        if isinstance(module, QuantExpertLinear):
-            raise QALoraError(
-                f"{name} holds quantized experts, which cannot be sharded over ranks yet (FSDP, DeepSpeed). Train with "
-                "DDP, or on a base whose experts are dense."
-            )
+    for module in model.modules():
         if isinstance(module, QuantLinear):
             module.make_shardable(dtype)
         if isinstance(module, QALoraLayer):
             for factors in (module.lora_A, module.lora_B, module.lora_D, module.lora_C):
-                for linear in factors.values():
-                    linear.__class__ = ShardedFactor
-                    if linear.weight.is_meta:
-                        linear.to_empty(device="cpu")
+                for held in factors.values():
+                    make_factor_shardable(held)
     _fill_buffers(model)
 
 
