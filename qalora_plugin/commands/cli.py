@@ -36,6 +36,9 @@ def quantize(
         float | None,
         typer.Option(help="Bits a weight, all included: bits and group size are chosen layer by layer.", min=1),
     ] = None,
+    fisher: Annotated[
+        bool, typer.Option("--fisher", help="With --budget: weight layers by Fisher information (a backward pass).")
+    ] = False,
     clip: Annotated[
         bool | None,
         typer.Option("--clip/--no-clip", help="Clip grids where it lowers the error; default: at 2, 3 bits."),
@@ -59,6 +62,7 @@ def quantize(
         revision=revision,
         budget=budget,
         clip=clip,
+        fisher=fisher,
     )
     print(printable(made))
 

@@ -46,6 +46,7 @@ def quantize(
     revision: str | None = None,
     budget: float | None = None,
     clip: bool | None = None,
+    fisher: bool = False,
 ) -> Path:
     """Quantise a dense model with GPTQ.
 
@@ -58,6 +59,7 @@ def quantize(
             in a way that some readers get wrong.
         budget: bits a weight, scales, zero-points and offsets included: each layer gets bits and a group size of its
             own (:mod:`.bit_allocation`), and ``bits`` and ``group_size`` do not count.
+        fisher: weight what a layer loses by Fisher information (:mod:`.sensitivity`), for ``budget``.
         clip: shrink each group's grid where that lowers the error (GPTQModel's ``mse``); default: at 2 and 3 bits.
 
     Raises:
@@ -80,13 +82,15 @@ def quantize(
         raise QALoraError(f"{model} is quantised already ({method}). Pass the original 16-bit model.")
     if budget is None:
         _check_sizes(config, group_size)
+        if fisher:
+            raise QALoraError("fisher weights the choices that a budget leaves. Give a budget, or leave fisher out.")
 
     from gptqmodel import GPTQModel, QuantizeConfig
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     calibration = calibration_rows(tokenizer, dataset, samples, length, seed)
-    plan = {} if budget is None else plan_for(folder, [row["input_ids"] for row in calibration], budget)
+    plan = {} if budget is None else plan_for(folder, [row["input_ids"] for row in calibration], budget, fisher)
     if plan:
         (bits, group_size), _ = Counter(plan.values()).most_common(1)[0]
     fewest = min((choice.bits for choice in plan.values()), default=bits)
@@ -110,14 +114,14 @@ def quantize(
     return out
 
 
-def plan_for(folder: Path, sequences: list[list[int]], budget: float) -> dict[str, Choice]:
+def plan_for(folder: Path, sequences: list[list[int]], budget: float, fisher: bool) -> dict[str, Choice]:
     """Bits and group size of every linear of a 16-bit model, within ``budget`` bits a weight, all included."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     head = model.get_output_embeddings()
     linears = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear) and part is not head}
-    layers = measure(model, linears, sequences[:_MEASURED])
+    layers = measure(model, linears, sequences[:_MEASURED], fisher)
     chosen = allocate(layers, budget)
     counts = Counter(chosen.values())
     kinds = ", ".join(f"{counts[choice]} × {choice.bits} bit g {choice.group_size}" for choice in sorted(counts))

@@ -3,37 +3,60 @@
     cost = Σ_k h[k]·Σ_n (w[k,n] − ŵ[k,n])²          h[k] = mean of x[k]² over calibration text
 
 That is the error of the layer's output, if inputs were independent: the diagonal of GPTQ's Hessian (GPTQ, arXiv
-2210.17323; LQ-LoRA weights by Fisher information in its place). ŵ is rounded to nearest on a grid that is clipped as
+2210.17323). It does not know what an output is worth to the model. Fisher information does, by which LQ-LoRA (arXiv
+2311.12023) weights; here in the form of its diagonal that takes K + N numbers a linear (K-FAC, arXiv 1503.05671):
+
+    cost = Σ_n f[n]·Σ_k h[k]·(w[k,n] − ŵ[k,n])²      f[n] = mean of the square of the loss's gradient by y[n]
+
+ŵ is rounded to nearest on a grid that is clipped as
 far as it pays, which is not what GPTQ will make of it, but ranks layers as GPTQ's errors do.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, cast
 
 import torch
 from rich.progress import track
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from qalora_plugin.formats.fusion import FUSED
 from qalora_plugin.methods.bit_allocation import CHOICES, Choice, Layer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6)  # shares of a group's range that the grid covers
 
 
 def measure(
-    model: nn.Module, linears: Mapping[str, nn.Linear], sequences: Iterable[list[int]], progress: bool = True
+    model: "PreTrainedModel",
+    linears: Mapping[str, nn.Linear],
+    sequences: Iterable[list[int]],
+    fisher: bool = False,
+    progress: bool = True,
 ) -> list[Layer]:
     """The layers of ``linears``, by name, with the cost of every choice that their sizes allow.
 
     Args:
-        sequences: token ids of calibration text.
+        sequences: token ids of calibration text. fisher: weight by it; takes a backward pass.
     """
-    with torch.inference_mode(), _second_moments(linears) as moments:
-        device = next(model.parameters()).device
+    device = next(model.parameters()).device
+    model.requires_grad_(False)
+    with ExitStack() as stack:
+        inputs = stack.enter_context(_second_moments(linears))
+        outputs = stack.enter_context(_second_moments(linears, of_gradients=True)) if fisher else {}
+        stack.enter_context(torch.set_grad_enabled(fisher))
         for ids in track(list(sequences), "calibrating", disable=not progress, transient=True):
-            model(torch.tensor([ids], device=device), use_cache=False)
+            tokens = torch.tensor([ids], device=device)
+            if fisher:
+                embedded = model.get_input_embeddings()(tokens).requires_grad_()  # or nothing would have a gradient
+                (model(inputs_embeds=embedded, labels=tokens, use_cache=False).loss * (len(ids) - 1)).backward()
+            else:
+                model(tokens, use_cache=False)
     costs = {
-        name: _costs(linear.weight, moments[name])
+        name: _costs(linear.weight, inputs[name], outputs.get(name))
         for name, linear in track(linears.items(), "measuring", len(linears), disable=not progress, transient=True)
     }
     return [_layer(names, linears, costs) for names in fused(linears)]
@@ -59,9 +82,12 @@ def _layer(names: tuple[str, ...], linears: Mapping[str, nn.Linear], costs: Mapp
 
 
 @contextmanager
-def _second_moments(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
-    """``mean x²`` ``[K]``, float32, of what each linear is given inside the block."""
-    moments = {name: torch.zeros(linear.in_features) for name, linear in linears.items()}
+def _second_moments(linears: Mapping[str, nn.Linear], of_gradients: bool = False) -> Iterator[dict[str, Tensor]]:
+    """``mean x²`` ``[K]``, float32, of what each linear is given in the block; or ``[N]``, of its output's gradient."""
+    moments = {
+        name: torch.zeros(linear.out_features if of_gradients else linear.in_features)
+        for name, linear in linears.items()
+    }
     seen = dict.fromkeys(linears, 0)
 
     def note(name: str, x: Tensor) -> None:
@@ -69,10 +95,14 @@ def _second_moments(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, Tens
         seen[name] += len(x)
         moments[name] += (x.square().sum(0).cpu() - len(x) * moments[name]) / seen[name]
 
-    handles = [
-        linear.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
-        for name, linear in linears.items()
-    ]
+    def hook(name: str, linear: nn.Linear) -> RemovableHandle:
+        if of_gradients:
+            return linear.register_full_backward_hook(
+                lambda _, __, gradients: note(name, cast(tuple[Tensor], gradients)[0])
+            )
+        return linear.register_forward_pre_hook(lambda _, args: note(name, args[0]))
+
+    handles = [hook(name, linear) for name, linear in linears.items()]
     try:
         yield moments
     finally:
@@ -80,19 +110,20 @@ def _second_moments(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, Tens
             handle.remove()
 
 
-def _costs(weight: Tensor, moments: Tensor) -> dict[Choice, float]:
-    """Of a weight ``[N, K]``, for every choice whose group size divides K."""
-    weight, moments = weight.detach().float(), moments.to(weight.device)
+def _costs(weight: Tensor, inputs: Tensor, outputs: Tensor | None) -> dict[Choice, float]:
+    """Of a weight ``[N, K]``, for every choice whose group size divides K; second moments ``[K]`` and ``[N]``."""
+    weight, inputs = weight.detach().float(), inputs.to(weight.device)
+    outputs = torch.ones(len(weight)) if outputs is None else outputs
     return {
-        choice: _rounding_error(weight, moments, choice)
+        choice: _rounding_error(weight, inputs, choice, outputs.to(weight.device))
         for choice in CHOICES
         if weight.shape[1] % choice.group_size == 0
     }
 
 
-def _rounding_error(weight: Tensor, moments: Tensor, choice: Choice) -> float:
+def _rounding_error(weight: Tensor, inputs: Tensor, choice: Choice, outputs: Tensor) -> float:
     grouped = weight.unflatten(1, (-1, choice.group_size))
-    importance = moments.view(1, -1, choice.group_size)
+    importance = inputs.view(1, -1, choice.group_size)
     top = 2**choice.bits - 1
     low, high = grouped.amin(-1, keepdim=True).clamp(max=0), grouped.amax(-1, keepdim=True).clamp(min=0)
     best = torch.full(low.shape, torch.inf, device=weight.device)
@@ -101,4 +132,4 @@ def _rounding_error(weight: Tensor, moments: Tensor, choice: Choice) -> float:
         zero = (-low * clip / step).round()
         rounded = ((grouped / step + zero).round().clamp(0, top) - zero) * step
         best = torch.minimum(best, ((grouped - rounded).square() * importance).sum(-1, keepdim=True))
-    return best.sum().item()
+    return (best.sum((1, 2)) * outputs).sum().item()

@@ -23,6 +23,55 @@ def measured():
     return measure(model, linears, sequences, progress=False), linears
 
 
+@pytest.fixture
+def one_layer():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def second_moments(model, linear, sequences):
+    """By autograd, of the gradient of the output and of the input."""
+    squares, inputs = [], []
+
+    def keep(module, args, output):
+        inputs.append(args[0][0].detach())
+        output.register_hook(lambda gradient: squares.append(gradient[0].square()))
+
+    handle = linear.register_forward_hook(keep)
+    for ids in sequences:
+        tokens = torch.tensor([ids])
+        logits = model(inputs_embeds=model.get_input_embeddings()(tokens).requires_grad_()).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum").backward()
+    handle.remove()
+    return torch.cat(squares).mean(0), torch.cat(inputs).square().mean(0)
+
+
+def test_fisher_weights_by_the_loss_s_gradients(one_layer):
+    sequences, linear = [list(range(3, 35)), list(range(30, 62))], one_layer.model.layers[0].mlp.gate_proj
+    (layer,) = measure(one_layer, {"gate": linear}, sequences, fisher=True, progress=False)
+    outputs, inputs = second_moments(one_layer, linear, sequences)
+    assert outputs.all()
+    for choice in (Choice(3, 32), Choice(8, 64)):
+        expected = _rounding_error(linear.weight.detach(), inputs, choice, outputs)
+        assert layer.costs[choice] == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_the_loss_does_not_depend_on_costs_nothing(one_layer):
+    mlp, sequences = one_layer.model.layers[0].mlp, [list(range(3, 35))]
+    mlp.down_proj.weight.data.zero_()
+    linears = {"gate": mlp.gate_proj, "down": mlp.down_proj}
+    by_inputs, by_fisher = (
+        {layer.names[0]: layer.costs for layer in measure(one_layer, linears, sequences, fisher=f)}
+        for f in (False, True)
+    )
+    assert set(by_fisher["gate"].values()) == {0.0}
+    assert min(by_inputs["gate"].values()) > 0
+
+
 def test_linears_that_are_served_as_one_are_one_layer(measured):
     layers, linears = measured
     assert len(layers) == 2 * 4
@@ -50,7 +99,7 @@ def test_cost_is_the_error_of_outputs_of_independent_inputs():
     zero = (-low / step).round()
     rounded = (((grouped / step + zero).round().clamp(0, 15) - zero) * step).view(16, 64)
     error = (x @ (weight - rounded).t()).square().sum(1).mean().item()
-    cost = _rounding_error(weight, deviation.square(), Choice(4, 32))
+    cost = _rounding_error(weight, deviation.square(), Choice(4, 32), torch.ones(16))
     assert 0.7 * error < cost < 1.03 * error  # clipping can only help
 
 

@@ -19,10 +19,11 @@ def dense(tmp_path_factory):
     return folder / "dense"
 
 
-def test_base_is_what_was_planned(dense, tmp_path):
+@pytest.mark.parametrize("fisher", [False, True])
+def test_base_is_what_was_planned(dense, tmp_path, fisher):
     budget = 4.3  # offsets included, which a base has none of yet
     text = dense.parent / "text.jsonl"
-    base = quantize(str(dense), tmp_path / "base", str(text), samples=32, length=64, budget=budget)
+    base = quantize(str(dense), tmp_path / "base", str(text), samples=32, length=64, budget=budget, fisher=fisher)
     specs = QuantizedCheckpoint.open(base).specs
     kinds = {name: (spec.bits, spec.group_size) for name, spec in specs.items()}
     assert len(kinds) == 14
