@@ -57,8 +57,8 @@ class _GroupwiseLinear(torch.autograd.Function):
         keep_pooled, wants_scales = any(ctx.needs_input_grad[1:3]), any(ctx.needs_input_grad[4:6])
         factors, stored = (lora_a, lora_b, scaling, d, c), (weight.tensors, weight.bits, weight.group_size)
         y, pooled, rows, sampled = run(x, *factors, keep_pooled, every if wants_scales else 0, *stored)
-        if wants_scales and every == 1:
-            rows, sampled = None, x
+        if every == 1 or not wants_scales:
+            rows, sampled = None, x if wants_scales else None
         ctx.scaling, ctx.weight, ctx.wants_scales = scaling, weight, wants_scales
         ctx.save_for_backward(pooled, rows, sampled, lora_a, lora_b, d, c)
         return y

@@ -170,7 +170,7 @@ def test_both_ways_to_the_adapters_gradients(groups, rank, dtype, tolerance, ada
 
     dy, pooled = draw(96, 80), draw(96, groups)
     lora_a, lora_b = draw(rank, groups, dtype=adapter_dtype), draw(80, rank, dtype=adapter_dtype)
-    found = _adapter_gradients(dy, pooled, OffsetDelta(lora_a, lora_b, 0.5), UnpackAndMultiply())
+    found = _adapter_gradients(dy, pooled, OffsetDelta(lora_a, lora_b, 0.5), None, UnpackAndMultiply())
     dy, pooled, a, b = (t.double() for t in (dy, pooled, lora_a, lora_b))
     expected = 0.5 * (dy @ b).t() @ pooled, 0.5 * dy.t() @ (pooled @ a.t())
     if torch.bfloat16 in (dtype, adapter_dtype):

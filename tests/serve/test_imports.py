@@ -7,7 +7,7 @@ import vllm_ext
 
 TRAINING = {
     "QALoraPlugin": "axolotl", "QALoraMergeCallback": "peft",
-    "QALoraConfig": "peft", "add_adapter": "peft", "load_adapter": "peft",
+    "QALoraConfig": "peft", "add_adapter": "peft", "load_adapter": "peft", "calibrate": "peft",
 }  # fmt: skip
 
 
@@ -23,6 +23,7 @@ def test_names_of_the_training_environment_say_what_is_missing():
 
 def test_every_module_can_be_imported_first():
     found = failures(modules(qalora_plugin) + modules(vllm_ext))
-    rooms = tuple(f"import qalora_plugin.integrations.{room}" for room in ("axolotl", "peft", "trainer"))
+    training = ("integrations.axolotl", "integrations.peft", "integrations.trainer", "methods.calibrating")
+    rooms = tuple(f"import qalora_plugin.{room}" for room in training)
     assert {statement: error for statement, error in found.items() if not statement.startswith(rooms)} == {}
     assert set(found.values()) <= {f"ModuleNotFoundError: No module named '{name}'" for name in TRAINING.values()}
