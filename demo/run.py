@@ -140,17 +140,16 @@ def main(train: Path, serve: Path, pretrain: bool) -> int:
             return 1
     console.print(f"QA-LoRA demo on {device()}, everything in {escape(str(runs))}")
     prepared: list[Runner] = []
-    names = ["download"]
 
     def work() -> None:
         prepared.append(prepare(runs, train / "bin", console, pretrain))
         for stage in stages(prepared[0].folder, train / "bin", serve / "bin"):
             prepared[0](stage)
-            names.append(stage.name)
 
     if status := to_the_end(work, console):
         return status
     (run,) = prepared
+    names = ["download", *(stage.name for stage in stages(run.folder, train / "bin", serve / "bin"))]
     seconds = {name: run.seconds[name] for name in names if name in run.seconds}  # not those of `make demo-edge`
     report = collect(run.folder, seconds)
     (run.folder / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")

@@ -207,30 +207,21 @@ class AdapterFolder:
         Where scales were trained, too, their product is in units of these, and stored is each divided by
         ``scales_lr_ratio``, in float64 here.
         """
-        if self.has_scales:
-            a, b = (self._ratio * self._finite(module, part).astype(np.float64) for part in "AB")
-            return a, b
-        return self._finite(module, "A"), self._finite(module, "B")
+        return self._factor(module, "A"), self._factor(module, "B")
 
     def scale_factors(self, module: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """D ``[G, R]`` and C ``[R, N]`` of one linear, float64; None where no scales were trained.
-
-        Stored is each divided by ``scales_lr_ratio``.
-        """
-        if not self.has_scales:
-            return None
-        d, c = (self._ratio * self._finite(module, part).astype(np.float64) for part in "DC")
-        return d, c
+        """D ``[G, R]`` and C ``[R, N]`` of one linear, float64; None where no scales were trained."""
+        return (self._factor(module, "D"), self._factor(module, "C")) if self.has_scales else None
 
     @property
     def _ratio(self) -> float:
         return float(self.config["qalora"]["scales_lr_ratio"])
 
-    def _finite(self, module: str, part: str) -> np.ndarray:
+    def _factor(self, module: str, part: str) -> np.ndarray:
         found = read_array(self.folder, self._info(module, part))
         if not all_finite(found):
             raise QALoraError(f"{self.folder}: the adapter of {module} holds NaN or Inf. The training diverged.")
-        return found
+        return self._ratio * found.astype(np.float64) if self.has_scales else found
 
     def _info(self, module: str, part: str) -> TensorInfo:
         """Where A or B of one linear lies: of an expert, within the stacked tensor."""

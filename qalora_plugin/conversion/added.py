@@ -91,9 +91,8 @@ def added(
     Args:
         specs: from :func:`merged_specs`.
     """
-    tasks = [(_offsets, name) for name in adapter.modules]
-    if adapter.has_scales:
-        tasks = [task for name in adapter.modules for task in ((_offsets, name), (_scales_delta, name))]
+    parts = (_offsets_in_steps, _scales_delta) if adapter.has_scales else (_offsets,)
+    tasks = [(part, name) for name in adapter.modules for part in parts]
     begun: deque[Future[Added]] = deque()
     ahead = max(2, ahead_bytes // max(added_bytes(specs[name]) for name in adapter.modules))
     with fold_workers() as workers:
@@ -106,8 +105,6 @@ def added(
 
 
 def _offsets(base: QuantizedCheckpoint, adapter: AdapterFolder, spec: GroupwiseSpec) -> Added:
-    if adapter.has_scales:
-        return _offsets_in_steps(base, adapter, spec)
     name, dtype = spec.name, str(spec.offset_dtype)
     lora_a, lora_b = adapter.factors(name)
     scaling, before = adapter.scaling(name), base.offsets(name)

@@ -152,16 +152,19 @@ def _compare_weights(
         before, after = _unrounded(source, name), _unrounded(result, name)
         group = column_groups(before)
         lora_a, lora_b = map(torch.from_numpy, adapter.factors(name))
-        scales, before_scales = source.scales(name)
-        trained_on = torch.from_numpy(scales)
-        delta = adapter_offsets(lora_a, lora_b, adapter.scaling(name), trained_on if adapter.has_scales else None)
+        trained_on, earlier = (
+            None if tensor is None else torch.from_numpy(tensor)
+            for tensor in (source.scales(name) if adapter.has_scales else (None, None))
+        )
+        delta = adapter_offsets(lora_a, lora_b, adapter.scaling(name), trained_on)
         stored = delta if before.offsets is None else delta + before.offsets.double()
         rounding = _offset_rounding(result, name, stored) + _NOISE * stored.abs().max()
         change, scales_rounding = torch.zeros_like(delta), torch.zeros_like(delta)
-        if factors := adapter.scale_factors(name):
+        factors = adapter.scale_factors(name)
+        if factors and trained_on is not None:
             d, c = map(torch.from_numpy, factors)
             change = adapter_scales(trained_on, d, c)
-            in_all = change if before_scales is None else change + torch.from_numpy(before_scales).double()
+            in_all = change if earlier is None else change + earlier.double()
             scales_rounding = half_ulp(in_all, str(scales_dtype)) + _NOISE * after.scales.abs()
         for start in range(0, before.out_features, _COLUMNS):
             columns = slice(start, start + _COLUMNS)

@@ -59,7 +59,7 @@ class _GroupwiseLinear(torch.autograd.Function):
         y, pooled, rows, sampled = run(x, *factors, keep_pooled, every if wants_scales else 0, *stored)
         if every == 1 or not wants_scales:
             rows, sampled = None, x if wants_scales else None
-        ctx.scaling, ctx.weight, ctx.wants_scales = scaling, weight, wants_scales
+        ctx.scaling, ctx.weight = scaling, weight
         ctx.save_for_backward(pooled, rows, sampled, lora_a, lora_b, d, c)
         return y
 
@@ -72,7 +72,7 @@ class _GroupwiseLinear(torch.autograd.Function):
         weight = ctx.weight
         dx, da, db, dd, dc = run(
             dy, pooled, rows, sampled, lora_a, lora_b, ctx.scaling, d, c, wants_dx, wants_a or wants_b,
-            ctx.wants_scales, weight.tensors, weight.bits, weight.group_size,
+            weight.tensors, weight.bits, weight.group_size,
         )  # fmt: skip
         found = ((dx, wants_dx), (da, wants_a), (db, wants_b), (None, False), (dd, wants_d), (dc, wants_c))
         return *(gradient if wanted else None for gradient, wanted in found), None, None
@@ -102,17 +102,17 @@ def _forward(
         y = choose(changed, x.dtype, x.numel() // x.shape[-1]).forward(x, changed, delta)
         # After y: allocated before it, what is kept would break up the free memory that y fits into.
         pooled = choose(weight, x.dtype).pool(x, weight) if keep_pooled else x.new_empty(0)
-        tokens = x.flatten(0, -2)
-        rows = _rows(len(tokens), sample, x.device)
-        return y, pooled, rows, tokens[rows]
+        return y, pooled, *_sample(x.flatten(0, -2), sample)
 
 
-def _rows(tokens: int, sample: int, device: torch.device) -> Tensor:
-    """Places of one token in ``sample``, at equal distances; each is as likely as any other."""
-    if sample < 2 or not tokens:
-        return torch.empty(0, dtype=torch.int64, device=device)
+def _sample(x: Tensor, sample: int) -> tuple[Tensor, Tensor]:
+    """One row of x ``[T, K]`` in ``sample``, at equal distances, each as likely as any other: places, and rows."""
+    tokens, count = len(x), _sampled(len(x), sample)
+    if not count:
+        return x.new_empty(0, dtype=torch.int64), x.new_empty(0, x.shape[1])
     first = int(torch.randint(tokens, ()))  # by torch's own generator, which checkpointing and resuming put back
-    return (torch.arange(_sampled(tokens, sample), device=device) * sample + first) % tokens
+    rows = (torch.arange(count, device=x.device) * sample + first) % tokens
+    return rows, x[rows]
 
 
 def _sampled(tokens: int, sample: int) -> int:
@@ -131,7 +131,6 @@ def _backward(
     c: Tensor | None,
     wants_dx: bool,
     wants_adapter: bool,
-    wants_scales: bool,
     tensors: list[Tensor | None],
     bits: int,
     group_size: int,
@@ -140,7 +139,7 @@ def _backward(
 
     Args:
         pooled: ``P(x)``, if ``wants_adapter``.
-        rows, sampled: if ``wants_scales``, which tokens, and their x ``[…, K]``; all of them without ``rows``.
+        rows, sampled: if those of D and C are wanted, which tokens, and their x ``[…, K]``; without ``rows`` all.
     """
     weight = GroupwiseWeight.of(tensors, bits, group_size)
     delta = None if lora_a is None or lora_b is None else OffsetDelta(lora_a, lora_b, scaling)
@@ -153,7 +152,7 @@ def _backward(
         if wants_adapter and delta is not None:
             unit = None if d is None else weight.scales
             da, db = _adapter_gradients(dy, pooled.flatten(0, -2), delta, unit, kernel)
-        if wants_scales and sampled is not None and d is not None and c is not None:
+        if sampled is not None and d is not None and c is not None:
             seen = dy if rows is None else dy[rows]
             gradient = factor_gradient(sampled.flatten(0, -2), seen, weight)
             if 0 < len(seen) < len(dy):
@@ -200,12 +199,12 @@ def _(
 @_backward_op.register_fake
 def _(
     dy: Tensor, pooled: Tensor, rows: Any, sampled: Any, lora_a: Any, lora_b: Any, scaling: float, d: Any, c: Any,
-    wants_dx: bool, wants_adapter: bool, wants_scales: bool, tensors: Any, bits: int, group_size: int,
+    wants_dx: bool, wants_adapter: bool, tensors: Any, bits: int, group_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     groups = tensors[2].shape[0]
     dx = dy.new_empty(*dy.shape[:-1], groups * group_size) if wants_dx else dy.new_empty(0)
     da, db = (torch.empty_like(t) if wants_adapter else dy.new_empty(0) for t in (lora_a, lora_b))
-    dd, dc = (torch.empty_like(t) if wants_scales else dy.new_empty(0) for t in (d, c))
+    dd, dc = (dy.new_empty(0) if sampled is None else torch.empty_like(t) for t in (d, c))
     return dx, da, db, dd, dc
 
 

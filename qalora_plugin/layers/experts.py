@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from qalora_plugin.core.delta import OffsetDelta, factored_offsets
+from qalora_plugin.core.delta import OffsetDelta
 from qalora_plugin.core.weight import GroupwiseSpec, GroupwiseWeight
 from qalora_plugin.core.words import codes_per_period, words_per_period
 from qalora_plugin.kernels.autograd import linear
-from qalora_plugin.layers.linear import QuantLinear
+from qalora_plugin.layers.linear import QuantLinear, plus_factored
 
 _STACKED = ("qweight", "zeros", "scales", "offsets", "g_idx", "group_order")
 
@@ -78,9 +78,7 @@ class QuantExpertLinear(QuantLinear):
         """One expert's weight. tensors: from :meth:`tensors`, of a caller who asks for several experts."""
         *stacked, _, a, b, _ = tensors or self.tensors()
         weight = GroupwiseWeight.of(stacked, self.bits, self.group_size).expert(i)
-        if a is not None and b is not None:
-            product = factored_offsets(a[i], b[i])
-            weight = weight._replace(offsets=product if weight.offsets is None else weight.offsets + product)
+        weight = plus_factored(weight, *(None if factor is None else factor[i] for factor in (a, b)))
         g_idx, group_order = stacked[-2:]
         if g_idx is None or group_order is None:
             return weight

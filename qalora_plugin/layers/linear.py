@@ -61,19 +61,8 @@ class QuantLinear(nn.Module):
         self.in_features, self.out_features = spec.in_features, spec.out_features
         self.bits, self.group_size, self.groups = spec.bits, spec.group_size, spec.groups
         self.base_fingerprint: Callable[..., str] | None = None  # of the checkpoint this comes from; set by its loader
-        for name in (
-            "qweight",
-            "zeros",
-            "scales",
-            "scales_delta",
-            "offsets",
-            "offsets_a",
-            "offsets_b",
-            "g_idx",
-            "bias",
-        ):
-            self.register_buffer(name, None)
-        self.register_buffer("group_order", None, persistent=False)
+        for name in _HELD:
+            self.register_buffer(name, None, persistent=name != "group_order")
         self.register_parameter("words", None)
         self._layout: Layout | None = None
 
@@ -103,10 +92,7 @@ class QuantLinear(nn.Module):
         found = GroupwiseWeight.of(weight, self.bits, self.group_size)
         if change is not None:
             found = found._replace(scales=found.scales.float() + change)
-        if a is not None and b is not None:
-            product = factored_offsets(a, b)
-            found = found._replace(offsets=product if found.offsets is None else found.offsets + product)
-        return found, bias
+        return plus_factored(found, a, b), bias
 
     @property
     def quantized(self) -> GroupwiseWeight:
@@ -132,6 +118,14 @@ class QuantLinear(nn.Module):
 
     def _has(self, name: str) -> bool:
         return (getattr(self, name) if self._layout is None else self._layout.parts[_HELD.index(name)]) is not None
+
+
+def plus_factored(weight: GroupwiseWeight, a: Tensor | None, b: Tensor | None) -> GroupwiseWeight:
+    """The weight with the offsets ``a·b`` as well, if it has such factors: ``[G, r]`` and ``[r, N]``."""
+    if a is None or b is None:
+        return weight
+    product = factored_offsets(a, b)
+    return weight._replace(offsets=product if weight.offsets is None else weight.offsets + product)
 
 
 def require_packable(spec: GroupwiseSpec) -> None:

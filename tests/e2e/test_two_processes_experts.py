@@ -8,7 +8,7 @@ import pytest
 from families.architectures import build
 from families.bases import make_base_of
 from safetensors.torch import load_file
-from support.two_processes import FSDP2, assert_same_training, fsdp2, report, same_training, train_as_two
+from support.two_processes import FSDP2, assert_halved, assert_same_training, fsdp2, report, same_training, train_as_two
 
 pytestmark = pytest.mark.e2e
 
@@ -32,11 +32,7 @@ def test_fsdp2_trains_what_data_parallel_does(configured, data_parallel, kind):
     resumed = configured(kind, resume_from_checkpoint=str(checkpoint), qalora=verify, **options)
     output = train_as_two(resumed)
     assert_same_training(resumed, data_parallel)
-    for rank in (0, 1):
-        found = report(resumed, rank)
-        assert (found["mode"], found["backend"], found["world"]) == ("DISTRIBUTED", "gloo", 2)
-        assert found["model"].startswith("FSDP")
-        assert found["here"] == found["packed"] / 2
+    assert_halved(resumed)
     merged = load_file(resumed.parent / "out" / "merged" / "offsets.safetensors")
     assert any(".experts." in name for name in merged)
     assert output.count("merged into") == 1

@@ -9,14 +9,18 @@ from qalora_plugin.methods.bit_allocation import Choice, allocate, served_bits
 from qalora_plugin.methods.sensitivity import _rounding_error, fused, measure
 
 
-@pytest.fixture(scope="module")
-def measured():
+def tiny(layers):
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=2,
         num_key_value_heads=2,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def measured():
+    model = tiny(2)
     linears = {name: module for name, module in model.model.named_modules() if isinstance(module, nn.Linear)}
     generator = torch.Generator().manual_seed(1)
     sequences = [torch.randint(0, 64, (32,), generator=generator).tolist() for _ in range(4)]
@@ -25,12 +29,7 @@ def measured():
 
 @pytest.fixture
 def one_layer():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    return tiny(1)
 
 
 def second_moments(model, linear, sequences):

@@ -49,6 +49,15 @@ def fsdp2(kind: str, layer: str = "LlamaDecoderLayer") -> dict:
     return {"fsdp_version": 2, "fsdp_config": {**wrap, "reshard_after_forward": True, **FSDP2[kind]}}
 
 
+def assert_halved(config: Path) -> None:
+    """Two processes trained under FSDP, and each held half of the packed bytes."""
+    for rank in (0, 1):
+        found = report(config, rank)
+        assert (found["mode"], found["backend"], found["world"]) == ("DISTRIBUTED", "gloo", 2)
+        assert found["model"].startswith("FSDP")
+        assert found["here"] == found["packed"] / 2
+
+
 def report(config: Path, rank: int) -> dict:
     """What a rank found when training began: ``mode``, ``backend``, ``model``, ``packed`` and ``here`` (bytes)."""
     return json.loads((config.parent / f"rank{rank}.json").read_text())

@@ -148,9 +148,9 @@ class QALoraLayer(nn.Module, LoraLayer):
         if config.qalora and config.qalora.get("scales"):
             self.scales_ratio[adapter_name] = ratio = config.qalora["scales_lr_ratio"]
             self.lora_D[adapter_name], self.lora_C[adapter_name] = new_factors(
-                base.groups, base.out_features, r, ratio, config.init_lora_weights
+                base.groups, base.out_features, r, config.init_lora_weights
             )
-            for factors in (self.lora_A, self.lora_B):
+            for factors in (self.lora_A, self.lora_B, self.lora_D, self.lora_C):
                 factors[adapter_name].weight.data /= ratio
             self._move_adapter_to_device_of_base_layer(adapter_name)
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -168,12 +168,12 @@ class QALoraLayer(nn.Module, LoraLayer):
         scales = scale_delta(self.lora_D, self.lora_C, self.scales_ratio, active)
         if len(active) == 1 and not self._drops(active[0]):
             return base(x, self._delta(active[0]), scales)
-        y = base(x, None, scales)
+        y, weight = base(x, None, scales), base.quantized
         for name in active:
             lora_a, lora_b = self.lora_A[name], self.lora_B[name]
-            pooled = pool(self.lora_dropout[name](x), base.quantized).to(lora_a.weight.dtype)
+            pooled = pool(self.lora_dropout[name](x), weight).to(lora_a.weight.dtype)
             if name in self.lora_D:
-                added = pooled @ (self._delta(name).materialize() * base.quantized.scales).to(pooled.dtype)
+                added = pooled @ (self._delta(name).materialize() * weight.scales).to(pooled.dtype)
             else:
                 added = lora_b(lora_a(pooled)) * self.scaling[name]
             y = y + added.to(y.dtype)

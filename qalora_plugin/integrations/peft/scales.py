@@ -46,19 +46,16 @@ def stretched(linear: nn.Linear, ratio: float | None) -> Tensor:
     return found if ratio is None else _Stretched.apply(found, ratio)
 
 
-def new_factors(groups: int, out_features: int, rank: int, ratio: float, init: bool | str) -> tuple[nn.Linear, ...]:
-    """Layers whose weights are ``D / ratio`` ``[G, R]``, as A is initialised, and ``C / ratio`` ``[R, N]``, zero."""
+def new_factors(groups: int, out_features: int, rank: int, init: bool | str) -> tuple[nn.Linear, ...]:
+    """Layers whose weights are D ``[G, R]``, as A is initialised, and C ``[R, N]``, zero."""
     d, c = nn.Linear(rank, groups, bias=False), nn.Linear(out_features, rank, bias=False)
     with torch.no_grad():
         if init == "gaussian":
             nn.init.normal_(d.weight, std=1 / rank)
         else:
             nn.init.kaiming_uniform_(d.weight, a=math.sqrt(5), mode="fan_out")  # by G, what A's is initialised by
-        d.weight /= ratio
         if init:
             nn.init.zeros_(c.weight)
-        else:
-            c.weight /= ratio
     return d, c
 
 

@@ -104,9 +104,9 @@ class QALoraHfQuantizer(HfQuantizer):
             layer = cast(QuantLinear, model.get_submodule(name))
             remove_stand_in(layer)
             adopt_stored(layer, self.opened.specs[stored], self.opened.format, self.checkpoint.tensor)
-        sent = all(parameter.is_meta for parameter in model.parameters())  # by a rank that has read them
-        for name, projection in self._experts.items():
-            read_experts(cast(QuantExpertLinear, model.get_submodule(name)), projection, self.opened, sent)
+        if not all(parameter.is_meta for parameter in model.parameters()):  # else a rank that has read them sends them
+            for name, projection in self._experts.items():
+                read_experts(cast(QuantExpertLinear, model.get_submodule(name)), projection, self.opened)
         for name in self.names:
             layer = cast(QuantLinear, model.get_submodule(name))
             layer.base_fingerprint = self.base_fingerprint

@@ -99,12 +99,8 @@ def place_experts(
     return placed
 
 
-def read_experts(
-    layer: QuantExpertLinear, projection: Projection, checkpoint: QuantizedCheckpoint, sent: bool = False
-) -> None:
-    """Fill a layer from disk. sent: another rank does, and will send it; this one's is on the meta device."""
-    if sent:
-        return
+def read_experts(layer: QuantExpertLinear, projection: Projection, checkpoint: QuantizedCheckpoint) -> None:
+    """Fill a layer from disk."""
     if layer.qweight.is_meta:
         raise QALoraError(
             f"the experts {projection.stored} were given no memory: offloading them is not supported. Load the model "
