@@ -1,10 +1,12 @@
 """The experts of a mixture-of-experts layer: their packed weights stacked, each applied to the tokens routed to it.
 
 Drop-in for the modules that transformers 5 holds dense and stacked (``Qwen3MoeExperts``, ``MixtralExperts`` …), which
-all compute ``down(act(gate(x))·up(x))``. Tokens are sorted by expert; an expert that none is routed to costs nothing.
+all compute ``down(act(gate(x))·up(x))``. An expert that no token is routed to costs nothing. On CUDA one kernel serves
+all experts; elsewhere, and where each has much to do, tokens are sorted by expert and each runs as a linear does.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +14,12 @@ from torch import Tensor, nn
 from qalora_plugin.core.delta import OffsetDelta
 from qalora_plugin.core.weight import GroupwiseSpec, GroupwiseWeight
 from qalora_plugin.core.words import codes_per_period, words_per_period
+from qalora_plugin.kernels import grouped
 from qalora_plugin.kernels.autograd import linear
 from qalora_plugin.layers.linear import QuantLinear, plus_factored
+
+if TYPE_CHECKING:
+    from qalora_plugin.kernels.triton.grouped import Tiles
 
 _STACKED = ("qweight", "zeros", "scales", "offsets", "g_idx", "group_order")
 
@@ -84,18 +90,25 @@ class QuantExpertLinear(QuantLinear):
             return weight
         return weight._replace(g_idx=g_idx[i], group_order=group_order[i])
 
-    def forward(  # type: ignore[override]  # rows come sorted, with the count of each expert's
-        self, x: Tensor, counts: list[int], delta: OffsetDelta | None = None
+    def stacked(self) -> GroupwiseWeight:
+        """The weights of all experts, as they are held."""
+        *stacked, _, a, b, _ = self.tensors()
+        return plus_factored(GroupwiseWeight.of(stacked, self.bits, self.group_size), a, b)
+
+    def forward(  # type: ignore[override]  # rows come with what says whose they are
+        self, x: Tensor, rows: "list[int] | Tiles", delta: OffsetDelta | None = None
     ) -> Tensor:
         """``[S, K] → [S, N]``, each row by its expert.
 
         Args:
-            x: sorted by expert. counts: rows of every expert.
+            x: sorted by expert, where ``rows`` counts those of every expert; else a row for each slot or each token.
             delta: adapters of all experts, A ``[E, R, G]`` (or one for all, ``[R, G]``) and B ``[E, N, R]``.
         """
+        if not isinstance(rows, list):
+            return grouped.linear(x, self.stacked(), rows, delta)
         deltas: list[OffsetDelta | None] = [None] * self.experts if delta is None else list(unstacked(delta))
         tensors = self.tensors()
-        parts = [linear(part, self.expert(i, tensors), deltas[i]) for i, part in routed(x, counts)]
+        parts = [linear(part, self.expert(i, tensors), deltas[i]) for i, part in routed(x, rows)]
         return torch.cat(parts) if parts else x.new_zeros(0, self.out_features)
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -127,17 +140,24 @@ class QuantExperts(nn.Module):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
         self.act_fn, self.num_experts = act_fn, gate_proj.experts
+        self._weights = gate_proj.in_features * gate_proj.out_features
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``[T, hidden] → [T, hidden]``; index and weights of the experts chosen: ``[T, k]``."""
-        chosen, k = top_k_index.flatten(), top_k_index.shape[-1]
-        order = chosen.argsort(stable=True)
-        counts = torch.bincount(chosen, minlength=self.num_experts).tolist()
-        x = hidden_states.index_select(0, order // k)
-        y = self.down_proj(self.act_fn(self.gate_proj(x, counts)) * self.up_proj(x, counts), counts)
-        y = y * top_k_weights.flatten()[order, None]
-        y = y.index_select(0, order.argsort()).unflatten(0, (-1, k))
+        tiles = grouped.tiles_for(hidden_states, top_k_index, self.num_experts, self._weights)
+        if tiles is not None:
+            y = self._mixed(hidden_states, tiles)
+        else:
+            chosen = top_k_index.flatten()
+            order = chosen.argsort(stable=True)
+            counts = torch.bincount(chosen, minlength=self.num_experts).tolist()
+            x = hidden_states.index_select(0, order // top_k_index.shape[-1])
+            y = self._mixed(x, counts).index_select(0, order.argsort())
+        y = y.unflatten(0, top_k_index.shape) * top_k_weights[..., None]
         return y.sum(1).to(hidden_states.dtype)
+
+    def _mixed(self, x: Tensor, rows: "list[int] | Tiles") -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x, rows)) * self.up_proj(x, rows), rows)
 
 
 def routed(x: Tensor, counts: list[int]) -> Iterator[tuple[int, Tensor]]:

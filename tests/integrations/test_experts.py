@@ -19,6 +19,7 @@ from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.integrations.peft.experts import QALoraExpertsLayer
 from qalora_plugin.integrations.peft.sharded import make_shardable
+from qalora_plugin.kernels import grouped
 from qalora_plugin.layers.experts import QuantExpertLinear
 
 IDS = torch.arange(4, 68).view(2, 32)
@@ -130,6 +131,27 @@ def test_saved_loaded_disabled_and_two_at_once(mixtral, adapter, tmp_path):
     model.load_adapter(adapter, "again")
     model.base_model.set_adapter(["default", "again"])
     torch.testing.assert_close(layer(x, counts) - layer.base_layer(x, counts), 2 * alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("active", [1, 2])
+def test_one_kernel_for_all_experts_trains_as_one_by_one(mixtral, adapter, monkeypatch, active):
+    """Through the model; on CUDA it is the usual way. Two adapters at once take their own path, as dropout does."""
+    model = load_adapter(load_base(mixtral, dtype=torch.float32), adapter, is_trainable=True)
+    if active == 2:
+        model.load_adapter(adapter, "again", is_trainable=True)
+        model.base_model.set_adapter(["default", "again"])
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(trained) == active * 28
+
+    def gradients():
+        loss = model(IDS, labels=IDS).loss
+        return loss, *torch.autograd.grad(loss, trained)
+
+    one_by_one = gradients()
+    monkeypatch.setattr(grouped, "takes", lambda x: True)
+    monkeypatch.setattr(QuantExpertLinear, "expert", None)  # which the other way asks for
+    for ours, theirs in zip(gradients(), one_by_one, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_dropout_takes_the_second_path(qwen):

@@ -9,6 +9,7 @@ from torch.nn.functional import silu
 
 from qalora_plugin.core import reference
 from qalora_plugin.core.delta import OffsetDelta
+from qalora_plugin.kernels import grouped
 from qalora_plugin.layers.experts import QuantExpertLinear, QuantExperts
 
 EXPERTS, HIDDEN, INNER, RANK, TOKENS, SCALING = 5, 64, 96, 3, 11, 2.0
@@ -127,6 +128,58 @@ def test_gradients_of_every_experts_adapter(shared):
     assert_close(lora_a.grad, exact_a.grad, 1e-5)
     assert_close(lora_b.grad, exact_b.grad, 1e-5)
     assert not lora_b.grad[1].any()  # an idle expert
+
+
+@pytest.fixture
+def together(monkeypatch):
+    """All experts in one kernel, as on CUDA."""
+    monkeypatch.setattr(grouped, "takes", lambda x: True)
+
+
+def test_experts_together_are_the_definition(together, monkeypatch):
+    monkeypatch.setattr(QuantExpertLinear, "expert", None)  # which the other way asks for
+    test_experts_are_the_definition_and_pass_gradients_on()
+
+
+def test_experts_with_much_to_do_run_one_by_one(together):
+    chosen = torch.zeros(4, 2, dtype=torch.int64)
+    assert grouped.tiles_for(torch.zeros(4, 8), chosen, 2, weights=grouped.LONG // 4) is None
+    assert grouped.tiles_for(torch.zeros(4, 8), chosen, 2, weights=grouped.LONG // 8) is not None
+
+
+KINDS = [{}, {"act_order": True}, {"offsets": True}, {"bits": 3}]
+
+
+@pytest.mark.parametrize("rows", ["a token", "a slot"])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_adapters_together_are_those_one_by_one(together, kind, shared, rows):
+    """Outputs and all gradients, folded in or, as with dropout, beside the base."""
+    layer, _ = make_linear(HIDDEN, INNER, 0, **kind)
+    index, _ = routing()
+    slots, order = index.flatten(), index.flatten().argsort(stable=True)
+    counts = torch.bincount(slots, minlength=EXPERTS).tolist()
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randn(TOKENS if rows == "a token" else len(slots), HIDDEN, generator=generator)
+    lora_a = torch.randn(*(() if shared else (EXPERTS,)), RANK, HIDDEN // 32, generator=generator)
+    lora_b = torch.randn(EXPERTS, INNER, RANK, generator=generator)
+    grad = torch.randn(len(slots), INNER, generator=generator)
+    tiles = grouped.tiles_for(tokens, index, EXPERTS, HIDDEN * INNER)
+
+    def run(how):
+        x, a, b = (t.clone().requires_grad_() for t in (tokens, lora_a, lora_b))
+        y = how(x, OffsetDelta(a, b, SCALING))
+        return y, *torch.autograd.grad(y, (x, a, b), grad)
+
+    def one_by_one(x, delta):
+        by_slot = x.repeat_interleave(len(slots) // len(x), 0)
+        return layer(by_slot[order], counts, delta)[order.argsort()]
+
+    wanted = run(one_by_one)
+    beside = run(lambda x, delta: layer(x, tiles) + grouped.adapter(x, layer.stacked(), tiles, delta))
+    for found in (run(lambda x, delta: layer(x, tiles, delta)), beside):
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert_close(ours, theirs, 1e-5)
 
 
 def test_idle_experts_are_not_computed(monkeypatch):

@@ -3,7 +3,7 @@
 They are saved as ``…experts.gate_proj.lora_A.weight`` ``[E, R, G]`` and ``lora_B.weight`` ``[E, N, R]``.
 """
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import LoraConfig
@@ -11,9 +11,13 @@ from torch import Tensor, nn
 
 from qalora_plugin.core.delta import OffsetDelta
 from qalora_plugin.integrations.peft.adapter import QALoraConfig, QALoraLayer
+from qalora_plugin.kernels import grouped
 from qalora_plugin.kernels.pooling import pool
 from qalora_plugin.layers.experts import QuantExpertLinear, routed, unstacked
 from qalora_plugin.layers.sharding import StackedFactors, factor
+
+if TYPE_CHECKING:
+    from qalora_plugin.kernels.triton.grouped import Tiles
 
 
 class QALoraExpertsLayer(QALoraLayer):
@@ -39,21 +43,25 @@ class QALoraExpertsLayer(QALoraLayer):
         self.lora_B[adapter_name] = StackedFactors(torch.stack(initial_b))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)  # what requires a gradient
 
-    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
-        """``[S, K] → [S, N]``; x is sorted by expert, ``counts`` are the rows of each."""
+    def forward(self, x: Tensor, rows: "list[int] | Tiles") -> Tensor:
+        """``[S, K] → [S, N]``, as :meth:`QuantExpertLinear.forward` takes them."""
         base = cast(QuantExpertLinear, self.get_base_layer())
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
         deltas = [
             OffsetDelta(factor(self.lora_A[name]), factor(self.lora_B[name]), self.scaling[name]) for name in active
         ]
         if not active:
-            return base(x, counts)
+            return base(x, rows)
         if len(active) == 1 and not self._drops(active[0]):
-            return base(x, counts, deltas[0])
-        y = base(x, counts)
+            return base(x, rows, deltas[0])
+        y = base(x, rows)
         for name, delta in zip(active, deltas, strict=True):
+            dropped = self.lora_dropout[name](x)
+            if not isinstance(rows, list):
+                y = y + grouped.adapter(dropped, base.stacked(), rows, delta).to(y.dtype)
+                continue
             by_expert, parts = list(unstacked(delta)), []
-            for i, part in routed(self.lora_dropout[name](x), counts):
+            for i, part in routed(dropped, rows):
                 lora_a, lora_b, _ = by_expert[i]
                 pooled = pool(part, base.expert(i)).to(lora_a.dtype)
                 parts.append(nn.functional.linear(nn.functional.linear(pooled, lora_a), lora_b))
