@@ -177,7 +177,7 @@ class QALoraLinearMethod(LinearMethodBase):
         if layer.qweight.is_meta:  # a head that a pooling model does not use
             return
         fill_what_is_not_stored(layer, self.parts, self.columns, self.in_order())
-        order = self._group_order(layer.g_idx.data) if self.has_g_idx else None
+        order = self.group_order(layer.g_idx.data) if self.has_g_idx else None
         if order is not None:
             layer.qweight.data = _sort_rows(layer.qweight.data, self.bits, order, self.output_sizes)
         require_finite(layer, self.parts, self.columns, self.prefix)
@@ -253,7 +253,7 @@ class QALoraLinearMethod(LinearMethodBase):
             )
         self.kind = found
 
-    def _group_order(self, g_idx: Tensor) -> Tensor | None:
+    def group_order(self, g_idx: Tensor) -> Tensor | None:
         """Columns of x sorted by group, ``[S, K]``: S = 1 if the fused parts agree. None if they are in order."""
         in_order = self.in_order().to(g_idx.device)
         order = torch.argsort(g_idx, dim=1, stable=True)

@@ -1,9 +1,10 @@
-"""The experts of a merged mixture-of-experts checkpoint in vLLM, each two linears as all others.
+"""The experts of a merged mixture-of-experts checkpoint in vLLM.
 
-vLLM's fused kernels take integer zero-points and have no place for offsets. So the layer runs expert by expert, those
-alone that tokens are routed to, over the kernels that its linears run on (``kernels.select``), offsets and asymmetric
-zeros included. torch.compile sees one op. It reads on the CPU which experts were chosen, which a CUDA graph cannot
-hold: on a GPU it needs ``--enforce-eager``.
+vLLM's fused kernels take integer zero-points and have no place for offsets. On NVIDIA GPUs a kernel of our own takes
+all experts at once (:mod:`.grouped`). Elsewhere the layer runs expert by expert, those alone that tokens are routed to,
+each two linears over the kernels that all linears run on (``kernels.select``), offsets and asymmetric zeros included.
+That reads on the CPU which experts were chosen, which a CUDA graph cannot hold: where a GPU has to do it, it needs
+``--enforce-eager``. torch.compile sees one op.
 
 Written against ``RoutedExperts`` of vLLM 0.32 (``model_executor/layers/fused_moe/routed_experts.py``).
 """
@@ -25,6 +26,7 @@ from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.core.words import codes_per_period, words_per_period
 from qalora_plugin.formats.gptq import Gptq
+from vllm_ext import grouped
 from vllm_ext.compat import Layer
 from vllm_ext.linear import QALoraLinearMethod
 from vllm_ext.ops import define
@@ -68,11 +70,8 @@ class QALoraMoEMethod(FusedMoEMethodBase):
                 f"({moe.activation.value}) than {', '.join(_ACTIVATIONS)}. Serve the merged checkpoint with "
                 "transformers."
             )
-        if current_platform.is_cuda_alike() and not get_current_vllm_config().model_config.enforce_eager:
-            raise QALoraError(
-                f"{prefix} has quantized experts, which run expert by expert: a CUDA graph cannot hold that. Serve "
-                "with --enforce-eager."
-            )
+        on_gpu = current_platform.is_cuda_alike()
+        self.in_graphs = on_gpu and not get_current_vllm_config().model_config.enforce_eager
 
         def method(parts: list[GroupwiseSpec]) -> QALoraLinearMethod:
             return QALoraLinearMethod(prefix, parts, fmt, forced_path, symmetric, timed_path)
@@ -165,10 +164,25 @@ class QALoraMoEMethod(FusedMoEMethodBase):
         return load
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Give every expert's kernel its weights; what was stacked is freed."""
-        layer.quantized_experts = {
-            name: [self._expert(layer, name, i) for i in range(len(methods))] for name, methods in self.methods.items()
-        }
+        """Take what was loaded, stacked, as one weight a projection, or give every expert's kernel its own.
+
+        Raises:
+            QALoraError: as for linears; or a GPU would have to run the experts one by one in CUDA graphs.
+        """
+        layer.quantized_experts = layer.grouped_experts = None
+        why_not = grouped.why_not(layer, self.methods)
+        if why_not is None:
+            layer.grouped_experts = grouped.GroupedExperts(layer, self.methods)
+        else:
+            if self.in_graphs:
+                raise QALoraError(
+                    f"{self.prefix} has quantized experts that run one by one ({why_not}): a CUDA graph cannot hold "
+                    "that. Serve with --enforce-eager."
+                )
+            layer.quantized_experts = {
+                name: [self._expert(layer, name, i) for i in range(len(methods))]
+                for name, methods in self.methods.items()
+            }
         for name in self.methods:
             for part in _PARTS:
                 if getattr(layer, f"{name}_{part}", None) is not None:
@@ -214,11 +228,14 @@ class QALoraMoEMethod(FusedMoEMethodBase):
         return torch.ops.qalora.experts(x, topk_weights, topk_ids, layer.layer_name)
 
     def run(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        on_input = layer.apply_router_weight_on_input
+        if layer.grouped_experts is not None:
+            return layer.grouped_experts(x, topk_weights, topk_ids, layer.activation, on_input)
         k, chosen = topk_ids.shape[-1], topk_ids.flatten()
         order = chosen.argsort(stable=True)
         counts = torch.bincount(chosen, minlength=self.moe.num_experts).tolist()
         rows, shares = x[order // k], topk_weights.flatten()[order, None]
-        if layer.apply_router_weight_on_input:
+        if on_input:
             rows, shares = (rows * shares).to(x.dtype), torch.ones_like(shares)
         y = rows.new_empty(rows.shape, dtype=torch.float32)
         w13, w2 = layer.quantized_experts["w13"], layer.quantized_experts["w2"]

@@ -117,5 +117,23 @@ def test_no_tokens():
     assert not grouped.outer(random(0, 2), random(0, 32), EXPERTS, tiles).any()
 
 
+@pytest.mark.gpu
+def test_a_cuda_graph_holds_it_all():
+    """Replayed for other choices than it was captured with."""
+    weight, _ = stacked(256, 256)
+    x, chosen = random(len(CHOSEN), 256, dtype=torch.bfloat16), CHOSEN.to(DEVICE)
+
+    def run():
+        return grouped.multiply(x, weight, None, grouped.Tiles.of(chosen, EXPERTS))
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    chosen.copy_(3 - CHOSEN)
+    graph.replay()
+    assert torch.equal(captured, run())
+
+
 def test_kernels_compile_for_nvidia_gpus():
     run_uninterpreted(Path(__file__).with_name("compile_grouped_kernels.py"))
