@@ -23,9 +23,10 @@ from report import RESULTS, describe
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-TESTS = ["tests/kernels/test_gpu.py", "tests/kernels/test_offsets_op.py", "tests/kernels/test_offsets_triton.py"]
+KERNELS = ("test_gpu", "test_grouped", "test_offsets_op", "test_offsets_triton")
+TESTS = [f"tests/kernels/{name}.py" for name in KERNELS]
 NOT_HERE = "not compile_for and not compiles_for"  # these tests compile for other GPUs
-REHEARSED = "test_fill and 32-4 or inside_a or no_rows or no_dense or below and 16"  # a few of each file
+REHEARSED = "test_fill and 32-4 or inside_a or no_rows or no_tokens or no_dense or below and 16"  # a few of each file
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ PARTS = [
     Part("train ours", 70, "train.py", "ours"),
     Part("train dense", 60, "train.py", "dense"),
     Part("linear", 110, "linear.py"),
+    Part("experts", 60, "experts.py"),
     Part("train lora", 60, "train.py", "lora"),
     Part("decode", 50, "decode.py"),
     Part("train scales", 70, "train.py", "scales"),
