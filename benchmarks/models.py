@@ -65,7 +65,7 @@ def _write(folder: Path, shape: str, group_size: int | None) -> Path:
             if name.startswith(prefix) if prefix else not name.startswith("model.layers."):
                 is_linear = parameter.ndim == 2 and prefix
                 if is_linear and group_size:
-                    tensors |= _quantized(name.removesuffix(".weight"), parameter.shape, group_size, generator)
+                    tensors |= quantized_tensors(name.removesuffix(".weight"), parameter.shape, group_size, generator)
                 else:
                     tensors[name] = _dense(parameter.shape, generator)
         file = f"model-{part + 1:05d}-of-{len(layers) + 1:05d}.safetensors"
@@ -94,7 +94,9 @@ def _dense(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     return (torch.randn(shape, generator=generator) * _STD).bfloat16()
 
 
-def _quantized(name: str, shape: torch.Size, group_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+def quantized_tensors(
+    name: str, shape: torch.Size, group_size: int, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
     n, k = shape
     groups = k // group_size
     words = torch.randint(-(2**31), 2**31, (k // 8, n), dtype=torch.int32, generator=generator)

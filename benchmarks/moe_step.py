@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from models import _quantised
+from models import quantized_tensors
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -48,14 +48,14 @@ def write_base(folder: Path, config: Qwen3MoeConfig) -> Path:
     for name, parameter in model.named_parameters():
         module, shape = name.removesuffix(".weight"), parameter.shape
         if module.endswith(_TARGETS) and parameter.ndim == 2:
-            tensors |= _quantised(module, shape, GROUP_SIZE, generator)
+            tensors |= quantized_tensors(module, shape, GROUP_SIZE, generator)
         elif parameter.ndim == 3:
             parent, _, leaf = name.rpartition(".")
             leaves = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
             for i in range(shape[0]):
                 for one in leaves:
                     size = torch.Size((shape[1] // len(leaves), shape[2]))
-                    tensors |= _quantised(f"{parent}.{i}.{one}", size, GROUP_SIZE, generator)
+                    tensors |= quantized_tensors(f"{parent}.{i}.{one}", size, GROUP_SIZE, generator)
         elif parameter.ndim == 1:
             tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
         else:

@@ -1,6 +1,6 @@
 """Trains with the HF Trainer; run alone or by ``torch.distributed.run``.
 
-Arguments: base, output folder, batch size; and ``fsdp`` for FSDP2.
+Arguments: base, output folder, batch size; and ``fsdp`` for FSDP2, ``one-reader`` for it with rank 0 alone reading.
 """
 
 import os
@@ -14,14 +14,19 @@ from transformers import Trainer, TrainingArguments
 
 from qalora_plugin import QALoraMergeCallback, add_adapter, load_base
 
-base, out, batch_size, sharded = sys.argv[1], sys.argv[2], int(sys.argv[3]), "fsdp" in sys.argv
+base, out, batch_size = sys.argv[1], sys.argv[2], int(sys.argv[3])
+one_reader = "one-reader" in sys.argv
+sharded = one_reader or "fsdp" in sys.argv
 options = {}
 if sharded:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from support.axolotl_process import use_gloo
 
     use_gloo(sharded=True)
-    options = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+    fsdp = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    options = {"fsdp": True, "fsdp_config": fsdp | {"cpu_ram_efficient_loading": one_reader}}
+    if one_reader:
+        os.environ["ACCELERATE_USE_FSDP"] = "true"  # as `accelerate launch --use_fsdp` has it
 rows = [{"input_ids": list(range(4 + i, 40 + i)), "labels": list(range(4 + i, 40 + i))} for i in range(32)]
 torch.manual_seed(0)
 arguments = TrainingArguments(
@@ -29,7 +34,11 @@ arguments = TrainingArguments(
     use_cpu=True, max_grad_norm=0.0, lr_scheduler_type="constant",
     ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None, **options,
 )  # fmt: skip
-model = add_adapter(load_base(base, dtype=torch.float32), r=4, target_modules="all-linear")
+model = load_base(base, dtype=torch.float32)
+if one_reader:
+    read = [not tensor.is_meta for tensor in (*model.parameters(), *model.buffers())]
+    assert all(read) if dist.get_rank() == 0 else not any(read)
+model = add_adapter(model, r=4, target_modules="all-linear")
 trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[QALoraMergeCallback(base)])
 trainer.train()
 if sharded:

@@ -17,11 +17,13 @@ def test_two_processes_train_what_one_does(base, tmp_path):
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     command(python, *launch, SCRIPT, base, tmp_path / "two", "2")
     command(python, *launch, SCRIPT, base, tmp_path / "sharded", "2", "fsdp")
-    names = ("one", "two", "sharded")
-    one, two, sharded = (load_file(tmp_path / name / "adapter_model.safetensors") for name in names)
-    assert one.keys() == two.keys() == sharded.keys()
+    command(python, *launch, SCRIPT, base, tmp_path / "one reader", "2", "one-reader")
+    names = ("one", "two", "sharded", "one reader")
+    one, two, *sharded = (load_file(tmp_path / name / "adapter_model.safetensors") for name in names)
+    assert all(one.keys() == other.keys() for other in (two, *sharded))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(two[name], sharded[name], rtol=0, atol=1e-5)
+        for other in sharded:
+            torch.testing.assert_close(two[name], other[name], rtol=0, atol=1e-5)
     assert any(tensor.abs().max() > 1e-4 for name, tensor in one.items() if "lora_B" in name)
     assert all((tmp_path / name / "merged" / "offsets.safetensors").is_file() for name in names)

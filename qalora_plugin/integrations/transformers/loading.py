@@ -5,6 +5,7 @@ transformers has a quantizer of its own (optimum + GPTQModel), which stays as it
 the Axolotl plugin ask for ours by another name of the method, :data:`TRAINABLE_GPTQ`, in the config they load with.
 """
 
+import os
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -187,11 +188,27 @@ def load_base(path: str | Path, revision: str | None = None, **kwargs: Any) -> "
         config = kwargs.get("config") or AutoConfig.from_pretrained(folder)
         config.update(overrides)
         kwargs["config"] = config
+    if _is_sent_its_weights():
+        kwargs.setdefault("device_map", "meta")
     model = load_model(folder, **kwargs)
     if not is_local(path):
         # A Hub id: what PEFT writes down as the adapter's base must not be a folder of this machine's cache.
         model.name_or_path = model.config.name_or_path = str(path)
     return model
+
+
+def _is_sent_its_weights() -> bool:
+    """Whether FSDP will send this process what rank 0 reads (``cpu_ram_efficient_loading``): it reads nothing.
+
+    transformers leaves quantized models out of that (``PreTrainedModel.from_pretrained``, 5.16).
+    """
+    asked = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (
+        together
+        and os.environ.get("LOCAL_RANK", "0") != "0"
+        and all(os.environ.get(name, "").lower() in ("1", "true") for name in asked)
+    )
 
 
 def config_overrides(folder: Path) -> dict[str, Any]:
