@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -36,3 +38,17 @@ def test_train_step(tmp_path):
     assert [row["method"] for row in rows] == ["dense", "lora", "ours"]
     assert all(float(row["tokens_per_second"]) > 0 and float(row["peak_mb"]) > 0 for row in rows)
     assert results.with_suffix(".png").stat().st_size > 0
+
+
+def test_a_step_of_experts():
+    command = [sys.executable, BENCHMARKS / "moe_step.py", "--experts", "2", "--top-k", "1", "--tokens", "8"]
+    done = subprocess.run([*command, "--steps", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(method in done.stdout for method in ("dense", "lora", "ours"))
+
+
+@pytest.mark.parametrize("name", ["accuracy", "before_after", "gpu_bundle", "gpu_check", "sharded_loading"])
+def test_those_that_are_too_long_to_run_here_start(name):
+    """What they import is still there, under its name."""
+    done = subprocess.run([sys.executable, BENCHMARKS / f"{name}.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
