@@ -82,7 +82,7 @@ def _stacked(layer: nn.Module, name: str, methods: Sequence[QALoraLinearMethod])
         found = getattr(layer, f"{name}_{part}", None)
         return None if found is None else found.data
 
-    for part in ("scales", "offsets", "offsets_a", "offsets_b"):
+    for part in ("scales", "scales_delta", "offsets", "offsets_a", "offsets_b"):
         tensor = stored(part)
         if tensor is not None and not tensor.isfinite().all():
             expert = int((~tensor.isfinite()).flatten(1).any(1).nonzero()[0])
@@ -99,7 +99,9 @@ def _stacked(layer: nn.Module, name: str, methods: Sequence[QALoraLinearMethod])
     orders = None if g_idx is None else g_idx[:, 0].contiguous()  # of gate and up the same (why_not)
     if orders is not None and bool((orders == first.in_order().to(orders.device)).all()):
         orders = None
-    qweight, zeros, scales = stored("qweight"), stored("qzeros"), stored("scales")
+    qweight, zeros, scales, change = (stored(part) for part in ("qweight", "qzeros", "scales", "scales_delta"))
+    if scales is not None and change is not None:
+        scales = scales.float() + change
     return GroupwiseWeight.of([qweight, zeros, scales, offsets, orders, None], first.bits, first.columns_of_group)
 
 

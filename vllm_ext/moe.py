@@ -33,7 +33,7 @@ from vllm_ext.ops import define
 
 _ROLES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3", "w1": "w1", "w2": "w2", "w3": "w3"}
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-_PARTS = ("qweight", "qzeros", "scales", "offsets", "offsets_a", "offsets_b", "g_idx")
+_PARTS = ("qweight", "qzeros", "scales", "scales_delta", "offsets", "offsets_a", "offsets_b", "g_idx")
 
 
 class QALoraMoEMethod(FusedMoEMethodBase):
@@ -103,12 +103,14 @@ class QALoraMoEMethod(FusedMoEMethodBase):
             first, parts = self.methods[name][0], self.methods[name]
             n, groups, bits = sum(outputs), k // first.columns_of_group, first.bits
             offsets = [one.offset_dtype for one in parts if one.offset_dtype is not None]
+            changes = [one.scales_delta_dtype for one in parts if one.scales_delta_dtype is not None]
             factors = [one.factors for one in parts if one.factors is not None]
             rank = max((one.rank for one in factors), default=0)
             shapes = {
                 "qweight": ((k // codes_per_period(bits) * words_per_period(bits), n), torch.int32),
                 "qzeros": ((groups, n), torch.uint8),
                 "scales": ((groups, n), _widest([one.scale_dtype for one in parts])),
+                "scales_delta": ((groups, n), _widest(changes)),
                 "offsets": ((groups, n), _widest(offsets)),
                 "offsets_a": ((len(first.parts), groups, rank), torch.float32 if factors else None),
                 "offsets_b": ((rank, n), _widest([one.dtype for one in factors])),
@@ -196,6 +198,7 @@ class QALoraMoEMethod(FusedMoEMethodBase):
             "qweight": True,
             "qzeros": True,
             "scales": True,
+            "scales_delta": method.scales_delta_dtype,
             "offsets": method.offset_dtype,
             "offsets_a": method.factors,
             "offsets_b": method.factors,

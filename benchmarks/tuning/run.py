@@ -22,7 +22,7 @@ from tuning.training import train
 from qalora_plugin import load_base
 from qalora_plugin.eval.evaluate import mean_loss
 
-KEPT = ("lora",)  # whose adapters are quantized afterwards
+KEPT = ("lora", "scales")  # whose adapters are quantized, or asked questions, afterwards
 WAIT = 2.0  # seconds, where what a job needs is being made
 MEASURED_AT_ONCE = 8192  # tokens
 

@@ -118,7 +118,8 @@ class AdapterFolder:
         experts: dict[str, int] = {}
         linears = 0
         for module in sorted(found):
-            names = _stored_names(stored_name(module, prefixes), _shapes(module, tensors), folder / WEIGHTS_NAME)
+            shapes = {part: tensors[f"base_model.model.{module}.lora_{part}.weight"].shape for part in wanted}
+            names = _stored_names(stored_name(module, prefixes), shapes, folder / WEIGHTS_NAME)
             keys |= dict.fromkeys(names, module)
             experts |= {name: number for name, number in names.items() if number is not None}
             linears += len(names)
@@ -236,21 +237,20 @@ class AdapterFolder:
         return replace(info, shape=info.shape[1:], start=start, end=start + size)
 
 
-def _shapes(module: str, tensors: dict[str, TensorInfo]) -> list[tuple[int, ...]]:
-    return [tensors[f"base_model.model.{module}.lora_{part}.weight"].shape for part in "AB"]
+def _stored_names(name: str, shapes: dict[str, tuple[int, ...]], path: Path) -> dict[str, int | None]:
+    """The linears on disk that a module's factors are for, and which expert each is: one, unless B is stacked.
 
-
-def _stored_names(name: str, shapes: list[tuple[int, ...]], path: Path) -> dict[str, int | None]:
-    """The linears on disk that a module's A and B are for, and which expert each is: one, unless B is stacked."""
-    lora_a, lora_b = shapes
-    if len(lora_b) < 3:
+    Args:
+        shapes: of A, B and, where scales were trained, D and C. A alone may be one for all experts.
+    """
+    if len(shapes["B"]) < 3:
         return {name: None}
-    experts = lora_b[0]
-    fits = len(lora_b) == 3 and 0 not in lora_b and (len(lora_a) == 2 or (len(lora_a) == 3 and lora_a[0] == experts))
-    if not fits or experts > _MOST_EXPERTS:
+    experts, stacks = shapes["B"][0], [shape for part, shape in shapes.items() if part != "A" or len(shape) != 2]
+    if experts > _MOST_EXPERTS or any(len(shape) != 3 or shape[0] != experts or 0 in shape for shape in stacks):
+        found = ", ".join(f"{part} {shape}" for part, shape in shapes.items())
         raise QALoraError(
-            f"{path}: A {lora_a} and B {lora_b} of {name} are not those of a layer's experts. The adapter is damaged "
-            "or was edited: save it again."
+            f"{path}: {found} of {name} are not those of a layer's experts. The adapter is damaged or was edited: save "
+            "it again."
         )
     parent, _, leaf = name.rpartition(".")
     return {f"{parent}.{i}.{leaf}": i for i in range(experts)}

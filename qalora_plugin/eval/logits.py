@@ -89,11 +89,14 @@ def exact_values(model: nn.Module) -> dict[str, tuple[Tensor, Tensor | None]]:
             change, unit, squared_ratio = None, None, layer.scales_ratio.get(active, 1.0) ** 2
             if active in layer.lora_D:
                 unit = base.quantized.scales.cpu()
+            delta = OffsetDelta(lora_a, lora_b, layer.scaling[active] * squared_ratio)
             if lora_b.ndim == 3:
-                deltas = unstacked(OffsetDelta(lora_a, lora_b, layer.scaling[active]))
-                exact = torch.stack([adapter_offsets(*delta) for delta in deltas])
+                units = [None] * len(lora_b) if unit is None else unit
+                exact = torch.stack(
+                    [adapter_offsets(*one, of) for one, of in zip(unstacked(delta), units, strict=True)]
+                )
             else:
-                exact = adapter_offsets(lora_a, lora_b, layer.scaling[active] * squared_ratio, unit)
+                exact = adapter_offsets(*delta, unit)
             if base.offsets is not None:
                 exact += base.offsets.cpu()
             if base.offsets_a is not None:

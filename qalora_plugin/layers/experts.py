@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from qalora_plugin.core.delta import OffsetDelta
+from qalora_plugin.core.delta import OffsetDelta, ScaleDelta
 from qalora_plugin.core.weight import GroupwiseSpec, GroupwiseWeight
 from qalora_plugin.core.words import codes_per_period, words_per_period
 from qalora_plugin.kernels import grouped
@@ -43,6 +43,7 @@ class QuantExpertLinear(QuantLinear):
         period, words = codes_per_period(spec.bits), words_per_period(spec.bits)
         dense = [getattr(torch, one.offset_dtype) for one in specs if one.offset_dtype and not one.offset_rank]
         factored = [getattr(torch, one.offset_dtype) for one in specs if one.offset_dtype and one.offset_rank]
+        changes = [getattr(torch, one.scales_delta_dtype) for one in specs if one.scales_delta_dtype]
         rank = max(one.offset_rank for one in specs)
         shapes = {
             "qweight": ((k // period * words, n), torch.int32),
@@ -53,14 +54,26 @@ class QuantExpertLinear(QuantLinear):
             "offsets_b": ((rank, n), _widest(factored) if factored else None),
             "g_idx": ((k,), torch.int32 if act_order else None),
             "group_order": ((k,), torch.int64 if act_order else None),
+            "scales_delta": ((groups, n), _widest(changes) if changes else None),
         }
         for name, (shape, dtype) in shapes.items():
             empty = None if dtype is None else torch.empty(experts, *shape, dtype=dtype, device=device)
             self.register_buffer(name, empty, persistent=False)
 
-    def put(self, expert: int, weight: GroupwiseWeight, factors: tuple[Tensor, Tensor] | None = None) -> None:
-        """Hold this weight as that expert's; factors: of its offsets, ``[G, r]`` and ``[r, N]``, if they are stored so.
-        (Those of a lower rank than another's are filled up with zeros.)"""
+    def put(
+        self,
+        expert: int,
+        weight: GroupwiseWeight,
+        factors: tuple[Tensor, Tensor] | None = None,
+        change: Tensor | None = None,
+    ) -> None:
+        """Hold this weight as that expert's.
+
+        Args:
+            factors: of its offsets, ``[G, r]`` and ``[r, N]``, if they are stored so. (Those of a lower rank than
+                another's are filled up with zeros.)
+            change: of its scales, ``[G, N]``, where that is stored beside those of ``weight``.
+        """
         if factors is not None:
             weight = weight._replace(offsets=None)
         if self.g_idx is not None and weight.g_idx is None:
@@ -72,6 +85,8 @@ class QuantExpertLinear(QuantLinear):
                 buffer[expert].zero_()  # offsets that this expert does not have
             elif buffer is not None:
                 buffer[expert].copy_(tensor)
+        if self.scales_delta is not None:
+            self.scales_delta[expert].copy_(torch.zeros(()) if change is None else change)
         if self.offsets_a is not None and self.offsets_b is not None:
             self.offsets_a[expert].zero_()
             self.offsets_b[expert].zero_()
@@ -82,33 +97,37 @@ class QuantExpertLinear(QuantLinear):
 
     def expert(self, i: int, tensors: list[Tensor | None] | None = None) -> GroupwiseWeight:
         """One expert's weight. tensors: from :meth:`tensors`, of a caller who asks for several experts."""
-        *stacked, _, a, b, _ = tensors or self.tensors()
+        *stacked, change, a, b, _ = tensors or self.tensors()
         weight = GroupwiseWeight.of(stacked, self.bits, self.group_size).expert(i)
+        if change is not None:
+            weight = weight._replace(scales=weight.scales.float() + change[i])
         weight = plus_factored(weight, *(None if factor is None else factor[i] for factor in (a, b)))
         g_idx, group_order = stacked[-2:]
         if g_idx is None or group_order is None:
             return weight
         return weight._replace(g_idx=g_idx[i], group_order=group_order[i])
 
-    def stacked(self) -> GroupwiseWeight:
-        """The weights of all experts, as they are held."""
-        *stacked, _, a, b, _ = self.tensors()
-        return plus_factored(GroupwiseWeight.of(stacked, self.bits, self.group_size), a, b)
-
     def forward(  # type: ignore[override]  # rows come with what says whose they are
-        self, x: Tensor, rows: "list[int] | Tiles", delta: OffsetDelta | None = None
+        self,
+        x: Tensor,
+        rows: "list[int] | Tiles",
+        delta: OffsetDelta | None = None,
+        scale_delta: ScaleDelta | None = None,
     ) -> Tensor:
         """``[S, K] → [S, N]``, each row by its expert.
 
         Args:
             x: sorted by expert, where ``rows`` counts those of every expert; else a row for each slot or each token.
             delta: adapters of all experts, A ``[E, R, G]`` (or one for all, ``[R, G]``) and B ``[E, N, R]``.
+            scale_delta: likewise, D ``[E, G, R]`` and C ``[E, R, N]``; for sorted rows.
         """
         if not isinstance(rows, list):
-            return grouped.linear(x, self.stacked(), rows, delta)
-        deltas: list[OffsetDelta | None] = [None] * self.experts if delta is None else list(unstacked(delta))
+            return grouped.linear(x, self.quantized, rows, delta)
+        nothing = [None] * self.experts
+        deltas = nothing if delta is None else list(unstacked(delta))
+        changes = nothing if scale_delta is None else list(unstacked_scales(scale_delta))
         tensors = self.tensors()
-        parts = [linear(part, self.expert(i, tensors), deltas[i]) for i, part in routed(x, rows)]
+        parts = [linear(part, self.expert(i, tensors), deltas[i], changes[i]) for i, part in routed(x, rows)]
         return torch.cat(parts) if parts else x.new_zeros(0, self.out_features)
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -144,7 +163,9 @@ class QuantExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``[T, hidden] → [T, hidden]``; index and weights of the experts chosen: ``[T, k]``."""
-        tiles = grouped.tiles_for(hidden_states, top_k_index, self.num_experts, self._weights)
+        tiles = None
+        if not any(getattr(projection, "trains_scales", False) for projection in self.children()):
+            tiles = grouped.tiles_for(hidden_states, top_k_index, self.num_experts, self._weights)
         if tiles is not None:
             y = self._mixed(hidden_states, tiles)
         else:
@@ -173,6 +194,12 @@ def unstacked(delta: OffsetDelta) -> Iterator[OffsetDelta]:
     lora_a = delta.lora_a.unbind() if delta.lora_a.ndim == 3 else [delta.lora_a] * len(lora_b)
     for a, b in zip(lora_a, lora_b, strict=True):
         yield OffsetDelta(a, b, delta.scaling)
+
+
+def unstacked_scales(delta: ScaleDelta) -> Iterator[ScaleDelta]:
+    """Every expert's change of its scales."""
+    for d, c in zip(delta.d.unbind(), delta.c.unbind(), strict=True):
+        yield ScaleDelta(d, c, delta.every)
 
 
 def _widest(dtypes: list[torch.dtype]) -> torch.dtype:

@@ -176,7 +176,7 @@ def test_adapters_together_are_those_one_by_one(together, kind, shared, rows):
         return layer(by_slot[order], counts, delta)[order.argsort()]
 
     wanted = run(one_by_one)
-    beside = run(lambda x, delta: layer(x, tiles) + grouped.adapter(x, layer.stacked(), tiles, delta))
+    beside = run(lambda x, delta: layer(x, tiles) + grouped.adapter(x, layer.quantized, tiles, delta))
     for found in (run(lambda x, delta: layer(x, tiles, delta)), beside):
         for ours, theirs in zip(found, wanted, strict=True):
             assert_close(ours, theirs, 1e-5)

@@ -38,8 +38,9 @@ def spec(name, tensors, bits=4):
     has_offsets, rank = {"offsets", "offsets_a"} & tensors.keys(), tensors.get("offsets_a", torch.empty(0, 0)).shape[1]
     dtype = "float16" if has_offsets else None
     return GroupwiseSpec(
-        name, K, n, bits, K // groups, offset_dtype=dtype, has_g_idx="g_idx" in tensors, offset_rank=rank
-    )
+        name, K, n, bits, K // groups, offset_dtype=dtype, has_g_idx="g_idx" in tensors, offset_rank=rank,
+        scales_delta_dtype="float16" if "scales_delta" in tensors else None,
+    )  # fmt: skip
 
 
 def make_layer(experts, dtype, path, rank=0, ranks=1, **changes):
@@ -209,6 +210,23 @@ def test_factored_offsets(compute, ranks, monkeypatch):
     found = sum(apply(make_layer(experts, dtype, path, rank, ranks), x, shares, ids).double() for rank in range(ranks))
     rounded = 2e-4 if path is None and dtype == torch.float32 else 0  # together, the product is kept in float16
     assert (found - wanted).norm() <= (3 * TOLERANCE[dtype] + rounded) * wanted.norm()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("compute", [(torch.bfloat16, None), (torch.float32, "dense"), (torch.float32, None)], ids=str)
+def test_changed_scales(compute, ranks, monkeypatch):
+    """Of two experts and, in one of these, of down_proj alone; the last way is all experts together."""
+    dtype, path = compute
+    monkeypatch.setattr(grouped, "takes", lambda x: dtype == torch.float32 and path is None)
+    experts, (x, shares, ids) = make_experts(False, 32), routing()
+    for e, leaf in ((0, "gate_proj"), (0, "up_proj"), (0, "down_proj"), (1, "down_proj")):
+        scales = experts[e][leaf]["scales"]
+        generator = torch.Generator().manual_seed(e)
+        experts[e][leaf]["scales_delta"] = (0.2 * scales.float() * torch.rand(scales.shape, generator=generator)).half()
+    x = x.to(dtype)
+    found = sum(apply(make_layer(experts, dtype, path, rank, ranks), x, shares, ids).double() for rank in range(ranks))
+    wanted = defined(experts, x, shares, ids)
+    assert (found - wanted).norm() <= 3 * TOLERANCE[dtype] * wanted.norm()
 
 
 def test_a_rank_cannot_split_a_group():

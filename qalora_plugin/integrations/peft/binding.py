@@ -23,7 +23,6 @@ from qalora_plugin.checkpoint.module_names import shorten
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.integrations.peft.adapter import QALoraConfig
 from qalora_plugin.integrations.transformers.naming import destinations
-from qalora_plugin.layers.experts import QuantExpertLinear
 from qalora_plugin.layers.linear import QuantLinear, ReadableQuantLinear
 
 logger = logging.getLogger(__name__)
@@ -75,11 +74,6 @@ def bind_config(
         "model_class": type(model).__name__,
     }
     if wishes.get("scales"):
-        if experts := next((name for name in targets if isinstance(layers[name], QuantExpertLinear)), None):
-            raise QALoraError(
-                f"scales: true, but {experts} holds a mixture of experts, whose scales do not train yet. Set scales: "
-                "false, or exclude the experts (lora_exclude_modules)."
-            )
         ratio = {"scales_lr_ratio": float(wishes.get("scales_lr_ratio", SCALES_LR_RATIO))}
         bound.qalora |= {"format_version": SCALES_FORMAT, "scales": True, **ratio}
     if names := shorten({name: quantizer.names[name] for name in targets}):

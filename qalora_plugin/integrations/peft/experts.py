@@ -1,8 +1,10 @@
 """The adapter on packed experts: one A and B for each, held by PEFT as two stacked parameters a projection.
 
-They are saved as ``…experts.gate_proj.lora_A.weight`` ``[E, R, G]`` and ``lora_B.weight`` ``[E, N, R]``.
+They are saved as ``…experts.gate_proj.lora_A.weight`` ``[E, R, G]`` and ``lora_B.weight`` ``[E, N, R]``; where scales
+train, too, ``lora_D.weight`` ``[E, G, R]`` and ``lora_C.weight`` ``[E, R, N]``.
 """
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -11,10 +13,11 @@ from torch import Tensor, nn
 
 from qalora_plugin.core.delta import OffsetDelta
 from qalora_plugin.integrations.peft.adapter import QALoraConfig, QALoraLayer
+from qalora_plugin.integrations.peft.scales import new_factors, scale_delta
 from qalora_plugin.kernels import grouped
 from qalora_plugin.kernels.pooling import pool
 from qalora_plugin.layers.experts import QuantExpertLinear, routed, unstacked
-from qalora_plugin.layers.sharding import StackedFactors, factor
+from qalora_plugin.layers.sharding import StackedFactors
 
 if TYPE_CHECKING:
     from qalora_plugin.kernels.triton.grouped import Tiles
@@ -27,44 +30,60 @@ class QALoraExpertsLayer(QALoraLayer):
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         assert isinstance(config, QALoraConfig)  # the layer it extends refuses others
-        one_a, one_b = self.lora_A[adapter_name], self.lora_B[adapter_name]
-        initial_a, initial_b = [], []
+        held = {part: getattr(self, f"lora_{part}") for part in "ABDC" if adapter_name in getattr(self, f"lora_{part}")}
+        ratio, init = self.scales_ratio.get(adapter_name, 1.0), config.init_lora_weights
         base = cast(QuantExpertLinear, self.get_base_layer())
+        initial: dict[str, list[Tensor]] = {part: [] for part in held}
         for _ in range(base.experts):  # each as PEFT initializes one
-            if config.init_lora_weights is False:
-                one_a.reset_parameters()
-                one_b.reset_parameters()
+            if init is False:
+                held["A"][adapter_name].reset_parameters()
+                held["B"][adapter_name].reset_parameters()
             else:
-                self.reset_lora_parameters(adapter_name, config.init_lora_weights)
-            initial_a.append(one_a.weight.detach().clone())
-            initial_b.append(one_b.weight.detach().clone())
-        shared = config.shared_a
-        self.lora_A[adapter_name] = StackedFactors(initial_a[0] if shared else torch.stack(initial_a))
-        self.lora_B[adapter_name] = StackedFactors(torch.stack(initial_b))
+                self.reset_lora_parameters(adapter_name, init)
+            if "D" in held:
+                held["D"][adapter_name], held["C"][adapter_name] = new_factors(base.groups, base.out_features, r, init)
+            for part, of_adapters in held.items():
+                initial[part].append(of_adapters[adapter_name].weight.detach() / ratio)
+        for part, of_adapters in held.items():
+            one_for_all = part == "A" and config.shared_a
+            stacked = initial[part][0] if one_for_all else torch.stack(initial[part])
+            of_adapters[adapter_name] = StackedFactors(stacked)
+        if "D" in held:
+            self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)  # what requires a gradient
+
+    @property
+    def trains_scales(self) -> bool:
+        """Whether scales change with an adapter that is active: experts then run one by one."""
+        return not self.disable_adapters and any(name in self.lora_D for name in self.active_adapters)
 
     def forward(self, x: Tensor, rows: "list[int] | Tiles") -> Tensor:
         """``[S, K] → [S, N]``, as :meth:`QuantExpertLinear.forward` takes them."""
         base = cast(QuantExpertLinear, self.get_base_layer())
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
-        deltas = [
-            OffsetDelta(factor(self.lora_A[name]), factor(self.lora_B[name]), self.scaling[name]) for name in active
-        ]
         if not active:
             return base(x, rows)
+        scales = scale_delta(self.lora_D, self.lora_C, self.scales_ratio, active)
         if len(active) == 1 and not self._drops(active[0]):
-            return base(x, rows, deltas[0])
-        y = base(x, rows)
-        for name, delta in zip(active, deltas, strict=True):
-            dropped = self.lora_dropout[name](x)
-            if not isinstance(rows, list):
-                y = y + grouped.adapter(dropped, base.stacked(), rows, delta).to(y.dtype)
-                continue
-            by_expert, parts = list(unstacked(delta)), []
-            for i, part in routed(dropped, rows):
-                lora_a, lora_b, _ = by_expert[i]
-                pooled = pool(part, base.expert(i)).to(lora_a.dtype)
-                parts.append(nn.functional.linear(nn.functional.linear(pooled, lora_a), lora_b))
-            if parts:
-                y = y + (torch.cat(parts) * delta.scaling).to(y.dtype)
+            return base(x, rows, self._delta(active[0]), scales)
+        y = base(x, rows, None, scales)
+        for name in active:
+            dropped, delta = self.lora_dropout[name](x), self._delta(name)
+            if isinstance(rows, list):
+                parts = list(self._added(dropped, rows, delta, in_steps=name in self.lora_D))
+                added = torch.cat(parts) if parts else torch.zeros_like(y)
+            else:
+                added = grouped.adapter(dropped, base.quantized, rows, delta)
+            y = y + added.to(y.dtype)
         return y
+
+    def _added(self, x: Tensor, rows: list[int], delta: OffsetDelta, in_steps: bool) -> Iterator[Tensor]:
+        """What an adapter adds by itself, expert by expert; ``in_steps``: its offsets are in units of the scales."""
+        base, by_expert = cast(QuantExpertLinear, self.get_base_layer()), list(unstacked(delta))
+        for i, part in routed(x, rows):
+            weight, own = base.expert(i), by_expert[i]
+            pooled = pool(part, weight).to(own.lora_a.dtype)
+            if in_steps:
+                yield pooled @ (own.materialize() * weight.scales).to(pooled.dtype)
+            else:
+                yield nn.functional.linear(nn.functional.linear(pooled, own.lora_a), own.lora_b) * delta.scaling

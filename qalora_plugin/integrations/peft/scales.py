@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qalora_plugin.checkpoint.adapter_config import WISHES
 from qalora_plugin.core.delta import ScaleDelta
-from qalora_plugin.layers.sharding import factor
+from qalora_plugin.layers.sharding import StackedFactors, factor
 
 GRADIENT_EVERY = 4  # tokens
 
@@ -40,13 +40,13 @@ def is_bound(qalora: dict[str, Any] | None) -> bool:
     return qalora is not None and not set(qalora) <= set(WISHES)
 
 
-def stretched(linear: nn.Linear, ratio: float | None) -> Tensor:
+def stretched(linear: nn.Linear | StackedFactors, ratio: float | None) -> Tensor:
     """A factor of an adapter from the layer that holds it, divided by its ratio if there is one."""
     found = factor(linear)
     return found if ratio is None else _Stretched.apply(found, ratio)
 
 
-def new_factors(groups: int, out_features: int, rank: int, init: bool | str) -> tuple[nn.Linear, ...]:
+def new_factors(groups: int, out_features: int, rank: int, init: bool | str) -> tuple[nn.Linear, nn.Linear]:
     """Layers whose weights are D ``[G, R]``, as A is initialised, and C ``[R, N]``, zero."""
     d, c = nn.Linear(rank, groups, bias=False), nn.Linear(out_features, rank, bias=False)
     with torch.no_grad():
@@ -66,4 +66,4 @@ def scale_delta(lora_d: Any, lora_c: Any, ratios: dict[str, float], names: Itera
         return None
     d = [stretched(lora_d[name], ratios[name]) for name in names]
     c = [stretched(lora_c[name], ratios[name]) for name in names]
-    return ScaleDelta(*((d[0], c[0]) if len(names) == 1 else (torch.cat(d, 1), torch.cat(c, 0))), GRADIENT_EVERY)
+    return ScaleDelta(*((d[0], c[0]) if len(names) == 1 else (torch.cat(d, -1), torch.cat(c, -2))), GRADIENT_EVERY)

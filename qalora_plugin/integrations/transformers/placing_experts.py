@@ -17,7 +17,7 @@ from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.base import CheckpointFormat
 from qalora_plugin.formats.gptq import is_act_order
 from qalora_plugin.formats.opened import QuantizedCheckpoint
-from qalora_plugin.formats.qalora import FACTORS
+from qalora_plugin.formats.qalora import FACTORS, SCALES
 from qalora_plugin.integrations.transformers.naming import Destination, is_ignored
 from qalora_plugin.layers.experts import QuantExpertLinear, QuantExperts
 
@@ -29,7 +29,7 @@ _ROLES = {
     "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj",
 }  # fmt: skip
 _NAME = re.compile(r"(?P<parent>(?:.+\.)?experts)\.(?P<expert>\d{1,5})\.(?P<leaf>\w+)")
-_PARTS = r"\.experts\.\d+\.\w+\.(qweight|qzeros|scales|g_idx|offsets|offsets_a|offsets_b)$"
+_PARTS = r"\.experts\.\d+\.\w+\.(qweight|qzeros|scales|g_idx|offsets|offsets_a|offsets_b|scales_delta)$"
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,11 @@ def read_experts(layer: QuantExpertLinear, projection: Projection, checkpoint: Q
         if spec.offset_rank:
             a, b = (checkpoint.files.tensor(f"{spec.name}.{part}") for part in FACTORS)
             factors = a, b
-        layer.put(i, checkpoint.weight(spec.name), factors)
+        weight, change = checkpoint.weight(spec.name), None
+        if spec.scales_delta_dtype:
+            scales, change = (checkpoint.files.tensor(f"{spec.name}.{part}") for part in SCALES)
+            weight = weight._replace(scales=scales)
+        layer.put(i, weight, factors, change)
 
 
 def experts_as_stored(
@@ -128,6 +132,8 @@ def experts_as_stored(
         if spec.offset_rank and layer.offsets_a is not None and layer.offsets_b is not None:
             state[f"{stored}.offsets_a"] = layer.offsets_a[i, :, : spec.offset_rank].contiguous()
             state[f"{stored}.offsets_b"] = layer.offsets_b[i, : spec.offset_rank].contiguous()
+        if spec.scales_delta_dtype and layer.scales_delta is not None:
+            state |= {f"{stored}.{part}": getattr(layer, part)[i] for part in SCALES}
     return state
 
 

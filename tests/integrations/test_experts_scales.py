@@ -1,0 +1,160 @@
+"""Experts whose scales train, too: gradients, every path, files, merges."""
+
+import pytest
+import torch
+from families.architectures import build
+from families.bases import make_base_of
+from support.layers import assert_close
+from transformers import AutoModelForCausalLM
+
+from qalora_plugin import add_adapter, load_adapter, load_base, merge, verify
+from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
+from qalora_plugin.checkpoint.folder import Checkpoint
+from qalora_plugin.core import reference
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.formats.opened import QuantizedCheckpoint
+from qalora_plugin.integrations.peft import scales
+from qalora_plugin.integrations.peft.experts import QALoraExpertsLayer
+from qalora_plugin.kernels import grouped
+
+IDS = torch.arange(4, 68).view(2, 32)
+OPTIONS = {"r": 4, "target_modules": "all-linear", "scales": True}
+COUNTS = [3, 0, 4, 1]
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory):
+    return make_base_of(build("mixtral"), tmp_path_factory.mktemp("mixtral"), quantize_experts=True).folder
+
+
+@pytest.fixture(scope="module")
+def adapter(mixtral, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    randomised(add_adapter(load_base(mixtral, dtype=torch.float32), **OPTIONS)).save_pretrained(folder)
+    return folder
+
+
+def randomised(model, std=0.05):
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(0, std, generator=generator)
+    return model
+
+
+def expert_layers(model):
+    return [module for module in model.modules() if isinstance(module, QALoraExpertsLayer)]
+
+
+def defined(layer, x, factors):
+    """float64, expert by expert; ``factors``: A, B, D and C of one adapter."""
+    ratio, parts = layer.scales_ratio["default"], []
+    a, b, d, c = (ratio * factor for factor in factors)
+    for e, part in enumerate(x.double().split(COUNTS)):
+        weight = layer.get_base_layer().expert(e)
+        group = reference.column_groups(weight)
+        offsets = reference.adapter_offsets(a[e], b[e], layer.scaling["default"], weight.scales)
+        parts.append(part @ (reference.scaled_weight(weight, d[e], c[e]) + offsets[group]))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_every_experts_scales_and_their_gradients(mixtral, adapter, monkeypatch, training):
+    """Of every token here, so that there is one right answer; what reaches A, B, D, C does not know of their ratio."""
+    monkeypatch.setattr(scales, "GRADIENT_EVERY", 1)
+    model = load_adapter(load_base(mixtral, dtype=torch.float32), adapter, is_trainable=True).train(training)
+    for layer in expert_layers(model):
+        held = [part["default"].weight for part in (layer.lora_A, layer.lora_B, layer.lora_D, layer.lora_C)]
+        x = torch.randn(sum(COUNTS), layer.get_base_layer().in_features)
+        exact = [factor.detach().double().requires_grad_() for factor in held]
+        found, wanted = layer(x, COUNTS), defined(layer, x, exact)
+        assert_close(found, wanted, 2e-6)
+        grad = torch.randn_like(found)
+        ratio = layer.scales_ratio["default"]
+        gradients = torch.autograd.grad(wanted, exact, grad.double())
+        for ours, theirs in zip(torch.autograd.grad(found, held, grad), gradients, strict=True):
+            assert_close(ratio * ours, theirs, 1e-5)
+            assert not ours[1].any()  # an idle expert
+
+
+def test_untouched_until_it_is_trained(mixtral):
+    plain = load_base(mixtral, dtype=torch.float32)
+    expected = plain(IDS).logits
+    model = add_adapter(plain, **OPTIONS)
+    assert torch.equal(model(IDS).logits, expected)
+    for layer in expert_layers(model):
+        a, d, c = (part["default"].weight for part in (layer.lora_A, layer.lora_D, layer.lora_C))
+        assert d.shape == a.mT.shape
+        assert not c.any()
+        assert len({tuple(one.flatten().tolist()) for one in d}) == len(d)  # each expert starts by itself
+        assert a.abs().max() <= layer.get_base_layer().groups ** -0.5 / 3
+
+
+def test_several_adapters_and_dropout(mixtral, adapter):
+    model = load_adapter(load_base(mixtral, dtype=torch.float32), adapter).eval()
+    model.load_adapter(adapter, "again")
+    layer = expert_layers(model)[0]
+    x = torch.randn(sum(COUNTS), layer.get_base_layer().in_features)
+    base, one = layer.base_layer(x, COUNTS), layer(x, COUNTS)
+    layer.lora_dropout["default"] = torch.nn.Dropout(0.5).eval()
+    torch.testing.assert_close(layer(x, COUNTS), one)
+    for factor in (layer.lora_A["again"], layer.lora_C["again"]):
+        factor.weight.data.zero_()
+    model.base_model.set_adapter(["default", "again"])  # the second adds nothing: the other path, same result
+    torch.testing.assert_close(layer(x, COUNTS), one, rtol=1e-4, atol=1e-4)
+    with model.disable_adapter():
+        assert torch.equal(layer(x, COUNTS), base)
+
+
+def test_on_a_gpu_they_run_one_by_one(mixtral, adapter, monkeypatch):
+    """The kernel for all experts takes no change of scales that trains."""
+    monkeypatch.setattr(grouped, "takes", lambda x: True)
+    model = load_adapter(load_base(mixtral, dtype=torch.float32), adapter, is_trainable=True)
+    monkeypatch.setattr(grouped, "linear", None)
+    model(IDS, labels=IDS).loss.backward()
+    assert all(layer.lora_C["default"].weight.grad.any() for layer in expert_layers(model))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_merged_exactly_and_read_back(mixtral, adapter, tmp_path, dtype):
+    merged = merge(mixtral, adapter, tmp_path / "merged", offset_dtype=dtype, progress=False).folder
+    assert verify(mixtral, adapter, merged, sequences=IDS.tolist(), device="cpu", progress=False).passed
+    base, result, opened = (
+        QuantizedCheckpoint.open(mixtral),
+        QuantizedCheckpoint.open(merged),
+        AdapterFolder.open(adapter),
+    )
+    for name in opened.modules:
+        weight = base.weight(name)
+        d, c = (torch.from_numpy(factor) for factor in opened.scale_factors(name))
+        a, b = (torch.from_numpy(factor) for factor in opened.factors(name))
+        offsets = reference.adapter_offsets(a, b, opened.scaling(name), weight.scales)
+        wanted = reference.scaled_weight(weight, d, c) + offsets[reference.column_groups(weight)]
+        assert_close(reference.dequantize(result.weight(name)), wanted, {"float16": 1e-3, "float32": 1e-6}[dtype])
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "again")
+    first, again = Checkpoint.open(merged), Checkpoint.open(tmp_path / "again")
+    assert first.tensors.keys() == again.tensors.keys()
+    assert all(torch.equal(first.tensor(name), again.tensor(name)) for name in first.tensors)
+
+
+def test_merged_twice(mixtral, adapter, tmp_path):
+    once = merge(mixtral, adapter, tmp_path / "once", progress=False).folder
+    second = tmp_path / "second"
+    randomised(add_adapter(load_base(once, dtype=torch.float32), **OPTIONS)).save_pretrained(second)
+    twice = merge(once, second, tmp_path / "twice", progress=False).folder
+    assert verify(once, second, twice, sequences=IDS.tolist(), device="cpu", progress=False).passed
+
+
+def test_a_damaged_stack_is_refused(mixtral, adapter, tmp_path):
+    from shutil import copytree
+
+    from safetensors.torch import load_file, save_file
+
+    folder = copytree(adapter, tmp_path / "damaged")
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if "experts" in name and "lora_C" in name)
+    save_file(tensors | {name: tensors[name][:2].clone()}, file, metadata={"format": "pt"})
+    with pytest.raises(QALoraError, match="are not those of a layer's experts"):
+        merge(mixtral, folder, tmp_path / "merged", progress=False)
