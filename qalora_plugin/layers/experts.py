@@ -1,7 +1,8 @@
 """The experts of a mixture-of-experts layer: their packed weights stacked, each applied to the tokens routed to it.
 
-Drop-in for the modules that transformers 5 holds dense and stacked (``Qwen3MoeExperts``, ``MixtralExperts`` …), which
-all compute ``down(act(gate(x))·up(x))``. Tokens are sorted by expert; an expert that none is routed to costs nothing.
+Drop-in for the modules that transformers 5 holds dense and stacked (``Qwen3MoeExperts``, ``GptOssExperts`` …), which
+all compute ``down(combine(gate(x), up(x)))``. Tokens are sorted by expert; an expert that none is routed to costs
+nothing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,7 @@ class QuantExpertLinear(QuantLinear):
         period, words = codes_per_period(spec.bits), words_per_period(spec.bits)
         dense = [getattr(torch, one.offset_dtype) for one in specs if one.offset_dtype and not one.offset_rank]
         factored = [getattr(torch, one.offset_dtype) for one in specs if one.offset_dtype and one.offset_rank]
+        biases = [getattr(torch, one.bias_dtype) for one in specs if one.bias_dtype]
         rank = max(one.offset_rank for one in specs)
         shapes = {
             "qweight": ((k // period * words, n), torch.int32),
@@ -47,14 +49,21 @@ class QuantExpertLinear(QuantLinear):
             "offsets_b": ((rank, n), _widest(factored) if factored else None),
             "g_idx": ((k,), torch.int32 if act_order else None),
             "group_order": ((k,), torch.int64 if act_order else None),
+            "bias": ((n,), _widest(biases) if biases else None),
         }
         for name, (shape, dtype) in shapes.items():
             empty = None if dtype is None else torch.empty(experts, *shape, dtype=dtype, device=device)
             self.register_buffer(name, empty, persistent=False)
 
-    def put(self, expert: int, weight: GroupwiseWeight, factors: tuple[Tensor, Tensor] | None = None) -> None:
+    def put(
+        self,
+        expert: int,
+        weight: GroupwiseWeight,
+        factors: tuple[Tensor, Tensor] | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
         """Hold this weight as that expert's; factors: of its offsets, ``[G, r]`` and ``[r, N]``, if they are stored so.
-        (Those of a lower rank than another's are filled up with zeros.)"""
+        (Those of a lower rank than another's are filled up with zeros.) bias: ``[N]``."""
         if factors is not None:
             weight = weight._replace(offsets=None)
         if self.g_idx is not None and weight.g_idx is None:
@@ -73,6 +82,8 @@ class QuantExpertLinear(QuantLinear):
                 a, b = factors
                 self.offsets_a[expert, :, : len(b)].copy_(a)
                 self.offsets_b[expert, : len(b)].copy_(b)
+        if self.bias is not None:
+            self.bias[expert] = 0 if bias is None else bias
 
     def expert(self, i: int, tensors: list[Tensor | None] | None = None) -> GroupwiseWeight:
         """One expert's weight. tensors: from :meth:`tensors`, of a caller who asks for several experts."""
@@ -96,7 +107,8 @@ class QuantExpertLinear(QuantLinear):
         deltas: list[OffsetDelta | None] = [None] * self.experts if delta is None else list(unstacked(delta))
         tensors = self.tensors()
         parts = [linear(part, self.expert(i, tensors), deltas[i]) for i, part in routed(x, counts)]
-        return torch.cat(parts) if parts else x.new_zeros(0, self.out_features)
+        y = torch.cat(parts) if parts else x.new_zeros(0, self.out_features)
+        return plus_bias(y, counts, tensors[-1])
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """A new dense ``[E, K, N]`` weight, offsets included. For tests, reports and exports."""
@@ -111,10 +123,11 @@ class QuantExpertLinear(QuantLinear):
 
 
 class QuantExperts(nn.Module):
-    """``Σ_e weight_e·down_e(act(gate_e(x))·up_e(x))`` over the experts e that each token is routed to.
+    """``Σ_e weight_e·down_e(combine(gate_e(x), up_e(x)))`` over the experts e that each token is routed to.
 
     Attributes:
         gate_proj, up_proj, down_proj: a :class:`QuantExpertLinear` each, or an adapter around one.
+        combine: what the family makes of gate and up, ``[S, inner]`` each → ``[S, inner]``; mostly ``act(gate)·up``.
     """
 
     def __init__(
@@ -122,11 +135,11 @@ class QuantExperts(nn.Module):
         gate_proj: QuantExpertLinear,
         up_proj: QuantExpertLinear,
         down_proj: QuantExpertLinear,
-        act_fn: Callable[[Tensor], Tensor],
+        combine: Callable[[Tensor, Tensor], Tensor],
     ):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
-        self.act_fn, self.num_experts = act_fn, gate_proj.experts
+        self.combine, self.num_experts = combine, gate_proj.experts
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``[T, hidden] → [T, hidden]``; index and weights of the experts chosen: ``[T, k]``."""
@@ -134,7 +147,7 @@ class QuantExperts(nn.Module):
         order = chosen.argsort(stable=True)
         counts = torch.bincount(chosen, minlength=self.num_experts).tolist()
         x = hidden_states.index_select(0, order // k)
-        y = self.down_proj(self.act_fn(self.gate_proj(x, counts)) * self.up_proj(x, counts), counts)
+        y = self.down_proj(self.combine(self.gate_proj(x, counts), self.up_proj(x, counts)), counts)
         y = y * top_k_weights.flatten()[order, None]
         y = y.index_select(0, order.argsort()).unflatten(0, (-1, k))
         return y.sum(1).to(hidden_states.dtype)
@@ -145,6 +158,13 @@ def routed(x: Tensor, counts: list[int]) -> Iterator[tuple[int, Tensor]]:
     for i, part in enumerate(x.split(counts)):
         if len(part):
             yield i, part
+
+
+def plus_bias(y: Tensor, counts: list[int], bias: Tensor | None) -> Tensor:
+    """Rows ``[S, N]``, sorted by expert, each plus its expert's bias, of ``[E, N]``."""
+    if bias is None:
+        return y
+    return y + bias.to(y.dtype).repeat_interleave(torch.tensor(counts, device=y.device), 0, output_size=len(y))
 
 
 def unstacked(delta: OffsetDelta) -> Iterator[OffsetDelta]:
