@@ -113,8 +113,8 @@ VISION_LANGUAGE: dict[str, dict[str, Any]] = {
 # With the experts quantised as well, as GPTQModel does by default.
 EXPERTS = ", experts quantised"
 QUANTIZED_EXPERTS = (
-    "deepseek_v2", "deepseek_v3", "dots1", "flex_olmo", "glm4_moe", "hunyuan_v1_moe", "lfm2_moe", "minimax", "mixtral",
-    "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next",
+    "deepseek_v2", "deepseek_v3", "dots1", "flex_olmo", "glm4_moe", "gpt_oss", "hunyuan_v1_moe", "lfm2_moe", "minimax",
+    "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next",
 )  # fmt: skip
 
 
