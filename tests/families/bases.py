@@ -123,7 +123,7 @@ def stacked_experts(
     experts: dict[str, list[str]] = {}
     places: dict[str, Place] = {}
     for name, module in model.named_modules():
-        if not hasattr(module, "gate_up_proj") or module.gate_up_proj.ndim != 3:
+        if getattr(getattr(module, "gate_up_proj", None), "ndim", None) != 3:
             continue
         if fused := by_value.get(_key(module.gate_up_proj.detach())):  # stacked on disk too: GPTQModel takes it apart
             parent, down = fused.rpartition(".")[0], by_value[_key(module.down_proj.detach())]
