@@ -29,8 +29,9 @@ from qalora_plugin.conversion.writer import ShardWriter, write_config, write_ind
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.fusion import dense_modules, unservable
-from qalora_plugin.formats.gptq import MERGED, quantizers
+from qalora_plugin.formats.gptq import MERGED
 from qalora_plugin.formats.opened import QuantizedCheckpoint
+from qalora_plugin.formats.provenance import provenance
 from qalora_plugin.formats.qalora import AUTO, MERGED_PARTS, OFFSETS, QALora, require_offset_dtype
 from qalora_plugin.formats.served_bits import SizeReport, served_bits
 
@@ -244,7 +245,6 @@ def _write_added(
 def _quantization_config(base: QuantizedCheckpoint) -> dict:
     """The base's quantization, as its tensors show it where configs are known to err (``sym``, ``desc_act``)."""
     stated, specs = base.files.quantization, base.specs.values()
-    tools = quantizers(stated)
     return {
         "bits": Counter(spec.bits for spec in specs).most_common(1)[0][0],  # if the base names none
         "group_size": Counter(spec.group_size for spec in specs).most_common(1)[0][0],
@@ -252,5 +252,5 @@ def _quantization_config(base: QuantizedCheckpoint) -> dict:
         "desc_act": base.act_order,
         "sym": base.symmetric,
         "checkpoint_format": base.format.reading,
-        **({"meta": {"quantizer": tools}} if tools else {}),  # what gate and up of some families' experts mean
+        **provenance(stated),
     }

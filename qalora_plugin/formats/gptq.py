@@ -251,13 +251,6 @@ def _bad_g_idx(what: str, spec: GroupwiseSpec) -> str:
     )
 
 
-def quantizers(quantization: dict[str, Any]) -> list[str]:
-    """The tools that a ``quantization_config`` says it was quantized by: ``["gptqmodel:7.6.0"]``."""
-    meta = quantization.get("meta")
-    found = meta.get("quantizer") if isinstance(meta, dict) else None
-    return [name for name in (found if isinstance(found, list) else [found]) if isinstance(name, str)]
-
-
 def read_zeros(qzeros: "Tensor", bits: int, reading: str) -> "Tensor":
     """Packed zero-points as stored, int32 ``[G, N·b/32]`` → true ones, uint8 ``[G, N]``."""
     from qalora_plugin.core.packing import unpack_cols

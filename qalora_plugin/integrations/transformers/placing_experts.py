@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.base import CheckpointFormat
-from qalora_plugin.formats.gptq import is_act_order, quantizers
+from qalora_plugin.formats.gptq import is_act_order
 from qalora_plugin.formats.opened import QuantizedCheckpoint
+from qalora_plugin.formats.provenance import quantizers
 from qalora_plugin.formats.qalora import FACTORS
 from qalora_plugin.integrations.transformers.naming import Destination, is_ignored
 from qalora_plugin.layers.experts import QuantExpertLinear, QuantExperts
