@@ -153,7 +153,7 @@ def _combine_of(module: Any) -> Callable[[Tensor, Tensor], Tensor]:
     return partial(_by_its_class, module)
 
 
-def _multiplies(module: nn.Module) -> bool:
+def _multiplies(module: Any) -> bool:
     return getattr(type(module)._apply_gate, "__name__", "") == "_default_apply_gate"
 
 
@@ -208,7 +208,7 @@ def _projections(
                 "layer's experts must be quantized all, or none. Quantize the base again, or download it again."
             )
         specs = [by_expert[i] for i in range(experts)]
-        _require_alike(specs, (k, n), module.has_bias)
+        _require_alike(specs, (k, n), bool(module.has_bias))
         projections[role] = Projection(specs[0].name.rpartition(".")[2], specs)
     return projections
 
