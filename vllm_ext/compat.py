@@ -85,12 +85,23 @@ def is_experts(layer: Any) -> bool:
 
 def experts_problem(layer: Any) -> str | None:
     """Why quantized experts in this layer cannot be served; None if they can."""
-    if "RoutedExperts" in _names(layer):
-        return None
-    return (
-        "qalora serves quantized experts on vLLM 0.32 or newer, where they are a layer of their own (RoutedExperts). "
-        "Update it (pip install 'vllm>=0.32')."
-    )
+    kind, moe = type(layer).__name__, getattr(layer, "moe_config", None)
+    if "RoutedExperts" not in _names(layer):
+        return (
+            "qalora serves quantized experts on vLLM 0.32 or newer, where they are a layer of their own "
+            "(RoutedExperts). Update it (pip install 'vllm>=0.32')."
+        )
+    if kind != "RoutedExperts":
+        return (
+            f"vLLM has a class of its own for this model's experts ({kind}), into which quantized ones do not load. "
+            "Serve the merged checkpoint with transformers."
+        )
+    if any(getattr(moe, name, None) is not None for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta")):
+        return (
+            "this model clips or scales what its experts' gates give (swiglu_limit), which is not served. Serve the "
+            "merged checkpoint with transformers."
+        )
+    return None
 
 
 def _names(layer: Any) -> set[str]:

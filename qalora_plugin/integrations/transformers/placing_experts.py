@@ -173,7 +173,7 @@ def _projections(
     example = next(iter(next(iter(roles.values())).values())).name
     parent = example.rsplit(".", 2)[0]
     family = f"the experts of {type(model).__name__} ({type(module).__name__})"
-    if not getattr(module, "has_gate", False):
+    if not getattr(module, "has_gate", False) or not hasattr(module, "_apply_gate"):
         raise QALoraError(
             f"the checkpoint quantizes {example}, but {family} compute something else than a down projection of what "
             "gate and up give. Leave the experts dense when quantizing."
