@@ -79,15 +79,31 @@ def load_every_tensor(renamed: dict[str, str]) -> Any:
 
 
 def is_experts(layer: Any) -> bool:
-    """Whether a layer holds a mixture-of-experts layer's experts."""
-    return type(layer).__name__ in ("RoutedExperts", "FusedMoE")
+    """Whether a layer holds a mixture-of-experts layer's experts. (GPT-OSS's are of a class of its own.)"""
+    return not _names(layer).isdisjoint(("RoutedExperts", "FusedMoE"))
 
 
 def experts_problem(layer: Any) -> str | None:
     """Why quantized experts in this layer cannot be served; None if they can."""
-    if type(layer).__name__ == "RoutedExperts":
-        return None
-    return (
-        "qalora serves quantized experts on vLLM 0.32 or newer, where they are a layer of their own (RoutedExperts). "
-        "Update it (pip install 'vllm>=0.32')."
-    )
+    kind, moe = type(layer).__name__, getattr(layer, "moe_config", None)
+    if "RoutedExperts" not in _names(layer):
+        return (
+            "qalora serves quantized experts on vLLM 0.32 or newer, where they are a layer of their own "
+            "(RoutedExperts). Update it (pip install 'vllm>=0.32')."
+        )
+    if kind != "RoutedExperts":
+        return (
+            f"vLLM has a class of its own for this model's experts ({kind}), into which quantized ones do not load. "
+            "Serve the merged checkpoint with transformers."
+        )
+    if any(getattr(moe, name, None) is not None for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta")):
+        return (
+            "this model clips or scales what its experts' gates give (swiglu_limit), which is not served. Serve the "
+            "merged checkpoint with transformers."
+        )
+    return None
+
+
+def _names(layer: Any) -> set[str]:
+    """Of its class and those that this extends."""
+    return {cls.__name__ for cls in type(layer).__mro__}

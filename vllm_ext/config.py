@@ -188,7 +188,7 @@ class QALoraConfig(QuantizationConfig):
                 )
             return None
         if problem := experts_problem(layer):
-            raise QALoraError(problem)
+            raise QALoraError(f"{prefix}: {problem}")
         from vllm_ext.moe import QALoraMoEMethod  # of the versions that have such layers
 
         symmetric = self.quantization.get("sym", True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from qalora_plugin.checkpoint.folder import Checkpoint
 from qalora_plugin.core.weight import GroupwiseSpec
+from qalora_plugin.formats.provenance import provenance
 
 
 def gptq_config(
@@ -24,7 +25,7 @@ def gptq_config(
     """``quantization_config`` of these linears.
 
     Args:
-        files: what they are made of, for the modules that stay dense.
+        files: what they are made of, for the modules that stay dense, and who quantized it.
         specs: bits and groups as they will be.
     """
     kinds = {name: (spec.bits, -1 if spec.groups == 1 else spec.group_size) for name, spec in specs.items()}
@@ -49,6 +50,7 @@ def gptq_config(
         "checkpoint_format": checkpoint_format,
         "lm_head": any(name.split(".")[-1] == "lm_head" for name in specs),
         **({"dynamic": dynamic} if dynamic else {}),
+        **provenance(files.quantization),
     }
 
 

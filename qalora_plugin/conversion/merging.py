@@ -31,6 +31,7 @@ from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.fusion import dense_modules, unservable
 from qalora_plugin.formats.gptq import MERGED
 from qalora_plugin.formats.opened import QuantizedCheckpoint
+from qalora_plugin.formats.provenance import provenance
 from qalora_plugin.formats.qalora import AUTO, MERGED_PARTS, OFFSETS, QALora, require_offset_dtype
 from qalora_plugin.formats.served_bits import SizeReport, served_bits
 
@@ -251,4 +252,5 @@ def _quantization_config(base: QuantizedCheckpoint) -> dict:
         "desc_act": base.act_order,
         "sym": base.symmetric,
         "checkpoint_format": base.format.reading,
+        **provenance(stated),
     }

@@ -1,19 +1,27 @@
-"""Which linears vLLM runs as one layer, and whether a checkpoint quantises them alike, as it then must."""
+"""Which linears vLLM runs as one layer, and whether a checkpoint quantises them alike, as it then must. And what else
+keeps it from serving one, as far as names and sizes tell."""
 
+import re
 from collections.abc import Iterable
 
 from qalora_plugin.core.weight import GroupwiseSpec
 
+_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def unservable(modules: dict[str, GroupwiseSpec], dense: Iterable[str] = ()) -> str | None:
-    """Why vLLM cannot serve such a checkpoint; None if it can, as far as fused layers go.
+    """Why vLLM cannot serve such a checkpoint; None if it can, as far as fused layers and experts' biases go.
 
     Args:
         modules: the quantised linears. dense: names of the modules that have a dense weight.
     """
     dense = set(dense)
+    if biased := next((name for name, spec in modules.items() if spec.bias_dtype and _EXPERT.search(name)), None):
+        return (
+            f"vLLM cannot serve quantized experts that have biases, as {biased} has. It trains and merges; serve the "
+            "result with transformers."
+        )
     for name in modules:
         parent, _, leaf = name.rpartition(".")
         parts = next((fused for fused in FUSED if leaf in fused), ())

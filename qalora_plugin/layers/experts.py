@@ -1,8 +1,8 @@
 """The experts of a mixture-of-experts layer: their packed weights stacked, each applied to the tokens routed to it.
 
-Drop-in for the modules that transformers 5 holds dense and stacked (``Qwen3MoeExperts``, ``MixtralExperts`` …), which
-all compute ``down(act(gate(x))·up(x))``. An expert that no token is routed to costs nothing. On CUDA one kernel serves
-all experts; elsewhere, and where each has much to do, tokens are sorted by expert and each runs as a linear does.
+Drop-in for the modules that transformers 5 holds dense and stacked (``Qwen3MoeExperts``, ``GptOssExperts`` …), which
+all compute ``down(combine(gate(x), up(x)))``. An expert that no token is routed to costs nothing. On CUDA one kernel
+serves all experts; else, and where each has much to do, tokens are sorted by expert, and each runs as a linear does.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +44,7 @@ class QuantExpertLinear(QuantLinear):
         dense = [getattr(torch, one.offset_dtype) for one in specs if one.offset_dtype and not one.offset_rank]
         factored = [getattr(torch, one.offset_dtype) for one in specs if one.offset_dtype and one.offset_rank]
         changes = [getattr(torch, one.scales_delta_dtype) for one in specs if one.scales_delta_dtype]
+        biases = [getattr(torch, one.bias_dtype) for one in specs if one.bias_dtype]
         rank = max(one.offset_rank for one in specs)
         shapes = {
             "qweight": ((k // period * words, n), torch.int32),
@@ -55,6 +56,7 @@ class QuantExpertLinear(QuantLinear):
             "g_idx": ((k,), torch.int32 if act_order else None),
             "group_order": ((k,), torch.int64 if act_order else None),
             "scales_delta": ((groups, n), _widest(changes) if changes else None),
+            "bias": ((n,), _widest(biases) if biases else None),
         }
         for name, (shape, dtype) in shapes.items():
             empty = None if dtype is None else torch.empty(experts, *shape, dtype=dtype, device=device)
@@ -66,13 +68,14 @@ class QuantExpertLinear(QuantLinear):
         weight: GroupwiseWeight,
         factors: tuple[Tensor, Tensor] | None = None,
         change: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> None:
         """Hold this weight as that expert's.
 
         Args:
             factors: of its offsets, ``[G, r]`` and ``[r, N]``, if they are stored so. (Those of a lower rank than
                 another's are filled up with zeros.)
-            change: of its scales, ``[G, N]``, where that is stored beside those of ``weight``.
+            change: of its scales, ``[G, N]``, where that is stored beside those of ``weight``. bias: ``[N]``.
         """
         if factors is not None:
             weight = weight._replace(offsets=None)
@@ -94,6 +97,8 @@ class QuantExpertLinear(QuantLinear):
                 a, b = factors
                 self.offsets_a[expert, :, : len(b)].copy_(a)
                 self.offsets_b[expert, : len(b)].copy_(b)
+        if self.bias is not None:
+            self.bias[expert] = 0 if bias is None else bias
 
     def expert(self, i: int, tensors: list[Tensor | None] | None = None) -> GroupwiseWeight:
         """One expert's weight. tensors: from :meth:`tensors`, of a caller who asks for several experts."""
@@ -122,13 +127,16 @@ class QuantExpertLinear(QuantLinear):
             scale_delta: likewise, D ``[E, G, R]`` and C ``[E, R, N]``; for sorted rows.
         """
         if not isinstance(rows, list):
-            return grouped.linear(x, self.quantized, rows, delta)
+            weight, bias = self.held()
+            y = grouped.linear(x, weight, rows, delta)
+            return y if bias is None else y + bias[rows.owners()].to(y.dtype)
         nothing = [None] * self.experts
         deltas = nothing if delta is None else list(unstacked(delta))
         changes = nothing if scale_delta is None else list(unstacked_scales(scale_delta))
         tensors = self.tensors()
         parts = [linear(part, self.expert(i, tensors), deltas[i], changes[i]) for i, part in routed(x, rows)]
-        return torch.cat(parts) if parts else x.new_zeros(0, self.out_features)
+        y = torch.cat(parts) if parts else x.new_zeros(0, self.out_features)
+        return plus_bias(y, rows, tensors[-1])
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """A new dense ``[E, K, N]`` weight, offsets included. For tests, reports and exports."""
@@ -143,10 +151,11 @@ class QuantExpertLinear(QuantLinear):
 
 
 class QuantExperts(nn.Module):
-    """``Σ_e weight_e·down_e(act(gate_e(x))·up_e(x))`` over the experts e that each token is routed to.
+    """``Σ_e weight_e·down_e(combine(gate_e(x), up_e(x)))`` over the experts e that each token is routed to.
 
     Attributes:
         gate_proj, up_proj, down_proj: a :class:`QuantExpertLinear` each, or an adapter around one.
+        combine: what the family makes of gate and up, ``[S, inner]`` each → ``[S, inner]``; mostly ``act(gate)·up``.
     """
 
     def __init__(
@@ -154,11 +163,11 @@ class QuantExperts(nn.Module):
         gate_proj: QuantExpertLinear,
         up_proj: QuantExpertLinear,
         down_proj: QuantExpertLinear,
-        act_fn: Callable[[Tensor], Tensor],
+        combine: Callable[[Tensor, Tensor], Tensor],
     ):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
-        self.act_fn, self.num_experts = act_fn, gate_proj.experts
+        self.combine, self.num_experts = combine, gate_proj.experts
         self._weights = gate_proj.in_features * gate_proj.out_features
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -178,7 +187,7 @@ class QuantExperts(nn.Module):
         return y.sum(1).to(hidden_states.dtype)
 
     def _mixed(self, x: Tensor, rows: "list[int] | Tiles") -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x, rows)) * self.up_proj(x, rows), rows)
+        return self.down_proj(self.combine(self.gate_proj(x, rows), self.up_proj(x, rows)), rows)
 
 
 def routed(x: Tensor, counts: list[int]) -> Iterator[tuple[int, Tensor]]:
@@ -186,6 +195,13 @@ def routed(x: Tensor, counts: list[int]) -> Iterator[tuple[int, Tensor]]:
     for i, part in enumerate(x.split(counts)):
         if len(part):
             yield i, part
+
+
+def plus_bias(y: Tensor, counts: list[int], bias: Tensor | None) -> Tensor:
+    """Rows ``[S, N]``, sorted by expert, each plus its expert's bias, of ``[E, N]``."""
+    if bias is None:
+        return y
+    return y + bias.to(y.dtype).repeat_interleave(torch.tensor(counts, device=y.device), 0, output_size=len(y))
 
 
 def unstacked(delta: OffsetDelta) -> Iterator[OffsetDelta]:

@@ -2,7 +2,8 @@
 
     python gptqmodel_oracle.py MODEL TEXT OUT '{"sym": …, …}'
 
-Writes the base to OUT and GPTQModel's own dequantised weights ``[K, N]`` (in float16) to OUT.dense.safetensors.
+Writes the base to OUT, GPTQModel's own dequantised weights ``[K, N]`` (in float16) to OUT.dense.safetensors, and its
+logits of some tokens to OUT.logits.safetensors.
 """
 
 import json
@@ -23,5 +24,8 @@ dense = {
     if hasattr(module, "dequantize_weight")
 }
 assert dense, "GPTQModel loaded no quantised linear"
+tokens = torch.arange(4, 68).view(2, 32)
 with torch.no_grad():
     save_file(dense, f"{out}.dense.safetensors")
+    logits = loaded.model(input_ids=tokens, use_cache=False).logits.float().contiguous()
+    save_file({"tokens": tokens, "logits": logits}, f"{out}.logits.safetensors")

@@ -74,12 +74,12 @@ TEXT: dict[str, dict[str, Any]] = {
     name: {}
     for name in """
     afmoe apertus arcee biogpt bitnet bloom cohere cohere2 cohere2_moe cpmant ctrl cwm deepseek_v2 deepseek_v3
-    diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4 falcon falcon_h1 falcon_mamba flex_olmo gemma gemma2
-    gemma3_text gemma3n_text gemma4_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gptj
+    deepseek_v4 diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4 falcon falcon_h1 falcon_mamba flex_olmo gemma
+    gemma2 gemma3_text gemma3n_text gemma4_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gptj
     gpt_oss granite granitemoe granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hyperclovax jais2 jetmoe
-    llama llama4_text mamba minicpm3 minimax ministral ministral3 mistral mixtral modernbert-decoder mpt
-    nanochat nemotron olmo olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt persimmon phi phi3 phimoe qwen2
-    qwen2_moe qwen3 qwen3_moe rwkv seed_oss smollm3 stablelm starcoder2 vaultgemma xglm youtu
+    llama llama4_text mamba minicpm3 minimax minimax_m3_vl_text ministral ministral3 mistral mixtral
+    modernbert-decoder mpt nanochat nemotron olmo olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt persimmon phi phi3
+    phimoe qwen2 qwen2_moe qwen3 qwen3_moe rwkv seed_oss smollm3 stablelm starcoder2 vaultgemma xglm youtu
     """.split()  # noqa: SIM905
 } | {
     "bamba": {"attn_layer_indices": [1]},
@@ -113,8 +113,9 @@ VISION_LANGUAGE: dict[str, dict[str, Any]] = {
 # With the experts quantised as well, as GPTQModel does by default.
 EXPERTS = ", experts quantised"
 QUANTIZED_EXPERTS = (
-    "deepseek_v2", "deepseek_v3", "dots1", "flex_olmo", "glm4_moe", "hunyuan_v1_moe", "lfm2_moe", "minimax", "mixtral",
-    "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next",
+    "deepseek_v2", "deepseek_v3", "deepseek_v4", "dots1", "flex_olmo", "glm4_moe", "gpt_oss", "hunyuan_v1_moe",
+    "lfm2_moe", "minimax", "minimax_m3_vl_text", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe",
+    "qwen3_next",
 )  # fmt: skip
 
 

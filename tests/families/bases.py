@@ -6,6 +6,7 @@ naming that they test.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,8 +22,27 @@ GROUP = 32
 NOT_QUANTIZED = ("vision", "visual", "vit", "audio", "projector", "connector", "merger", "perceiver", "resampler")
 QUANTIZATION = {
     "quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": False,
-    "checkpoint_format": "gptq", "lm_head": False,
+    "checkpoint_format": "gptq", "lm_head": False, "meta": {"quantizer": ["gptqmodel:7.6.0"]},
 }  # fmt: skip
+
+
+class Place(NamedTuple):
+    """Where the dense twin has the weight of a linear: a tensor ``[N, K]``, or a part of one.
+
+    Attributes:
+        turned: the tensor is ``[K, N]`` (GPT-2's ``Conv1D``, GPT-OSS's experts).
+        expert, columns: of experts that are stacked on disk, gate and up in one.
+    """
+
+    tensor: str
+    turned: bool = False
+    expert: int | None = None
+    columns: slice = slice(None)
+
+    def of(self, tensors: dict[str, Tensor]) -> Tensor:
+        """The weight ``[K, N]``, a view."""
+        found = tensors[self.tensor] if self.expert is None else tensors[self.tensor][self.expert]
+        return (found if self.turned else found.t())[:, self.columns]
 
 
 @dataclass
@@ -32,14 +52,14 @@ class Base:
     Attributes:
         linears: name in the model → name on disk, of the quantised linears.
         experts: projections of stacked experts, name in the model → names on disk, in order, where quantised.
-        turned: those of them, by the name on disk, whose dense weight is ``[K, N]`` (GPT-2's ``Conv1D``).
+        places: where their dense weights are, by the name on disk.
     """
 
     folder: Path
     dense: Path
     linears: dict[str, str]
-    turned: set[str]
     experts: dict[str, list[str]]
+    places: dict[str, Place]
 
 
 def is_to_be_quantized(name: str, module: nn.Module) -> bool:
@@ -67,26 +87,23 @@ def make_base_of(model: PreTrainedModel, folder: Path, quantize_experts: bool = 
     for shard in (folder / "fp16").glob("*.safetensors"):
         stored |= load_file(shard)
     by_value = {_key(tensor): name for name, tensor in stored.items()}
-    linears, turned = {}, set()
+    linears, places = {}, {}
     for name, module in model.named_modules():
         if is_to_be_quantized(name, module) and (on_disk := by_value.get(_key(module.weight.detach()))):
             linears[name] = on_disk.removesuffix(".weight")
-            if isinstance(module, Conv1D):
-                turned.add(linears[name])
-    experts = stacked_experts(model, by_value) if quantize_experts else {}
-    chosen = {*linears.values(), *(name for names in experts.values() for name in names)}
-    tensors, dense = {}, {}
-    for name, tensor in stored.items():
-        module = name.removesuffix(".weight")
-        if name.endswith(".weight") and module in chosen:
-            weight = tensor.t() if module in turned else tensor
-            parts = quantize(weight, 4, GROUP, False, "gptq")
-            rounded = reference.dequantize(read_stored(parts, 4))
-            dense[name] = (rounded if module in turned else rounded.t()).float().contiguous()
-            tensors |= {f"{module}.{part}": value.contiguous() for part, value in parts.items()}
-        else:
-            tensors[name] = tensor.contiguous()
-            dense[name] = tensor.float() if tensor.is_floating_point() else tensor
+            places[linears[name]] = Place(on_disk, isinstance(module, Conv1D))
+    experts, of_experts = stacked_experts(model, by_value) if quantize_experts else ({}, {})
+    places |= of_experts
+    left = {place.tensor for place in places.values()}
+    tensors = {name: tensor.contiguous() for name, tensor in stored.items() if name.removesuffix("_bias") not in left}
+    dense = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in stored.items()}
+    for name, place in places.items():
+        weight = place.of(dense)
+        parts = quantize(weight.t(), 4, GROUP, False, "gptq")
+        weight.copy_(reference.dequantize(read_stored(parts, 4)))
+        if place.expert is not None and (bias := stored.get(f"{place.tensor}_bias")) is not None:
+            parts["bias"] = bias[place.expert, place.columns]
+        tensors |= {f"{name}.{part}": value.contiguous() for part, value in parts.items()}
     for path, content in ((folder / "base", tensors), (folder / "dense", dense)):
         path.mkdir()
         write_shards(path, content, 1)
@@ -96,18 +113,33 @@ def make_base_of(model: PreTrainedModel, folder: Path, quantize_experts: bool = 
     config.dtype, config.quantization_config = "float16", dict(QUANTIZATION)
     config.save_pretrained(folder / "base")
     del config.quantization_config
-    return Base(folder / "base", folder / "dense", linears, turned, experts)
+    return Base(folder / "base", folder / "dense", linears, experts, places)
 
 
-def stacked_experts(model: PreTrainedModel, by_value: dict[tuple, str]) -> dict[str, list[str]]:
-    found = {}
+def stacked_experts(
+    model: PreTrainedModel, by_value: dict[tuple, str]
+) -> tuple[dict[str, list[str]], dict[str, Place]]:
+    """``experts`` and ``places`` of a :class:`Base`."""
+    experts: dict[str, list[str]] = {}
+    places: dict[str, Place] = {}
     for name, module in model.named_modules():
-        if hasattr(module, "gate_up_proj") and module.gate_up_proj.ndim == 3:
-            gate, up = module.gate_up_proj.detach().chunk(2, dim=1)
-            parts = {"gate_proj": gate, "up_proj": up, "down_proj": module.down_proj.detach()}
-            for leaf, weights in parts.items():
-                found[f"{name}.{leaf}"] = [by_value[_key(weight)].removesuffix(".weight") for weight in weights]
-    return found
+        if getattr(getattr(module, "gate_up_proj", None), "ndim", None) != 3:
+            continue
+        if fused := by_value.get(_key(module.gate_up_proj.detach())):  # stacked on disk too: GPTQModel takes it apart
+            parent, down = fused.rpartition(".")[0], by_value[_key(module.down_proj.detach())]
+            inner = module.down_proj.shape[1 if module.is_transposed else 2]
+            halves = {"gate_proj": (fused, slice(inner)), "up_proj": (fused, slice(inner, None))}
+            for leaf, (tensor, columns) in (halves | {"down_proj": (down, slice(None))}).items():
+                experts[f"{name}.{leaf}"] = [f"{parent}.{i}.{leaf}" for i in range(len(module.down_proj))]
+                for i, one in enumerate(experts[f"{name}.{leaf}"]):
+                    places[one] = Place(tensor, module.is_transposed, i, columns)
+            continue
+        gate, up = module.gate_up_proj.detach().chunk(2, dim=1)
+        for leaf, weights in {"gate_proj": gate, "up_proj": up, "down_proj": module.down_proj.detach()}.items():
+            on_disk = [by_value[_key(weight)] for weight in weights]
+            experts[f"{name}.{leaf}"] = [one.removesuffix(".weight") for one in on_disk]
+            places |= {one.removesuffix(".weight"): Place(one) for one in on_disk}
+    return experts, places
 
 
 def fold_into_dense(base: Base, adapter: Path, out: Path, scaling: float) -> Path:
@@ -117,12 +149,12 @@ def fold_into_dense(base: Base, adapter: Path, out: Path, scaling: float) -> Pat
         parts = [factors.get(f"base_model.model.{name}.lora_{part}.weight") for part in "AB"]
         if parts[0] is not None:
             added = scaling * reference.adapter_offsets(*parts, 1.0).repeat_interleave(GROUP, 0)  # [K, N]
-            weights[f"{on_disk}.weight"] += added if on_disk in base.turned else added.t()
+            base.places[on_disk].of(weights).add_(added)
     for name, on_disk in base.experts.items():
         lora_a, lora_b = (factors[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
         for i, one in enumerate(on_disk):
             added = scaling * reference.adapter_offsets(lora_a[i], lora_b[i], 1.0).repeat_interleave(GROUP, 0)
-            weights[f"{one}.weight"] += added.t()
+            base.places[one].of(weights).add_(added)
     out.mkdir()
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     for path in base.dense.glob("*.json"):

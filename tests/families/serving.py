@@ -23,7 +23,11 @@ NAMES = [
     falcon falcon_h1 gemma2 gemma3_text glm4 gpt2 gpt_bigcode gpt_neox gptj granite llama mamba2 mixtral olmo2
     opt phi phi3 qwen2 qwen3 qwen3_moe stablelm starcoder2 idefics3 smolvlm bloom minicpm3
     """.split(),  # noqa: SIM905
-    *(name + EXPERTS for name in QUANTIZED_EXPERTS if name in ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")),
+    *(
+        name + EXPERTS
+        for name in QUANTIZED_EXPERTS
+        if name in ("gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+    ),
 ]
 COLUMNS = ("model type", "class", "vLLM", "transformers", "offsets", "outcome")
 TOLERANCE = 2.0  # times what bfloat16 does to transformers' own log-probabilities

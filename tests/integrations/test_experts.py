@@ -38,6 +38,12 @@ def qwen(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory):
+    """With biases and a gate of its own, whose columns alternate with those of up."""
+    return make_base_of(build("gpt_oss"), tmp_path_factory.mktemp("gpt_oss"), quantize_experts=True).folder
+
+
+@pytest.fixture(scope="module")
 def adapter(mixtral, tmp_path_factory):
     return save_random(load_base(mixtral, dtype=torch.float32), tmp_path_factory.mktemp("adapter") / "adapter")
 
@@ -194,9 +200,11 @@ def test_merged_experts_are_exact_one_by_one(mixtral, tmp_path, shared):
     assert shared or verify(mixtral, adapter, merged, sequences=IDS.tolist(), device="cpu", progress=False).passed
 
 
-@pytest.mark.parametrize("form", ["dense", "factored"])
-def test_a_merged_model_loads_and_saves_back_bit_equal(mixtral, adapter, tmp_path, form):
-    merged = merge(mixtral, adapter, tmp_path / "merged", progress=False, offsets=form).folder
+@pytest.mark.parametrize(("name", "form"), [("mixtral", "dense"), ("mixtral", "factored"), ("gpt_oss", "dense")])
+def test_a_merged_model_loads_and_saves_back_bit_equal(request, tmp_path, name, form):
+    base = request.getfixturevalue(name)
+    adapter = save_random(load_base(base, dtype=torch.float32), tmp_path / "adapter")
+    merged = merge(base, adapter, tmp_path / "merged", progress=False, offsets=form).folder
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
     model.save_pretrained(tmp_path / "again")
     first, again = Checkpoint.open(merged), Checkpoint.open(tmp_path / "again")
@@ -223,10 +231,11 @@ def test_experts_whose_offsets_are_factored(mixtral, tmp_path):
     assert verify(once, second, twice, sequences=IDS.tolist(), device="cpu", progress=False).passed
 
 
-@pytest.mark.parametrize("shared_a", [False, True])
-def test_made_shardable_they_compute_the_same(mixtral, shared_a):
+@pytest.mark.parametrize(("name", "shared_a"), [("mixtral", False), ("mixtral", True), ("gpt_oss", False)])
+def test_made_shardable_they_compute_the_same(request, name, shared_a):
     """Every tensor of all experts in one flat parameter a projection, factors read through calls."""
-    model = add_adapter(load_base(mixtral, dtype=torch.float32), r=4, target_modules=MLP, shared_a=shared_a)
+    base = request.getfixturevalue(name)
+    model = add_adapter(load_base(base, dtype=torch.float32), r=4, target_modules=MLP, shared_a=shared_a)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.normal_(0, 0.05)
@@ -303,12 +312,41 @@ def test_a_base_that_does_not_fit_is_refused(qwen, tmp_path, change, message):
         load_base(base)
 
 
-def test_experts_that_compute_more_are_refused(qwen, monkeypatch):
+def test_experts_that_compute_something_else_are_refused(qwen, monkeypatch):
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-    monkeypatch.setattr(Qwen3MoeExperts, "_apply_gate", lambda self, gate_up: gate_up.clamp(-1, 1))
-    with pytest.raises(QALoraError, match=r"Qwen3MoeExperts\) compute more than down\(act\(gate\)·up\)"):
+    made = Qwen3MoeExperts.__init__
+
+    def without_gate(self, config):
+        made(self, config)
+        self.has_gate = False  # as Nemotron-H's
+
+    monkeypatch.setattr(Qwen3MoeExperts, "__init__", without_gate)
+    with pytest.raises(QALoraError, match=r"Qwen3MoeExperts\) compute something else than a down projection of what"):
         load_base(qwen)
+
+
+@pytest.mark.parametrize("meta", [None, "gptqmodel:7.6.0", {}, {"quantizer": 7}, {"quantizer": ["auto-round:0.9", 1]}])
+def test_gate_and_up_that_nobody_tells_apart_are_refused(gpt_oss, tmp_path, meta):
+    tensors = load_file(gpt_oss / "model.safetensors")
+    with pytest.raises(QALoraError, match=r"GptOssExperts\), whose gate and up tools tell apart in two ways"):
+        load_base(copied(gpt_oss, tmp_path / "base", tensors, meta=meta))
+
+
+def test_biases_are_those_of_the_model(gpt_oss, qwen, tmp_path):
+    tensors = load_file(gpt_oss / "model.safetensors")
+    bias = tensors.pop(f"{EXPERT.format(2)}.bias")
+    with pytest.raises(QALoraError, match=r"experts.2.up_proj.bias is missing, which the experts of this model have"):
+        load_base(copied(gpt_oss, tmp_path / "without", tensors))
+    tensors = load_file(qwen / "model.safetensors") | {f"{EXPERT.format(2)}.bias": bias[:64].clone()}
+    with pytest.raises(QALoraError, match=r"experts.2.up_proj has a bias, which the experts of this model have no"):
+        load_base(copied(qwen, tmp_path / "with", tensors))
+
+
+def test_a_merge_says_beforehand_that_vllm_has_no_place_for_biases(gpt_oss, tmp_path, caplog):
+    adapter = save_random(load_base(gpt_oss), tmp_path / "adapter", target_modules=["q_proj"])
+    merge(gpt_oss, adapter, tmp_path / "merged", progress=False)
+    assert "vLLM cannot serve quantized experts that have biases, as model.layers.0.mlp.experts.0." in caplog.text
 
 
 @pytest.mark.parametrize("shape", [(10**9, 0, 2), (3, 128, 4), (4, 128, 4, 1)])

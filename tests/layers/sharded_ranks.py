@@ -21,6 +21,7 @@ CASES = {
     "4 bits": ("plain", {}),
     "3 bits": ("three", {}),
     "act-order and biases": ("ordered", {}),
+    "experts with biases": ("experts", {}),
     "dropout": ("ordered", {"lora_dropout": 0.3}),
     "checkpointing": ("plain", {"checkpointing": True}),
     "bfloat16": ("plain", {"dtype": torch.bfloat16}),

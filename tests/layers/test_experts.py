@@ -16,12 +16,15 @@ EXPERTS, HIDDEN, INNER, RANK, TOKENS, SCALING = 5, 64, 96, 3, 11, 2.0
 
 
 def make_linear(k, n, seed, bits=4, **kind):
-    weights = [make_layer(k, n, bits, 32, seed=seed + i, **kind).quantized for i in range(EXPERTS)]
-    layer = QuantExpertLinear([spec_of(weight) for weight in weights], act_order=kind.get("act_order", False))
+    made = [make_layer(k, n, bits, 32, seed=seed + i, **kind) for i in range(EXPERTS)]
+    weights = [one.quantized for one in made]
+    dtype = "float16" if kind.get("bias") else None
+    specs = [replace(spec_of(weight), bias_dtype=dtype) for weight in weights]
+    layer = QuantExpertLinear(specs, act_order=kind.get("act_order", False))
     if kind.get("offsets"):
         layer.offsets = torch.empty(EXPERTS, *weights[0].offsets.shape, dtype=torch.float16)
     for i, weight in enumerate(weights):
-        layer.put(i, weight)
+        layer.put(i, weight, bias=made[i].bias)
     return layer, weights
 
 
@@ -29,12 +32,21 @@ def dense(weights):
     return torch.stack([reference.dequantize(weight) for weight in weights])
 
 
-@pytest.mark.parametrize("kind", [{}, {"act_order": True}, {"offsets": True}, {"bits": 3}, {"bits": 8}], ids=str)
+def biases(layer):
+    return torch.zeros(EXPERTS, layer.out_features).double() if layer.bias is None else layer.bias.double()
+
+
+KINDS = [{}, {"act_order": True}, {"offsets": True}, {"bias": True}, {"bits": 3}, {"bits": 8}]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_every_expert_is_the_definition(kind):
     layer, weights = make_linear(HIDDEN, INNER, 0, **kind)
+    assert (layer.bias is not None) == ("bias" in kind)
     counts = [3, 0, 4, 1, 0]
     x = torch.randn(sum(counts), HIDDEN)
-    wanted = torch.cat([part.double() @ w for part, w in zip(x.split(counts), dense(weights), strict=True)])
+    every = zip(x.split(counts), dense(weights), biases(layer), strict=True)
+    wanted = torch.cat([part.double() @ w + bias for part, w, bias in every])
     assert_close(layer(x, counts), wanted, 1e-6)
     assert_close(layer.dense_weight(), dense(weights), 1e-6)
     assert layer(x[:0], [0] * EXPERTS).shape == (0, INNER)
@@ -66,11 +78,21 @@ def test_offsets_of_every_form_in_one_layer():
     assert_close(layer(x, counts), wanted, 1e-6)
 
 
-def make_experts():
+def multiplied(gate, up):
+    return silu(gate) * up
+
+
+def clipped(gate, up):
+    """GPT-OSS's."""
+    gate = gate.clamp(max=7)
+    return (up.clamp(-7, 7) + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+def make_experts(combine, bias):
     sizes = {"gate_proj": (HIDDEN, INNER), "up_proj": (HIDDEN, INNER), "down_proj": (INNER, HIDDEN)}
-    made = {name: make_linear(*size, seed=10 * i) for i, (name, size) in enumerate(sizes.items())}
-    experts = QuantExperts(**{name: layer for name, (layer, _) in made.items()}, act_fn=silu)
-    return experts, {name: dense(weights) for name, (_, weights) in made.items()}
+    made = {name: make_linear(*size, seed=10 * i, bias=bias) for i, (name, size) in enumerate(sizes.items())}
+    experts = QuantExperts(**{name: layer for name, (layer, _) in made.items()}, combine=combine)
+    return experts, [(dense(weights), biases(layer)) for layer, weights in made.values()]
 
 
 def routing(k=2):
@@ -81,24 +103,33 @@ def routing(k=2):
     return chosen, torch.rand(TOKENS, k, generator=generator)
 
 
-def defined(x, index, weights, gate, up, down):
+def defined(x, index, weights, combine, gate, up, down):
     """In float64, token by token."""
+
+    def linear(x, of, e):
+        weight, bias = of
+        return x @ weight[e] + bias[e]
+
     rows = []
     for token, chosen, shares in zip(x, index, weights.double(), strict=True):
-        parts = [s * ((silu(token @ gate[e]) * (token @ up[e])) @ down[e]) for e, s in zip(chosen, shares, strict=True)]
+        parts = [
+            s * linear(combine(linear(token, gate, e), linear(token, up, e)), down, e)
+            for e, s in zip(chosen, shares, strict=True)
+        ]
         rows.append(sum(parts))
     return torch.stack(rows)
 
 
-def test_experts_are_the_definition_and_pass_gradients_on():
-    experts, weights = make_experts()
+@pytest.mark.parametrize(("combine", "bias"), [(multiplied, False), (clipped, True)])
+def test_experts_are_the_definition_and_pass_gradients_on(combine, bias):
+    experts, weights = make_experts(combine, bias)
     index, shares = routing()
     x, exact = torch.randn(TOKENS, HIDDEN), None
     exact = x.double().requires_grad_()
     x.requires_grad_()
     ours, theirs = shares.clone().requires_grad_(), shares.double().requires_grad_()
     found = experts(x, index, ours)
-    wanted = defined(exact, index, theirs, weights["gate_proj"], weights["up_proj"], weights["down_proj"])
+    wanted = defined(exact, index, theirs, combine, *weights)
     assert_close(found, wanted, 1e-6)
     grad = torch.randn(TOKENS, HIDDEN)
     found.backward(grad)
@@ -136,18 +167,16 @@ def together(monkeypatch):
     monkeypatch.setattr(grouped, "takes", lambda x: True)
 
 
-def test_experts_together_are_the_definition(together, monkeypatch):
+@pytest.mark.parametrize(("combine", "bias"), [(multiplied, False), (clipped, True)])
+def test_experts_together_are_the_definition(together, monkeypatch, combine, bias):
     monkeypatch.setattr(QuantExpertLinear, "expert", None)  # which the other way asks for
-    test_experts_are_the_definition_and_pass_gradients_on()
+    test_experts_are_the_definition_and_pass_gradients_on(combine, bias)
 
 
 def test_experts_with_much_to_do_run_one_by_one(together):
     chosen = torch.zeros(4, 2, dtype=torch.int64)
     assert grouped.tiles_for(torch.zeros(4, 8), chosen, 2, weights=grouped.LONG // 4) is None
     assert grouped.tiles_for(torch.zeros(4, 8), chosen, 2, weights=grouped.LONG // 8) is not None
-
-
-KINDS = [{}, {"act_order": True}, {"offsets": True}, {"bits": 3}]
 
 
 @pytest.mark.parametrize("rows", ["a token", "a slot"])

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from families.architectures import build
+from families.bases import make_base_of
 from layers.sharded_ranks import CASES
 from support.fabricate import make_base
 from support.two_processes import launch
@@ -54,6 +56,8 @@ def bases(tmp_path_factory) -> Path:
     make_base(folder / "plain")
     make_base(folder / "three", bits=3)
     make_base(folder / "ordered", act_order=True, bias=True)
+    experts = make_base_of(build("gpt_oss"), folder / "made", quantize_experts=True).folder
+    experts.rename(folder / "experts")
     return folder
 
 

@@ -1,5 +1,8 @@
 """What vLLM reads from a folder before it loads weights, and the errors that a bad one gives."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -9,6 +12,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from qalora_plugin.core.errors import QALoraError
 from vllm_ext import config
+from vllm_ext.compat import experts_problem, is_experts
 from vllm_ext.config import QALoraConfig
 
 
@@ -142,3 +146,21 @@ def test_experts_that_are_named_otherwise_or_of_an_older_vllm_are_refused(merged
         config.get_quant_method(RoutedExperts(), "model.layers.0.moe.experts")
     with pytest.raises(ValueError, match=r"on vLLM 0\.32 or newer"):
         config.get_quant_method(FusedMoE(), "model.layers.0.mlp.experts")
+
+
+@pytest.mark.parametrize(
+    ("names", "settings", "reason"),
+    [
+        (("RoutedExperts",), {}, None),
+        (("FusedMoE",), {}, "vLLM 0.32 or newer"),
+        (("RoutedExperts", "GptOssRoutedExperts"), {}, r"a class of its own for .* \(GptOssRoutedExperts\)"),
+        (("RoutedExperts",), {"swiglu_limit": 10.0}, "clips or scales"),
+    ],
+)
+def test_experts_that_vllm_runs_otherwise_are_known_and_refused(names, settings, reason):
+    kind = object
+    for name in names:
+        kind = type(name, (kind,), {"moe_config": SimpleNamespace(**{"swiglu_limit": None} | settings)})
+    assert is_experts(kind())
+    found = experts_problem(kind())
+    assert (found is None) if reason is None else re.search(reason, found)

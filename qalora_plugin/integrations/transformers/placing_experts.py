@@ -4,12 +4,17 @@ On disk every expert is a linear of its own: ``…experts.E.{gate,up,down}_proj`
 the older names of Mixtral and its like, ``…experts.E.{w1,w3,w2}``. transformers would fuse dense ones into two tensors
 while loading. Packed ones are kept away from that: its loader is told to leave them, and :func:`read_experts` takes
 them from disk, expert by expert.
+
+What a family computes between gate and up, and down, its own class says (``_apply_gate``), over both in one tensor.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from qalora_plugin.core.errors import QALoraError
@@ -17,6 +22,7 @@ from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.base import CheckpointFormat
 from qalora_plugin.formats.gptq import is_act_order
 from qalora_plugin.formats.opened import QuantizedCheckpoint
+from qalora_plugin.formats.provenance import quantizers
 from qalora_plugin.formats.qalora import FACTORS, SCALES
 from qalora_plugin.integrations.transformers.naming import Destination, is_ignored
 from qalora_plugin.layers.experts import QuantExpertLinear, QuantExperts
@@ -29,7 +35,7 @@ _ROLES = {
     "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj",
 }  # fmt: skip
 _NAME = re.compile(r"(?P<parent>(?:.+\.)?experts)\.(?P<expert>\d{1,5})\.(?P<leaf>\w+)")
-_PARTS = r"\.experts\.\d+\.\w+\.(qweight|qzeros|scales|g_idx|offsets|offsets_a|offsets_b|scales_delta)$"
+_PARTS = r"\.experts\.\d+\.\w+\.(qweight|qzeros|scales|g_idx|bias|offsets|offsets_a|offsets_b|scales_delta)$"
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,8 @@ def place_experts(
         The projections by their names in the model, ``model.layers.0.mlp.experts.gate_proj`` …
 
     Raises:
-        QALoraError: experts that are missing, unknown, dense or quantized differently; or a class that computes more
-            with them than ``down(act(gate)·up)``.
+        QALoraError: experts that are missing, unknown, dense or quantized differently; a class that computes something
+            else with them than ``down(combine(gate, up))``; or one whose gate and up no one can tell apart.
     """
     modules = dict(model.named_modules())
     layers: dict[str, dict[str, dict[int, GroupwiseSpec]]] = {}  # by module, role and expert
@@ -92,7 +98,7 @@ def place_experts(
             role: QuantExpertLinear(one.specs, _act_order(one, checkpoint), device="meta")
             for role, one in projections.items()
         }
-        model.set_submodule(path, QuantExperts(**linears, act_fn=modules[path].act_fn))
+        model.set_submodule(path, QuantExperts(**linears, combine=_combine_of(modules[path])))
         placed |= {f"{path}.{role}": one for role, one in projections.items()}
     if placed:
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), _PARTS}
@@ -115,7 +121,8 @@ def read_experts(layer: QuantExpertLinear, projection: Projection, checkpoint: Q
         if spec.scales_delta_dtype:
             scales, change = (checkpoint.files.tensor(f"{spec.name}.{part}") for part in SCALES)
             weight = weight._replace(scales=scales)
-        layer.put(i, weight, factors, change)
+        bias = checkpoint.files.tensor(f"{spec.name}.bias") if spec.bias_dtype else None
+        layer.put(i, weight, factors, change, bias)
 
 
 def experts_as_stored(
@@ -134,11 +141,34 @@ def experts_as_stored(
             state[f"{stored}.offsets_b"] = layer.offsets_b[i, : spec.offset_rank].contiguous()
         if spec.scales_delta_dtype and layer.scales_delta is not None:
             state |= {f"{stored}.{part}": getattr(layer, part)[i] for part in SCALES}
+        if spec.bias_dtype and layer.bias is not None:
+            state[f"{stored}.bias"] = layer.bias[i]
     return state
 
 
 def _is_stacked(module: nn.Module | None) -> bool:
     return module is not None and not isinstance(module, nn.ModuleList) and hasattr(module, "down_proj")
+
+
+def _combine_of(module: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """What a family's class makes of gate and up."""
+    if _multiplies(module):
+        return partial(_multiplied, module.act_fn)
+    for name in list(module._parameters):
+        delattr(module, name)  # kept for its settings alone
+    return partial(_by_its_class, module)
+
+
+def _multiplies(module: Any) -> bool:
+    return getattr(type(module)._apply_gate, "__name__", "") == "_default_apply_gate"
+
+
+def _multiplied(act_fn: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    return act_fn(gate) * up
+
+
+def _by_its_class(module: Any, gate: Tensor, up: Tensor) -> Tensor:
+    return module._apply_gate(torch.cat((gate, up), -1))
 
 
 def _projections(
@@ -148,14 +178,21 @@ def _projections(
     """Every projection with all its experts, held against each other and against the module."""
     example = next(iter(next(iter(roles.values())).values())).name
     parent = example.rsplit(".", 2)[0]
-    apply_gate = getattr(getattr(type(module), "_apply_gate", None), "__name__", "")
-    if (
-        apply_gate != "_default_apply_gate" or not getattr(module, "has_gate", False) or module.has_bias
-        or not module.is_concatenated
-    ):  # fmt: skip
+    family = f"the experts of {type(model).__name__} ({type(module).__name__})"
+    if not getattr(module, "has_gate", False) or not hasattr(module, "_apply_gate"):
         raise QALoraError(
-            f"the checkpoint quantizes {example}, but the experts of {type(model).__name__} ({type(module).__name__}) "
-            "compute more than down(act(gate)·up). Leave the experts dense when quantizing."
+            f"the checkpoint quantizes {example}, but {family} compute something else than a down projection of what "
+            "gate and up give. Leave the experts dense when quantizing."
+        )
+    if not module.is_concatenated and not any(
+        name.startswith("gptqmodel:") for name in quantizers(checkpoint.files.quantization)
+    ):
+        # Columns of gate and up alternate in their dense weight. GPTQModel (Defuser) calls its two halves gate_proj and
+        # up_proj, and gives the class's own gate both joined again, as we do; other tools so call even and odd columns.
+        raise QALoraError(
+            f"{checkpoint.folder} quantizes {family}, whose gate and up tools tell apart in two ways, and its "
+            "quantization_config does not say that GPTQModel did (meta.quantizer). Quantize it with GPTQModel: qalora "
+            "quantize MODEL OUT."
         )
     experts, *sizes_of_down = cast(Tensor, module.down_proj).shape
     hidden, inner = reversed(sizes_of_down) if module.is_transposed else sizes_of_down
@@ -177,12 +214,12 @@ def _projections(
                 "layer's experts must be quantized all, or none. Quantize the base again, or download it again."
             )
         specs = [by_expert[i] for i in range(experts)]
-        _require_alike(specs, (k, n))
+        _require_alike(specs, (k, n), bool(module.has_bias))
         projections[role] = Projection(specs[0].name.rpartition(".")[2], specs)
     return projections
 
 
-def _require_alike(specs: list[GroupwiseSpec], sizes: tuple[int, int]) -> None:
+def _require_alike(specs: list[GroupwiseSpec], sizes: tuple[int, int], has_bias: bool) -> None:
     first = specs[0]
     for spec in specs:
         if (spec.bits, spec.group_size) != (first.bits, first.group_size):
@@ -196,8 +233,12 @@ def _require_alike(specs: list[GroupwiseSpec], sizes: tuple[int, int]) -> None:
                 f"{spec.name} is {spec.in_features}×{spec.out_features} in the checkpoint, but {sizes[0]}×{sizes[1]} "
                 "by config.json. They do not belong together."
             )
-        if spec.bias_dtype:
-            raise QALoraError(f"{spec.name} has a bias, which experts have no place for. Leave the experts dense.")
+        if spec.bias_dtype and not has_bias:
+            raise QALoraError(
+                f"{spec.name} has a bias, which the experts of this model have no place for. Leave the experts dense."
+            )
+        if has_bias and not spec.bias_dtype:
+            raise QALoraError(f"{spec.name}.bias is missing, which the experts of this model have. Download it again.")
         if spec.name.rpartition(".")[2] != first.name.rpartition(".")[2]:
             raise QALoraError(f"{first.name} and {spec.name} name one projection differently. Save the base again.")
 
