@@ -5,6 +5,9 @@ accelerate, torch and DeepSpeed do the sharding; they find parameters that they 
 """
 
 import os
+from collections import UserDict
+from collections.abc import Iterator
+from functools import wraps
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,6 +52,33 @@ def make_shardable(model: PreTrainedModel) -> None:
                 for held in factors.values():
                     make_factor_shardable(held)
     _fill_buffers(model)
+    _forget_what_was_sent()
+
+
+class _Drained(UserDict):
+    """A state dict that lets go of what it hands out."""
+
+    def __init__(self, held: dict[str, Tensor]):
+        self.data = held
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:  # type: ignore[override]  # no view
+        for name in list(self.data):
+            yield name, self.data.pop(name)
+
+
+def _forget_what_was_sent() -> None:
+    """accelerate 1.13 keeps the whole model on rank 0 until its last part is sent: half as much memory again.
+    (``fsdp_utils.fsdp2_load_full_state_dict``; Axolotl has one of its own, which does not.)"""
+    from accelerate.utils import fsdp_utils  # type: ignore[import-untyped]
+
+    load = fsdp_utils.fsdp2_load_full_state_dict
+    if not hasattr(load, "__wrapped__"):
+
+        @wraps(load)
+        def load_full_state_dict(accelerator: Any, model: Any, full_sd: dict[str, Tensor], **options: Any) -> Any:
+            return load(accelerator, model, _Drained(full_sd), **options)
+
+        fsdp_utils.fsdp2_load_full_state_dict = load_full_state_dict
 
 
 def _fill_buffers(model: PreTrainedModel) -> None:
