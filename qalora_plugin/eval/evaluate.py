@@ -42,7 +42,7 @@ class Measured:
 
     @property
     def perplexity(self) -> float:
-        return exp(self.loss) if self.loss < 700 else inf
+        return inf if self.loss >= 700 else exp(self.loss)
 
 
 class StoredLogits:
@@ -119,7 +119,8 @@ def mean_loss(
             theirs = torch.from_numpy(np.array(reference.array[reference.rows[i]])).to(logits.device)
             divergence += _divergence(theirs.log_softmax(-1), log_q)
             compared += len(targets)
-    kl = max(0.0, divergence / compared) if compared else None  # float32 sums of a model and itself may lie below 0
+    kl = divergence / compared if compared else None
+    kl = 0.0 if kl is not None and kl < 0 else kl  # float32 sums of a model and itself may lie below; NaN stays
     return Measured(loss / tokens, right / tokens, tokens, kl, compared)
 
 

@@ -11,6 +11,7 @@ from qalora_plugin.checkpoint.hub import expanded
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 
 SEQUENCE_LENGTH = 256
+ENCODING = "utf-8-sig"  # with or without the mark that Windows' editors begin a file with
 _ID_COLUMNS = ("input_ids", "chosen_ids", "chosen_input_ids", "prompt_ids", "prompt_input_ids")
 _DOCUMENTED = (
     "argparse",
@@ -56,14 +57,14 @@ def read_texts(path: str | Path) -> list[str]:
     if not path.is_file():
         raise QALoraError(f"the text file {path} does not exist. Pass a .txt or .jsonl file.")
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding=ENCODING)
     except UnicodeDecodeError as error:
         raise QALoraError(f"{path} is not UTF-8 text ({error}). Pass a .txt or .jsonl file.") from error
     if path.suffix != ".jsonl":
         texts = [content]
     else:
         try:
-            rows = [json.loads(line) for line in content.splitlines() if line.strip()]
+            rows = [parse_line(line) for line in content.split("\n") if line.strip()]  # splitlines cuts inside of texts
             texts = [row if isinstance(row, str) else "\n".join(_strings(row)) for row in rows]
         except (ValueError, RecursionError) as error:
             raise QALoraError(f"{path} is not JSON lines: {error}. Write one JSON value a line.") from error
@@ -71,6 +72,14 @@ def read_texts(path: str | Path) -> list[str]:
     if not texts:
         raise QALoraError(f"{path} holds no text. Pass a file with some.")
     return texts
+
+
+def parse_line(line: str) -> Any:
+    """A line of JSON. Half a character (``"\\ud83d"`` without the other), which no tokenizer takes, becomes ``?``."""
+    found = json.loads(line)
+    if "\\ud" in line.lower():
+        return json.loads(json.dumps(found, ensure_ascii=False).encode("utf-8", "replace"))
+    return found
 
 
 def _strings(row: Any) -> Iterable[str]:
@@ -88,7 +97,11 @@ def default_texts() -> list[str]:
 
 
 def tokenize(tokenizer: Any, texts: list[str], max_tokens: int, length: int = SEQUENCE_LENGTH) -> list[list[int]]:
-    """Cut texts into sequences of at most ``length`` tokens, ``max_tokens`` in all."""
+    """Cut texts into sequences of at most ``length`` tokens, ``max_tokens`` in all.
+
+    Raises:
+        QALoraError: no text has two tokens, of which the second could be predicted.
+    """
     sequences, left = [], max_tokens
     for text in texts:
         ids = tokenizer(text[: left * 16]).input_ids
@@ -99,4 +112,6 @@ def tokenize(tokenizer: Any, texts: list[str], max_tokens: int, length: int = SE
                 left -= len(sequence)
             if left < 2:
                 return sequences
+    if not sequences:
+        raise QALoraError("no text is longer than one token, so there is nothing to predict. Pass more text.")
     return sequences

@@ -85,12 +85,12 @@ def verify(
     parts = (*OFFSETS, SCALES[1]) if opened.has_scales else OFFSETS
     changed = {f"{module}.{part}" for module in opened.modules for part in parts}
     kept = [name for name in sorted(source.files.tensors) if name not in changed]
-    identical, sha256 = _compare_tensors(source.files, files, kept, progress)
-    weights = _compare_weights(source, result, opened, progress)
-    if sequences is None:
+    if not sequences:
         from transformers import AutoTokenizer
 
         sequences = tokenize(AutoTokenizer.from_pretrained(result.folder), texts or default_texts(), max_tokens)
+    identical, sha256 = _compare_tensors(source.files, files, kept, progress)
+    weights = _compare_weights(source, result, opened, progress)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     logits = compare_logits(source.folder, opened, result.folder, sequences, dtype, device)
     offsets = [info.end - info.start for name, info in files.tensors.items() if name.endswith(MERGED_PARTS)]

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from qalora_plugin.checkpoint.atomic import new_folder, require_absent
+from qalora_plugin.checkpoint.folder import read_config
 from qalora_plugin.checkpoint.hub import expanded, resolve
-from qalora_plugin.checkpoint.json_files import read_json
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 from qalora_plugin.core.words import SUPPORTED_BITS
 from qalora_plugin.eval.tokens import is_text_file, read_texts, tokenize
@@ -76,7 +76,7 @@ def quantize(
             ".venv-serve/bin/pip install --no-build-isolation gptqmodel==7.6.0 && .venv-serve/bin/pip install ."
         )
     folder = resolve(model, revision)
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     if found := config.get("quantization_config"):
         method = found.get("quant_method") if isinstance(found, dict) else found
         raise QALoraError(f"{model} is quantised already ({method}). Pass the original 16-bit model.")
