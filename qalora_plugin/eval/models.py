@@ -62,6 +62,7 @@ class Subject:
             if opened is not None:
                 opened.require_base(source.fingerprint(opened.base_fingerprint), str(base))
                 opened.check_fits(source.specs)
+                opened.check_values()
         subject = cls(name, files, source, opened)
         subject._require_model()
         return subject

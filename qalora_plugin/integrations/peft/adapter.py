@@ -73,19 +73,23 @@ leave_alone(QALoraConfig)
 
 
 def _check_base_first(load: Callable) -> Callable:
-    """PEFT's ``load_adapter``, for a training run that is resumed, too.
+    """PEFT's ``load_adapter``, of a folder that is whole and belongs to the base.
 
-    There the model has the adapter already, bound to the base that was loaded; PEFT then reads the checkpoint's weights
-    alone, and not the config that names the base they were trained on.
+    PEFT would leave what the folder lacks as a new adapter has it. And where a training run is resumed the model has
+    the adapter already, bound to the base that was loaded; PEFT then reads the checkpoint's weights alone, and not the
+    config that names the base they were trained on.
     """
 
     @wraps(load)
     def load_adapter(self: PeftModel, model_id: str | Path, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         layer = next((module for module in self.modules() if isinstance(module, QuantLinear)), None)
-        ours = isinstance(self.peft_config.get(adapter_name), QALoraConfig)
-        if ours and layer is not None and layer.base_fingerprint and is_local(model_id):
-            saved = AdapterFolder.open(model_id)
+        folder = Path(model_id, kwargs.get("subfolder") or "")
+        if layer is not None and layer.base_fingerprint and is_local(folder):
+            quantizer: Any = self.get_base_model().hf_quantizer
+            saved = AdapterFolder.open(folder)
             saved.require_base(layer.base_fingerprint(saved.base_fingerprint), "the base that was loaded")
+            saved.check_fits(quantizer.opened.specs)
+            saved.check_values()
         return load(self, model_id, adapter_name, *args, **kwargs)
 
     return load_adapter
