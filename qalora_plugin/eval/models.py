@@ -12,6 +12,7 @@ from qalora_plugin.checkpoint.adapter_folder import CONFIG_NAME, AdapterFolder
 from qalora_plugin.checkpoint.folder import INDEX_NAME, SINGLE_NAME, Checkpoint
 from qalora_plugin.checkpoint.hub import expanded, is_local
 from qalora_plugin.core.errors import QALoraError, printable
+from qalora_plugin.eval.tokens import load_tokenizer
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.formats.served_bits import SizeReport, served_bits
 
@@ -135,17 +136,10 @@ class Subject:
         Raises:
             QALoraError: transformers cannot load it.
         """
-        from transformers import AutoTokenizer
-
         folder = self.files.folder
         if self.adapter is not None and (self.adapter.folder / _TOKENIZER_CONFIG).is_file():
             folder = self.adapter.folder
-        try:
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # whatever tokenizers of any kind and age raise
-            raise QALoraError(
-                f"{folder} has no tokenizer that can be loaded ({error}). Put its tokenizer's files there."
-            ) from error
+        return load_tokenizer(folder)
 
     @contextmanager
     def loaded(self, dtype: "torch.dtype", device: str) -> Iterator[Any]:

@@ -96,6 +96,21 @@ def default_texts() -> list[str]:
     return [pydoc.plain(pydoc.render_doc(name)) for name in _DOCUMENTED]
 
 
+def load_tokenizer(folder: str | Path) -> Any:
+    """
+    Raises:
+        QALoraError: transformers cannot load it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever tokenizers of any kind and age raise
+        raise QALoraError(
+            f"{folder} has no tokenizer that can be loaded ({error}). Put its tokenizer's files there."
+        ) from error
+
+
 def tokenize(tokenizer: Any, texts: list[str], max_tokens: int, length: int = SEQUENCE_LENGTH) -> list[list[int]]:
     """Cut texts into sequences of at most ``length`` tokens, ``max_tokens`` in all.
 

@@ -20,7 +20,7 @@ from qalora_plugin.checkpoint.folder import read_config
 from qalora_plugin.checkpoint.hub import expanded, resolve
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 from qalora_plugin.core.words import SUPPORTED_BITS
-from qalora_plugin.eval.tokens import is_text_file, read_texts, tokenize
+from qalora_plugin.eval.tokens import is_text_file, load_tokenizer, read_texts, tokenize
 from qalora_plugin.methods.bit_allocation import Choice, allocate, served_bits
 from qalora_plugin.methods.sensitivity import measure
 
@@ -86,9 +86,8 @@ def quantize(
             raise QALoraError("fisher weights the choices that a budget leaves. Give a budget, or leave fisher out.")
 
     from gptqmodel import GPTQModel, QuantizeConfig
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     calibration = calibration_rows(tokenizer, dataset, samples, length, seed)
     plan = {} if budget is None else plan_for(folder, [row["input_ids"] for row in calibration], budget, fisher)
     if plan:
@@ -155,7 +154,14 @@ def _check_sizes(config: dict[str, Any], group_size: int) -> None:
 
 
 def calibration_rows(tokenizer: Any, dataset: str, samples: int, length: int, seed: int) -> list[dict[str, list[int]]]:
-    """``samples`` random sequences of ``length`` tokens."""
+    """``samples`` random sequences of ``length`` tokens.
+
+    Raises:
+        QALoraError: numbers that make no sequence, or too little text.
+    """
+    for name, value, least in (("samples", samples, 1), ("length", length, 2)):
+        if value < least:
+            raise QALoraError(f"{name} is {value}, expected {least} or more.")
     texts = read_texts(dataset) if is_text_file(dataset) else _hub_texts(dataset, 8 * samples)
     random.Random(seed).shuffle(texts)
     sequences = tokenize(tokenizer, texts, 4 * samples * length, length)
