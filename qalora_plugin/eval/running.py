@@ -16,7 +16,7 @@ from qalora_plugin.eval.generation import Judge, exact_match
 from qalora_plugin.eval.models import Subject
 from qalora_plugin.eval.results import Result
 from qalora_plugin.eval.tasks import Tasks
-from qalora_plugin.eval.tokens import read_texts, tokenize
+from qalora_plugin.eval.tokens import read_texts, require_ids, tokenize
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def plan(
     made = Plan(subjects, data, settings, reference, tasks)
     for subject in [*subjects, *([reference] if reference else [])]:
         made.examples.append([_examples(made, subject, one) for one in data])
-        _require_embeddings(subject, made.examples[-1])
+        require_ids((one.ids for part in made.examples[-1] for one in part), subject.vocabulary, subject.label)
     if reference is not None:
         for subject, examples in zip(subjects, made.examples, strict=False):
             if examples != made.examples[-1]:
@@ -149,16 +149,6 @@ def _examples(made: Plan, subject: Subject, data: Data) -> list[Example]:
             f"{left_out} of {len(data.rows)} rows of {data.name} are {unfit}, and left out: {subject.label}"
         )
     return examples
-
-
-def _require_embeddings(subject: Subject, examples: list[list[Example]]) -> None:
-    """Refuse a tokenizer that is of another model."""
-    largest = max((max(example.ids) for one in examples for example in one), default=0)
-    if subject.vocabulary is not None and largest >= subject.vocabulary:
-        raise QALoraError(
-            f"the tokenizer of {subject.label} makes token {largest}, and the model has {subject.vocabulary} "
-            "embeddings. Put the model's own tokenizer there."
-        )
 
 
 def measure(made: Plan, progress: bool = False) -> Iterator[list[Result]]:

@@ -111,6 +111,22 @@ def load_tokenizer(folder: str | Path) -> Any:
         ) from error
 
 
+def require_ids(sequences: Iterable[list[int]], vocabulary: int | None, model: object) -> None:
+    """Refuse tokens that a model has no embedding for, which are another tokenizer's.
+
+    Args:
+        vocabulary: how many it has; None if that is not known.
+    """
+    if vocabulary is None:
+        return
+    strange = (i for ids in sequences for i in ids if not 0 <= i < vocabulary)
+    if (found := next(strange, None)) is not None:
+        raise QALoraError(
+            f"token {found} is none of the {vocabulary} that {model} has. Use the model's own tokenizer: put its files "
+            "there."
+        )
+
+
 def tokenize(tokenizer: Any, texts: list[str], max_tokens: int, length: int = SEQUENCE_LENGTH) -> list[list[int]]:
     """Cut texts into sequences of at most ``length`` tokens, ``max_tokens`` in all.
 

@@ -19,7 +19,7 @@ from qalora_plugin.checkpoint.hub import resolve
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.reference import dequantize
 from qalora_plugin.core.weight import GroupwiseWeight
-from qalora_plugin.eval.tokens import load_tokenizer
+from qalora_plugin.eval.tokens import load_tokenizer, require_ids
 from qalora_plugin.integrations.peft.adapter import QALoraLayer
 from qalora_plugin.integrations.peft.experts import QALoraExpertsLayer
 from qalora_plugin.integrations.peft.sharded import is_to_be_sharded
@@ -85,7 +85,9 @@ def calibrate(
     base = model.get_base_model()
     twin = load_model(folder, model_class=type(base).__name__, dtype="auto").eval()
     _require_twin(twin, layers, dense)
-    _require_ids(sequences, twin.config.get_text_config().vocab_size)
+    if not sequences or not all(sequences):
+        raise QALoraError("no sequence to calibrate on was given, or an empty one. Pass some, or a text file.")
+    require_ids(sequences, twin.config.get_text_config().vocab_size, dense)
     blocks, inside = blocks_of(twin, layers)
     _require_near(twin, {name: layers[name] for name in inside}, dense)
     device = _weight(next(iter(layers.values()))).scales.device
@@ -183,15 +185,6 @@ def _require_near(twin: nn.Module, layers: dict[str, QALoraLayer], dense: str | 
             f"{dense} is not the 16-bit model of this base: the weights that both have are off by "
             f"{(off / all_of_it) ** 0.5 if all_of_it else inf:.0%} of their size. Give the model that the base was "
             "quantized from."
-        )
-
-
-def _require_ids(sequences: Sequence[list[int]], vocabulary: int) -> None:
-    if not sequences or not all(sequences):
-        raise QALoraError("no sequence to calibrate on was given, or an empty one. Pass some, or a text file.")
-    if strange := next((i for ids in sequences for i in ids if not 0 <= i < vocabulary), None):
-        raise QALoraError(
-            f"token {strange} is none of the model's {vocabulary}. Pass sequences of its own tokenizer's ids."
         )
 
 

@@ -190,7 +190,7 @@ def test_a_model_that_is_damaged(folders, tmp_path):
     ("text", "options", "match"),
     [
         ([[]], {}, "or an empty one"),
-        ([[5, 600]], {}, "token 600 is none of the model's 128"),
+        ([[5, 600]], {}, "token 600 is none of the 128 that"),
         ([[5, -1]], {}, "token -1 is none"),
         (__file__, {"samples": 0}, "samples is 0, expected 1 or more"),
         (__file__, {"length": 1}, "length is 1, expected 2 or more"),
