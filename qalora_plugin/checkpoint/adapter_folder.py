@@ -56,6 +56,10 @@ class AdapterFolder:
         folder = expanded(folder)
         if not folder.is_dir():
             raise QALoraError(f"the adapter folder {folder} does not exist. Pass the training run's output folder.")
+        if not (folder / CONFIG_NAME).is_file():
+            raise QALoraError(
+                f"{folder} has no {CONFIG_NAME}: it is no adapter. Pass the training run's output folder."
+            )
         config = read_json(folder / CONFIG_NAME)
         if config.get("peft_type") != PEFT_TYPE:
             pooled, advice, peft_type = "", "Train with `adapter: qalora`.", config.get("peft_type")

@@ -67,7 +67,7 @@ class Judge:
             raise QALoraError(f"--answer-pattern {pattern!r} is no regular expression: {error}.") from error
         found = [self.result(row.answer) for row in rows]
         for row, result in zip(rows, found, strict=True):
-            if result is None:
+            if not result:
                 raise QALoraError(
                     f"the answer {row.answer[-80:]!r} has nothing that {self._pattern.pattern!r} finds. Pass an "
                     "--answer-pattern that finds the result in every answer."

@@ -284,3 +284,23 @@ def test_a_folder_inside_of_another(base, adapter, tmp_path):
     shutil.copytree(adapter, tmp_path / "inside")
     model = PeftModel.from_pretrained(load_base(base), tmp_path, subfolder="inside")
     assert layers(model)
+
+
+@pytest.mark.parametrize(
+    ("began", "goes_on", "match"),
+    [
+        ({}, {"scales": True}, "was trained without scales, this run trains with scales, scales_lr_ratio 3"),
+        ({"scales": True}, {}, "was trained with scales, scales_lr_ratio 3, this run trains without"),
+        (
+            {"scales": True},
+            {"scales": True, "scales_lr_ratio": 5},
+            "was trained with scales, scales_lr_ratio 3, this run trains with scales, scales_lr_ratio 5",
+        ),
+    ],
+)
+def test_a_run_that_is_resumed_with_other_settings(base, tmp_path, began, goes_on, match):
+    """The Trainer loads the numbers alone; they are in other units."""
+    folder = make_adapter(base, tmp_path / "checkpoint", **OPTIONS, **began)
+    model = add_adapter(load_base(base), **OPTIONS, **goes_on)
+    with pytest.raises(QALoraError, match=match):
+        model.load_adapter(folder, "default", is_trainable=True)

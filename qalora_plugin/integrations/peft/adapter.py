@@ -90,9 +90,24 @@ def _check_base_first(load: Callable) -> Callable:
             saved.require_base(layer.base_fingerprint(saved.base_fingerprint), "the base that was loaded")
             saved.check_fits(quantizer.opened.specs)
             saved.check_values()
+            if isinstance(config := self.peft_config.get(adapter_name), QALoraConfig):
+                _require_same_scales(config.qalora or {}, saved)
         return load(self, model_id, adapter_name, *args, **kwargs)
 
     return load_adapter
+
+
+def _require_same_scales(qalora: dict[str, Any], saved: AdapterFolder) -> None:
+    """Refuse a checkpoint whose numbers mean something else in the adapter that they are loaded into."""
+    (wanted, ratio), (found, its) = (
+        (bool(settings.get("scales")), settings.get("scales_lr_ratio")) for settings in (qalora, saved.config["qalora"])
+    )
+    if (wanted, ratio) != (found, its):
+        raise QALoraError(
+            f"{saved.folder} was trained {f'with scales, scales_lr_ratio {its:g}' if found else 'without scales'}, this "
+            f"run trains {f'with scales, scales_lr_ratio {ratio:g}' if wanted else 'without'}. Resume with the "
+            "settings it began with, or begin anew."
+        )
 
 
 PeftModel.load_adapter = _check_base_first(PeftModel.load_adapter)  # type: ignore[method-assign]  # on purpose
