@@ -104,8 +104,8 @@ def _require_same_scales(qalora: dict[str, Any], saved: AdapterFolder) -> None:
     )
     if (wanted, ratio) != (found, its):
         raise QALoraError(
-            f"{saved.folder} was trained {f'with scales, scales_lr_ratio {its:g}' if found else 'without scales'}, this "
-            f"run trains {f'with scales, scales_lr_ratio {ratio:g}' if wanted else 'without'}. Resume with the "
+            f"{saved.folder} was trained {f'with scales, scales_lr_ratio {its:g}' if found else 'without scales'}, "
+            f"this run trains {f'with scales, scales_lr_ratio {ratio:g}' if wanted else 'without'}. Resume with the "
             "settings it began with, or begin anew."
         )
 
