@@ -74,8 +74,9 @@ def stored_logits(
     The file lies where temporary files do (``TMPDIR``) and is gone afterwards.
 
     Raises:
-        QALoraError: the disk has no room for it.
+        QALoraError: no token counts, or the disk has no room for them.
     """
+    _require_some(examples)
     vocabulary = _vocabulary(model, examples[0])
     with tempfile.TemporaryFile() as file:
         stored = StoredLogits(examples, tokens, vocabulary, file)
@@ -101,8 +102,9 @@ def mean_loss(
         batch: tokens of a forward pass, padding included; memory grows with it, the result does not change.
 
     Raises:
-        QALoraError: the reference has another vocabulary.
+        QALoraError: no token counts, or the reference has another vocabulary.
     """
+    _require_some(examples)
     loss, right, tokens, divergence, compared = 0.0, 0, 0, 0.0, 0
     for i, logits in _predictions(model, examples, range(len(examples)), progress, description, batch):
         targets = torch.tensor(examples[i].ids[examples[i].start :], device=logits.device)
@@ -164,6 +166,11 @@ def _batches(examples: Sequence[Example], chosen: Iterable[int], batch: int) -> 
 def _vocabulary(model: Any, example: Example) -> int:
     """Logits a token: what the model gives, which is not always what its config says."""
     return model(input_ids=torch.tensor([example.ids[:1]], device=model.device)).logits.shape[-1]
+
+
+def _require_some(examples: Sequence[Example]) -> None:
+    if not any(_counted(example) > 0 for example in examples):
+        raise QALoraError("no example has a token that counts: there is nothing to measure. Pass others.")
 
 
 def _counted(example: Example) -> int:

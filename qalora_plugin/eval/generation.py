@@ -58,8 +58,10 @@ class Judge:
                 Default: what stands behind ``####`` if that is in every answer, else the whole answer.
 
         Raises:
-            QALoraError: no regular expression, or an answer has no result by it.
+            QALoraError: no rows, no regular expression, or an answer has no result by it.
         """
+        if not rows:
+            raise QALoraError("there is no row to answer. Pass rows with questions and answers.")
         self.marked = not pattern and all(MARK in row.answer for row in rows)
         try:
             self._pattern = re.compile(pattern or (_AFTER_MARK if self.marked else r"(?s)\s*(.+)"))
