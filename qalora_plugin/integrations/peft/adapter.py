@@ -146,7 +146,7 @@ class QALoraLayer(nn.Module, LoraLayer):
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         base = cast(QuantLinear, self.get_base_layer())
-        require_bound(adapter_name, config, bool(base.base_fingerprint))
+        config = require_bound(adapter_name, config, bool(base.base_fingerprint))
         trained_on, fingerprint = ((config.qalora or {}).get(key) for key in ("group_size", "base_fingerprint"))
         if trained_on not in (None, base.group_size):
             raise QALoraError(
@@ -216,13 +216,14 @@ class QALoraLayer(nn.Module, LoraLayer):
         return "qalora." + super().__repr__()
 
 
-def require_bound(name: str, config: Any, has_base: bool = True) -> None:
+def require_bound(name: str, config: Any, has_base: bool = True) -> QALoraConfig:
     """Refuse an adapter beside the first whose config does not name the base. ``has_base``: it comes from files."""
     if not isinstance(config, QALoraConfig) or (has_base and not is_bound(config.qalora)):
         raise QALoraError(
             f"adapter {name!r} has a {type(config).__name__} that says nothing of its base. Give it the first one's: "
             'QALoraConfig(..., qalora=model.peft_config["default"].qalora).'
         )
+    return config
 
 
 def require_adapters(model: nn.Module, wanted: set[str]) -> None:
