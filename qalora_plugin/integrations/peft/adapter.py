@@ -11,9 +11,10 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, cast
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.layer import LoraLayer
+from peft.utils import hotswap
 from torch import Tensor, nn
 
 from qalora_plugin.checkpoint.adapter_config import check_pooling, check_wishes
@@ -111,6 +112,7 @@ def _require_same_scales(qalora: dict[str, Any], saved: AdapterFolder) -> None:
 
 
 PeftModel.load_adapter = _check_base_first(PeftModel.load_adapter)  # type: ignore[method-assign]  # on purpose
+hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA].append("qalora")  # what is swapped in is of the same base and kind
 
 
 class QALoraLayer(nn.Module, LoraLayer):
