@@ -117,8 +117,9 @@ def read_config(folder: Path) -> dict:
             )
         settings = autogptq.as_quantization_config(read_json(folder / autogptq.SETTINGS_NAME))
         return config | {"quantization_config": settings}
-    if not config.get("quantization_config") and isinstance(config.get("quantization"), dict):
-        return config | {"quantization_config": {"quant_method": "mlx", **config["quantization"]}}
+    mlx = config.get("quantization")
+    if not config.get("quantization_config") and isinstance(mlx, dict) and "bits" in mlx:
+        return config | {"quantization_config": {**mlx, "quant_method": "mlx"}}
     return config
 
 
