@@ -56,6 +56,10 @@ class AdapterFolder:
         folder = expanded(folder)
         if not folder.is_dir():
             raise QALoraError(f"the adapter folder {folder} does not exist. Pass the training run's output folder.")
+        if not (folder / CONFIG_NAME).is_file():
+            raise QALoraError(
+                f"{folder} has no {CONFIG_NAME}: it is no adapter. Pass the training run's output folder."
+            )
         config = read_json(folder / CONFIG_NAME)
         if config.get("peft_type") != PEFT_TYPE:
             pooled, advice, peft_type = "", "Train with `adapter: qalora`.", config.get("peft_type")
@@ -202,6 +206,12 @@ class AdapterFolder:
                         "size, or its config was edited."
                     )
 
+    def check_values(self) -> None:
+        """Refuse NaN and Inf, of which a model would only say that its loss is NaN. Reads all of the adapter."""
+        for module in self.modules:
+            for part in "ABCD" if self.has_scales else "AB":
+                self._read(module, part)
+
     def factors(self, module: str) -> tuple[np.ndarray, np.ndarray]:
         """A ``[R, G]`` and B ``[N, R]`` of one linear, as stored (bfloat16 as float32).
 
@@ -219,10 +229,14 @@ class AdapterFolder:
         return float(self.config["qalora"]["scales_lr_ratio"])
 
     def _factor(self, module: str, part: str) -> np.ndarray:
+        found = self._read(module, part)
+        return self._ratio * found.astype(np.float64) if self.has_scales else found
+
+    def _read(self, module: str, part: str) -> np.ndarray:
         found = read_array(self.folder, self._info(module, part))
         if not all_finite(found):
             raise QALoraError(f"{self.folder}: the adapter of {module} holds NaN or Inf. The training diverged.")
-        return self._ratio * found.astype(np.float64) if self.has_scales else found
+        return found
 
     def _info(self, module: str, part: str) -> TensorInfo:
         """Where A or B of one linear lies: of an expert, within the stacked tensor."""

@@ -108,7 +108,7 @@ class Checkpoint:
 
 
 def read_config(folder: Path) -> dict:
-    """``config.json``, with the quantisation that AutoGPTQ's older folders keep beside it."""
+    """``config.json``, with the quantization that AutoGPTQ's folders keep beside it, and MLX's of another key."""
     config = read_json(folder / "config.json")
     if not config.get("quantization_config") and (folder / autogptq.SETTINGS_NAME).is_file():
         if not isinstance(config.get("model_type"), str):  # what it holds will be written into other folders
@@ -117,6 +117,9 @@ def read_config(folder: Path) -> dict:
             )
         settings = autogptq.as_quantization_config(read_json(folder / autogptq.SETTINGS_NAME))
         return config | {"quantization_config": settings}
+    mlx = config.get("quantization")
+    if not config.get("quantization_config") and isinstance(mlx, dict) and "bits" in mlx:
+        return config | {"quantization_config": {**mlx, "quant_method": "mlx"}}
     return config
 
 

@@ -1,6 +1,7 @@
 """JSON files of a model folder, read with errors that name the file."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,19 @@ def read_json(path: Path) -> dict:
 def write_json(path: Path, content: dict) -> None:
     """As Hugging Face writes its configs, keys in their order."""
     path.write_text(json.dumps(content, indent=2, sort_keys=False) + "\n", encoding="utf-8")
+
+
+def strict_json(content: Any) -> str:
+    """For other programs: NaN and Inf, which JSON does not have, as null."""
+    return json.dumps(_finite(content), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inside) for key, inside in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inside) for inside in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def short(value: Any) -> str:

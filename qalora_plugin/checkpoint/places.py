@@ -1,5 +1,6 @@
 """Where a new folder may go: checked before the work, not when it is to be written."""
 
+import os
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -50,9 +51,17 @@ def require_writable(out: Path, what: str) -> None:
     if not there.is_dir():
         raise QALoraError(f"{what} is {out}, but {there} is a file, not a folder. Choose another place.")
     try:  # asking for the rights is not enough: root has all of them, on a read-only disk, too
-        Path(mkdtemp(prefix=".qalora-", dir=there)).rmdir()
+        _write_into(there)
     except OSError as error:
         raise QALoraError(
             f"{what} is {out}, but {there} is not writable ({error.strerror}). Choose another place, or change its "
             "rights."
         ) from error
+
+
+def _write_into(folder: Path) -> None:
+    """Write something that has no name where the disk can, so that nothing stays of a run that is killed just here."""
+    try:
+        os.close(os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o600))
+    except OSError:
+        Path(mkdtemp(prefix=".qalora-", dir=folder)).rmdir()

@@ -25,8 +25,10 @@ def quantize(
     model: Annotated[str, typer.Argument(help="16-bit model: folder or Hub id.")],
     out: Annotated[Path, typer.Argument(help="New folder for the GPTQ base.")],
     dataset: Annotated[str, typer.Option(help="Calibration text: a .txt or .jsonl file, or a Hub dataset id.")],
-    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Columns that share a scale; more groups = a freer adapter.")] = 32,
+    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8; default: 4.")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Columns that share a scale (more groups = a freer adapter); default: 32.")
+    ] = None,
     sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric zero-points, or per-group ones.")] = False,
     act_order: Annotated[bool, typer.Option("--act-order", help="Quantise columns by activation size.")] = False,
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 256,

@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 
 from qalora_plugin.checkpoint.atomic import require_absent
+from qalora_plugin.checkpoint.places import require_writable
 from qalora_plugin.core.errors import QALoraError, printable
 from qalora_plugin.eval.models import Subject, open_all
 from qalora_plugin.eval.results import Result, append_csv, as_json, plot, require_plotting, show
@@ -46,6 +47,12 @@ def evaluate(
             raise QALoraError("--png draws losses. Pass --text FILE or --jsonl FILE.")
     if csv is not None and not csv.absolute().parent.is_dir():
         raise QALoraError(f"the folder {csv.absolute().parent} for --csv does not exist. Make it first.")
+    for out, name in ((csv, "--csv"), (png, "--png")):
+        if out is not None:
+            require_writable(out.absolute(), name)
+    if csv is not None and png is not None and csv.absolute() == png.absolute():
+        raise QALoraError(f"--csv and --png are both {csv}. Give each a file of its own.")
+    _require_device(settings.device)
     names = [name for part in (tasks or "").split(",") if (name := part.strip())]
     asked = Tasks(names, tasks_path, settings.rows) if names else None
     subjects = open_all(models, adapters, revision)
@@ -66,3 +73,11 @@ def evaluate(
     else:
         show(results)
     return results
+
+
+def _require_device(device: str) -> None:
+    """Refuse one that is not here, or that computes nothing (meta)."""
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise QALoraError(f"--device {device} cannot be used here: {str(error)[:120]}. Use another, as cpu.") from error

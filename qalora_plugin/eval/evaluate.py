@@ -42,7 +42,7 @@ class Measured:
 
     @property
     def perplexity(self) -> float:
-        return exp(self.loss) if self.loss < 700 else inf
+        return inf if self.loss >= 700 else exp(self.loss)
 
 
 class StoredLogits:
@@ -74,8 +74,9 @@ def stored_logits(
     The file lies where temporary files do (``TMPDIR``) and is gone afterwards.
 
     Raises:
-        QALoraError: the disk has no room for it.
+        QALoraError: no token counts, or the disk has no room for them.
     """
+    _require_some(examples)
     vocabulary = _vocabulary(model, examples[0])
     with tempfile.TemporaryFile() as file:
         stored = StoredLogits(examples, tokens, vocabulary, file)
@@ -101,8 +102,9 @@ def mean_loss(
         batch: tokens of a forward pass, padding included; memory grows with it, the result does not change.
 
     Raises:
-        QALoraError: the reference has another vocabulary.
+        QALoraError: no token counts, or the reference has another vocabulary.
     """
+    _require_some(examples)
     loss, right, tokens, divergence, compared = 0.0, 0, 0, 0.0, 0
     for i, logits in _predictions(model, examples, range(len(examples)), progress, description, batch):
         targets = torch.tensor(examples[i].ids[examples[i].start :], device=logits.device)
@@ -119,7 +121,8 @@ def mean_loss(
             theirs = torch.from_numpy(np.array(reference.array[reference.rows[i]])).to(logits.device)
             divergence += _divergence(theirs.log_softmax(-1), log_q)
             compared += len(targets)
-    kl = max(0.0, divergence / compared) if compared else None  # float32 sums of a model and itself may lie below 0
+    kl = divergence / compared if compared else None
+    kl = 0.0 if kl is not None and kl < 0 else kl  # float32 sums of a model and itself may lie below; NaN stays
     return Measured(loss / tokens, right / tokens, tokens, kl, compared)
 
 
@@ -163,6 +166,11 @@ def _batches(examples: Sequence[Example], chosen: Iterable[int], batch: int) -> 
 def _vocabulary(model: Any, example: Example) -> int:
     """Logits a token: what the model gives, which is not always what its config says."""
     return model(input_ids=torch.tensor([example.ids[:1]], device=model.device)).logits.shape[-1]
+
+
+def _require_some(examples: Sequence[Example]) -> None:
+    if not any(_counted(example) > 0 for example in examples):
+        raise QALoraError("no example has a token that counts: there is nothing to measure. Pass others.")
 
 
 def _counted(example: Example) -> int:

@@ -4,7 +4,6 @@ A row is ``{"messages": […]}``, ``{"question": …, "answer": …}`` (gsm8k's)
 ``{"text": …}``. Of the first three only the answer's tokens count, its end included, as in training; of the last all.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 from qalora_plugin.checkpoint.hub import expanded
 from qalora_plugin.checkpoint.json_files import short
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
+from qalora_plugin.eval.tokens import ENCODING, parse_line
 
 _PAIRS = (("question", "answer"), ("prompt", "completion"))
 _EXPECTED = '{"messages": […]}, {"question", "answer"}, {"prompt", "completion"} or {"text"}'
@@ -42,7 +42,7 @@ class Row:
         """What a model is given: in the chat template, if the tokenizer has one; ``""`` of mere text."""
         if not self.messages or not tokenizer.chat_template:
             return self.plain
-        return tokenizer.apply_chat_template(list(self.messages), add_generation_prompt=True, tokenize=False)
+        return _in_template(tokenizer, list(self.messages), add_generation_prompt=True)
 
     def example(self, tokenizer: Any) -> Example:
         """Tokens of question and answer. The answer ends as the chat template ends it, else with the end of text."""
@@ -56,11 +56,21 @@ class Row:
     def _end(self, tokenizer: Any, prompt: str) -> list[int]:
         if tokenizer.chat_template:
             answered = [*self.messages, {"role": "assistant", "content": self.answer}]
-            whole = tokenizer.apply_chat_template(answered, tokenize=False)
+            whole = _in_template(tokenizer, answered)
             end = whole.removeprefix(prompt + self.answer).strip()
             if whole.startswith(prompt + self.answer) and end:  # some templates edit the answer, or add thoughts
                 return tokenizer(end, add_special_tokens=False).input_ids
         return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def _in_template(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # whatever templates raise: many refuse a system's message, or two of one role
+        raise QALoraError(
+            f"the tokenizer's chat template cannot write {short([message['role'] for message in messages])} "
+            f"({error}): {short(messages[0]['content'])}. Pass rows that it is for, or another template."
+        ) from error
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
@@ -80,11 +90,11 @@ def read_rows(path: str | Path, most: int | None = None) -> list[Row]:
     if not path.is_file():
         raise QALoraError(f"the file {path} does not exist. Pass a .jsonl file with a row a line: {_EXPECTED}.")
     rows: list[Row] = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding=ENCODING) as lines:
         try:
             for number, line in enumerate(lines, 1):
                 if line.strip() and (most is None or len(rows) < most):
-                    rows.append(as_row(json.loads(line), f"{path}, line {number}"))
+                    rows.append(as_row(parse_line(line), f"{path}, line {number}"))
         except (ValueError, RecursionError) as error:
             if isinstance(error, QALoraError):
                 raise

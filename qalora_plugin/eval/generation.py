@@ -16,6 +16,7 @@ from rich.progress import track
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.eval.examples import Row, prompt_ids
 from qalora_plugin.eval.logits import full_precision
+from qalora_plugin.eval.models import positions
 
 MARK = "####"
 _AFTER_MARK = rf"{MARK}[ \t]*([^\n]+)"
@@ -57,16 +58,18 @@ class Judge:
                 Default: what stands behind ``####`` if that is in every answer, else the whole answer.
 
         Raises:
-            QALoraError: no regular expression, or an answer has no result by it.
+            QALoraError: no rows, no regular expression, or an answer has no result by it.
         """
-        self.marked = pattern is None and all(MARK in row.answer for row in rows)
+        if not rows:
+            raise QALoraError("there is no row to answer. Pass rows with questions and answers.")
+        self.marked = not pattern and all(MARK in row.answer for row in rows)
         try:
             self._pattern = re.compile(pattern or (_AFTER_MARK if self.marked else r"(?s)\s*(.+)"))
         except re.error as error:
             raise QALoraError(f"--answer-pattern {pattern!r} is no regular expression: {error}.") from error
         found = [self.result(row.answer) for row in rows]
         for row, result in zip(rows, found, strict=True):
-            if result is None:
+            if not result:
                 raise QALoraError(
                     f"the answer {row.answer[-80:]!r} has nothing that {self._pattern.pattern!r} finds. Pass an "
                     "--answer-pattern that finds the result in every answer."
@@ -129,27 +132,35 @@ def generate(
     description: str = "answers",
     at_once: int = AT_ONCE,
 ) -> tuple[list[str], int]:
-    """Greedy continuations of token ids, batched, padded on the left; and how many did not come to an end."""
+    """Greedy continuations of token ids, batched, padded on the left; and how many did not come to an end.
+
+    None goes beyond the sequence that the model takes: a prompt that fills it has an empty continuation.
+    """
     ends = _ends(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
     options = {
         "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
-        "max_new_tokens": max_new_tokens, "max_length": None, "eos_token_id": ends or None, "pad_token_id": pad,
+        "max_length": None, "eos_token_id": ends or None, "pad_token_id": pad,
         "temperature": None, "top_p": None, "top_k": None,
     }  # fmt: skip
     model = model.eval()
+    most = positions(model.config)
     texts, unfinished = [""] * len(prompts), 0
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     batches = [order[start : start + at_once] for start in range(0, len(order), at_once)]
     with full_precision():
         for numbers in track(batches, description, disable=not progress, transient=True):
             longest = max(len(prompts[i]) for i in numbers)
+            room = max_new_tokens if most is None else min(max_new_tokens, most - longest)
+            if room < 1:
+                unfinished += len(numbers)
+                continue
             padding = [longest - len(prompts[i]) for i in numbers]
             ids = [[pad] * count + prompts[i] for count, i in zip(padding, numbers, strict=True)]
             mask = [[0] * count + [1] * (longest - count) for count in padding]
             given = {"input_ids": ids, "attention_mask": mask}
             tensors = {key: torch.tensor(value, device=model.device) for key, value in given.items()}
-            written = model.generate(**tensors, **options)[:, longest:].tolist()
+            written = model.generate(**tensors, **options, max_new_tokens=room)[:, longest:].tolist()
             for i, new in zip(numbers, written, strict=True):
                 stop = next((at for at, token in enumerate(new) if token in ends), None)
                 unfinished += stop is None

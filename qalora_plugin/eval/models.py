@@ -12,11 +12,13 @@ from qalora_plugin.checkpoint.adapter_folder import CONFIG_NAME, AdapterFolder
 from qalora_plugin.checkpoint.folder import INDEX_NAME, SINGLE_NAME, Checkpoint
 from qalora_plugin.checkpoint.hub import expanded, is_local
 from qalora_plugin.core.errors import QALoraError, printable
+from qalora_plugin.eval.tokens import load_tokenizer
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.formats.served_bits import SizeReport, served_bits
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PretrainedConfig
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _MATRICES = (".weight", "_proj")  # transformers stacks experts into parameters of their own
@@ -61,8 +63,10 @@ class Subject:
             if opened is not None:
                 opened.require_base(source.fingerprint(opened.base_fingerprint), str(base))
                 opened.check_fits(source.specs)
-        _require_model(files)
-        return cls(name, files, source, opened)
+                opened.check_values()
+        subject = cls(name, files, source, opened)
+        subject._require_model()
+        return subject
 
     @property
     def label(self) -> str:
@@ -100,9 +104,30 @@ class Subject:
     @property
     def longest(self) -> int | None:
         """Most tokens of a sequence, as the config says; None if it does not."""
-        config = self.files.config.get("text_config") or self.files.config
-        found = config.get("max_position_embeddings") if isinstance(config, dict) else None
-        return found if isinstance(found, int) and not isinstance(found, bool) and found > 1 else None
+        return positions(self._config)
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Tokens that it has embeddings and logits for, as the config says; None if it does not."""
+        return getattr(self._config.get_text_config(), "vocab_size", None)
+
+    @cached_property
+    def _config(self) -> "PretrainedConfig":
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.files.folder, trust_remote_code=False)
+        except Exception as error:  # whatever configs of any kind and age raise
+            raise QALoraError(
+                f"{self.files.folder / 'config.json'} is no model's config that transformers can read ({error}). Pass "
+                "the folder of a model."
+            ) from error
+
+    def _require_model(self) -> None:
+        """Refuse a folder whose config transformers makes no model of that continues text."""
+        from qalora_plugin.integrations.transformers.loading import auto_class
+
+        auto_class(self._config, None)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -111,17 +136,10 @@ class Subject:
         Raises:
             QALoraError: transformers cannot load it.
         """
-        from transformers import AutoTokenizer
-
         folder = self.files.folder
         if self.adapter is not None and (self.adapter.folder / _TOKENIZER_CONFIG).is_file():
             folder = self.adapter.folder
-        try:
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # whatever tokenizers of any kind and age raise
-            raise QALoraError(
-                f"{folder} has no tokenizer that can be loaded ({error}). Put its tokenizer's files there."
-            ) from error
+        return load_tokenizer(folder)
 
     @contextmanager
     def loaded(self, dtype: "torch.dtype", device: str) -> Iterator[Any]:
@@ -190,20 +208,10 @@ def _parts(model: str) -> tuple[str | None, str | None]:
     return (base, adapter) if plus and base and is_local(adapter) else (model, None)
 
 
-def _require_model(files: Checkpoint) -> None:
-    """Refuse a folder whose config transformers makes no model of that continues text."""
-    from transformers import AutoConfig
-
-    from qalora_plugin.integrations.transformers.loading import auto_class
-
-    try:
-        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
-    except Exception as error:  # whatever configs of any kind and age raise
-        raise QALoraError(
-            f"{files.folder / 'config.json'} is no model's config that transformers can read ({error}). Pass the "
-            "folder of a model."
-        ) from error
-    auto_class(config, None)
+def positions(config: "PretrainedConfig") -> int | None:
+    """Most tokens of a sequence, whatever a model's kind calls them in its config; None if it does not say."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and not isinstance(found, bool) and found > 1 else None
 
 
 def _dense_size(files: Checkpoint) -> SizeReport:

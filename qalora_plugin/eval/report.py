@@ -1,8 +1,8 @@
 """What a verification found, and the bars that it is held against."""
 
-import json
 from dataclasses import asdict, dataclass
 
+from qalora_plugin.checkpoint.json_files import strict_json
 from qalora_plugin.eval.tables import print_facts
 
 # In units of half a unit in the last place of an offset. (A merge rounds to float32 on the way to float16.)
@@ -91,7 +91,7 @@ class VerifyReport:
         return not self.failures
 
     def json(self) -> str:
-        return json.dumps(asdict(self) | {"passed": self.passed, "failures": self.failures}, indent=2)
+        return strict_json(asdict(self) | {"passed": self.passed, "failures": self.failures})
 
     def print(self) -> None:
         bar = f"bar: ≤ {self.logit_bar:.3g}" if self.dtype == "float32" else "the bar holds in float32"

@@ -8,7 +8,7 @@ import torch
 
 from qalora_plugin.conversion.export_gptq8 import add_logit_change
 from qalora_plugin.eval.logits import full_precision
-from qalora_plugin.eval.tokens import default_texts, tokenize
+from qalora_plugin.eval.tokens import default_texts, load_tokenizer, tokenize
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,7 @@ def measure_requantized(
         tokens: of Python's own documentation, unless ``sequences`` of token ids are given.
     """
     if sequences is None:
-        from transformers import AutoTokenizer
-
-        sequences = tokenize(AutoTokenizer.from_pretrained(merged), default_texts(), tokens)
+        sequences = tokenize(load_tokenizer(merged), default_texts(), tokens)
     expected, found = _logits(merged, sequences), _logits(export, sequences)
     log_p, log_q = expected.double().log_softmax(-1), found.double().log_softmax(-1)
     change = LogitChange(

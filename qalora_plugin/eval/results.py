@@ -1,7 +1,6 @@
 """What was measured: one row a model and a set of data, as a table, CSV, JSON and a plot."""
 
 import csv
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qalora_plugin.checkpoint.atomic import new_file
+from qalora_plugin.checkpoint.json_files import strict_json
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line, printable
 from qalora_plugin.eval.tables import print_table
 
@@ -96,7 +96,7 @@ def _formatted(value: float | None, form: str) -> str:
 
 def as_json(results: Sequence[Result], settings: dict[str, Any]) -> str:
     """``{"settings": …, "results": […]}``."""
-    return json.dumps({"settings": settings, "results": [asdict(result) for result in results]}, indent=2)
+    return strict_json({"settings": settings, "results": [asdict(result) for result in results]})
 
 
 @os_errors_in_one_line()

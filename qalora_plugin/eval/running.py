@@ -16,7 +16,7 @@ from qalora_plugin.eval.generation import Judge, exact_match
 from qalora_plugin.eval.models import Subject
 from qalora_plugin.eval.results import Result
 from qalora_plugin.eval.tasks import Tasks
-from qalora_plugin.eval.tokens import read_texts, tokenize
+from qalora_plugin.eval.tokens import read_texts, require_ids, tokenize
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,18 @@ def plan(
     made = Plan(subjects, data, settings, reference, tasks)
     for subject in [*subjects, *([reference] if reference else [])]:
         made.examples.append([_examples(made, subject, one) for one in data])
+        require_ids((one.ids for part in made.examples[-1] for one in part), subject.vocabulary, subject.label)
     if reference is not None:
         for subject, examples in zip(subjects, made.examples, strict=False):
             if examples != made.examples[-1]:
                 raise QALoraError(
                     f"{subject.label} and the reference {reference.label} make other tokens of the same text: there is "
                     "no KL between them. Pass a reference with the same tokenizer and chat template."
+                )
+            if subject.vocabulary != reference.vocabulary:
+                raise QALoraError(
+                    f"{subject.label} gives {subject.vocabulary} logits a token, the reference {reference.label} "
+                    f"{reference.vocabulary}: there is no KL between them. Pass one with the same vocabulary."
                 )
     elif any(examples != made.examples[0] for examples in made.examples):
         made.notes.append("tokenizers or chat templates differ: losses a token of these models cannot be compared")
@@ -135,11 +141,13 @@ def _examples(made: Plan, subject: Subject, data: Data) -> list[Example]:
         length = min(settings.length, longest or settings.length)
         return [Example(ids) for ids in tokenize(subject.tokenizer, list(data.texts), settings.tokens, length)]
     examples, left_out = as_examples(data.rows, subject.tokenizer, longest)
+    unfit = f"longer than the {longest} tokens of a model, or have no second token to predict"
     if not examples:
-        raise QALoraError(f"no row of {data.name} fits into the {longest} tokens that {subject.label} takes.")
+        raise QALoraError(f"all rows of {data.name} are {unfit}: {subject.label}. Pass others.")
     if left_out:
-        note = f"{left_out} of {len(data.rows)} rows of {data.name} are longer than the {longest} tokens of a model"
-        made.notes.append(f"{note} and left out: {subject.label}")
+        made.notes.append(
+            f"{left_out} of {len(data.rows)} rows of {data.name} are {unfit}, and left out: {subject.label}"
+        )
     return examples
 
 

@@ -32,6 +32,8 @@ class Tasks:
         """
         if not find_spec("lm_eval"):
             raise QALoraError("--tasks needs lm_eval, which is not installed here: pip install 'qalora[eval]'")
+        if folder is not None and not folder.is_dir():
+            raise QALoraError(f"--tasks-path {folder} is no folder. Pass the folder of the task files.")
         from lm_eval.tasks import TaskManager
 
         self.names, self.limit = list(names), limit

@@ -11,6 +11,7 @@ from qalora_plugin.checkpoint.hub import expanded
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 
 SEQUENCE_LENGTH = 256
+ENCODING = "utf-8-sig"  # with or without the mark that Windows' editors begin a file with
 _ID_COLUMNS = ("input_ids", "chosen_ids", "chosen_input_ids", "prompt_ids", "prompt_input_ids")
 _DOCUMENTED = (
     "argparse",
@@ -56,14 +57,14 @@ def read_texts(path: str | Path) -> list[str]:
     if not path.is_file():
         raise QALoraError(f"the text file {path} does not exist. Pass a .txt or .jsonl file.")
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding=ENCODING)
     except UnicodeDecodeError as error:
         raise QALoraError(f"{path} is not UTF-8 text ({error}). Pass a .txt or .jsonl file.") from error
     if path.suffix != ".jsonl":
         texts = [content]
     else:
         try:
-            rows = [json.loads(line) for line in content.splitlines() if line.strip()]
+            rows = [parse_line(line) for line in content.split("\n") if line.strip()]  # splitlines cuts inside of texts
             texts = [row if isinstance(row, str) else "\n".join(_strings(row)) for row in rows]
         except (ValueError, RecursionError) as error:
             raise QALoraError(f"{path} is not JSON lines: {error}. Write one JSON value a line.") from error
@@ -71,6 +72,14 @@ def read_texts(path: str | Path) -> list[str]:
     if not texts:
         raise QALoraError(f"{path} holds no text. Pass a file with some.")
     return texts
+
+
+def parse_line(line: str) -> Any:
+    """A line of JSON. Half a character (``"\\ud83d"`` without the other), which no tokenizer takes, becomes ``?``."""
+    found = json.loads(line)
+    if "\\ud" in line.lower():
+        return json.loads(json.dumps(found, ensure_ascii=False).encode("utf-8", "replace"))
+    return found
 
 
 def _strings(row: Any) -> Iterable[str]:
@@ -87,8 +96,43 @@ def default_texts() -> list[str]:
     return [pydoc.plain(pydoc.render_doc(name)) for name in _DOCUMENTED]
 
 
+def load_tokenizer(folder: str | Path) -> Any:
+    """
+    Raises:
+        QALoraError: transformers cannot load it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever tokenizers of any kind and age raise
+        raise QALoraError(
+            f"{folder} has no tokenizer that can be loaded ({error}). Put its tokenizer's files there."
+        ) from error
+
+
+def require_ids(sequences: Iterable[list[int]], vocabulary: int | None, model: object) -> None:
+    """Refuse tokens that a model has no embedding for, which are another tokenizer's.
+
+    Args:
+        vocabulary: how many it has; None if that is not known.
+    """
+    if vocabulary is None:
+        return
+    strange = (i for ids in sequences for i in ids if not 0 <= i < vocabulary)
+    if (found := next(strange, None)) is not None:
+        raise QALoraError(
+            f"token {found} is none of the {vocabulary} that {model} has. Use the model's own tokenizer: put its files "
+            "there."
+        )
+
+
 def tokenize(tokenizer: Any, texts: list[str], max_tokens: int, length: int = SEQUENCE_LENGTH) -> list[list[int]]:
-    """Cut texts into sequences of at most ``length`` tokens, ``max_tokens`` in all."""
+    """Cut texts into sequences of at most ``length`` tokens, ``max_tokens`` in all.
+
+    Raises:
+        QALoraError: no text has two tokens, of which the second could be predicted.
+    """
     sequences, left = [], max_tokens
     for text in texts:
         ids = tokenizer(text[: left * 16]).input_ids
@@ -99,4 +143,6 @@ def tokenize(tokenizer: Any, texts: list[str], max_tokens: int, length: int = SE
                 left -= len(sequence)
             if left < 2:
                 return sequences
+    if not sequences:
+        raise QALoraError("no text is longer than one token, so there is nothing to predict. Pass more text.")
     return sequences

@@ -40,7 +40,7 @@ from qalora_plugin.core.reference import (
 from qalora_plugin.core.weight import GroupwiseWeight
 from qalora_plugin.eval.logits import compare_logits
 from qalora_plugin.eval.report import VerifyReport
-from qalora_plugin.eval.tokens import default_texts, tokenize
+from qalora_plugin.eval.tokens import default_texts, load_tokenizer, tokenize
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.formats.qalora import FACTORS, MERGED_PARTS, OFFSETS, SCALES, QALora
 
@@ -85,12 +85,10 @@ def verify(
     parts = (*OFFSETS, SCALES[1]) if opened.has_scales else OFFSETS
     changed = {f"{module}.{part}" for module in opened.modules for part in parts}
     kept = [name for name in sorted(source.files.tensors) if name not in changed]
+    if not sequences:
+        sequences = tokenize(load_tokenizer(result.folder), texts or default_texts(), max_tokens)
     identical, sha256 = _compare_tensors(source.files, files, kept, progress)
     weights = _compare_weights(source, result, opened, progress)
-    if sequences is None:
-        from transformers import AutoTokenizer
-
-        sequences = tokenize(AutoTokenizer.from_pretrained(result.folder), texts or default_texts(), max_tokens)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     logits = compare_logits(source.folder, opened, result.folder, sequences, dtype, device)
     offsets = [info.end - info.start for name, info in files.tensors.items() if name.endswith(MERGED_PARTS)]

@@ -60,7 +60,7 @@ def allocate(layers: Sequence[Layer], budget: float) -> dict[str, Choice]:
     from scipy.sparse import csr_array
 
     total = sum(layer.weights for layer in layers)
-    _require_possible(layers, budget, total)
+    require_possible(layers, budget)
     pairs = [(i, choice) for i, layer in enumerate(layers) for choice in layer.costs]
     costs = np.array([layers[i].costs[choice] for i, choice in pairs], dtype=np.float64)
     sizes = np.array([layers[i].weights * choice.bits_per_weight / total for i, choice in pairs])
@@ -86,15 +86,22 @@ def served_bits(layers: Sequence[Layer], chosen: Mapping[str, Choice]) -> float:
     return used / sum(layer.weights for layer in layers)
 
 
-def _require_possible(layers: Sequence[Layer], budget: float, total: int) -> None:
+def require_possible(layers: Sequence[Layer], budget: float) -> None:
+    """
+    Raises:
+        QALoraError: no choice meets the budget (the message says the nearest).
+    """
+    total = sum(layer.weights for layer in layers)
     for layer in layers:
         if not layer.costs:
-            raise QALoraError(f"{layer.names[0]} fits no group size of {GROUP_SIZES}. Leave it dense.")
+            raise QALoraError(
+                f"{layer.names[0]} fits no group size of {GROUP_SIZES}. Give bits and group_size instead of a budget."
+            )
     least, most = (
         sum(layer.weights * pick(choice.bits_per_weight for choice in layer.costs) for layer in layers) / total
         for pick in (min, max)
     )
-    if budget < least:
+    if not budget >= least:  # NaN, too
         raise QALoraError(
             f"a budget of {budget} bits a weight cannot be met: the smallest choice everywhere takes {least:.2f}, the "
             f"largest {most:.2f} (codes, scales, zero-points and offsets). Use a budget between the two."

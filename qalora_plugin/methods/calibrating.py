@@ -5,6 +5,7 @@ The arithmetic is in :mod:`.calibration`, the inputs of linears come from :mod:`
 
 import logging
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from qalora_plugin.checkpoint.folder import read_config
 from qalora_plugin.checkpoint.hub import resolve
 from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.core.reference import dequantize
 from qalora_plugin.core.weight import GroupwiseWeight
+from qalora_plugin.eval.tokens import load_tokenizer, require_ids
 from qalora_plugin.integrations.peft.adapter import QALoraLayer
 from qalora_plugin.integrations.peft.experts import QALoraExpertsLayer
 from qalora_plugin.integrations.peft.sharded import is_to_be_sharded
@@ -75,19 +78,24 @@ def calibrate(
     layers = _adapted(model)
     folder = resolve(dense, revision)
     require_dense(read_config(folder), dense)
+    if isinstance(text, str | Path):
+        sequences: Sequence[list[int]] = calibration_sequences(folder, str(text), samples, length, seed)
+    else:
+        sequences = text
     base = model.get_base_model()
     twin = load_model(folder, model_class=type(base).__name__, dtype="auto").eval()
     _require_twin(twin, layers, dense)
+    if not sequences or not all(sequences):
+        raise QALoraError("no sequence to calibrate on was given, or an empty one. Pass some, or a text file.")
+    require_ids(sequences, twin.config.get_text_config().vocab_size, dense)
     blocks, inside = blocks_of(twin, layers)
-    sequences = text if not isinstance(text, str | Path) else _sequences(folder, str(text), samples, length, seed)
-    if not sequences:
-        raise QALoraError("no sequence to calibrate on was given. Pass some, or a text file.")
+    _require_near(twin, {name: layers[name] for name in inside}, dense)
     device = _weight(next(iter(layers.values()))).scales.device
     errors = {}
     with Progress(disable=not progress, transient=True) as bar:
         for found in hessians(twin, blocks, inside, sequences, device, bar):
             for name, hessian in found.items():
-                errors[name] = _set(layers[name], _dense_weight(twin.get_submodule(name)), hessian)
+                errors[name] = _set(name, layers[name], _dense_weight(twin.get_submodule(name)), hessian)
     if untouched := sorted(set(layers) - set(errors)):
         logger.warning(
             "%d linears keep an adapter that starts at zero, because no calibration text comes to them: %s …",
@@ -160,16 +168,35 @@ def _require_twin(twin: nn.Module, layers: dict[str, QALoraLayer], dense: str | 
             )
 
 
+def _require_near(twin: nn.Module, layers: dict[str, QALoraLayer], dense: str | Path) -> None:
+    """Refuse a model of the same sizes with other weights: what quantization leaves is nearer to them than zero is.
+
+    Of one linear of each name, the first.
+    """
+    first = {name.rpartition(".")[2]: name for name in reversed(layers)}
+    off, all_of_it = 0.0, 0.0
+    for name in first.values():
+        weight = _weight(layers[name])
+        wanted = _dense_weight(twin.get_submodule(name)).to(weight.scales.device, torch.float32)
+        off += (wanted - dequantize(weight, torch.float32)).square().sum().item()
+        all_of_it += wanted.square().sum().item()
+    if not off < all_of_it:  # NaN, too
+        raise QALoraError(
+            f"{dense} is not the 16-bit model of this base: the weights that both have are off by "
+            f"{(off / all_of_it) ** 0.5 if all_of_it else inf:.0%} of their size. Give the model that the base was "
+            "quantized from."
+        )
+
+
 def _dense_weight(linear: nn.Module) -> Tensor:
     """``[K, N]`` of a linear, or of what transformers calls Conv1D, which stores it so."""
     weight = cast(Tensor, linear.weight).detach()
     return weight.t() if isinstance(linear, nn.Linear) else weight
 
 
-def _sequences(folder: Path, text: str, samples: int, length: int, seed: int) -> list[list[int]]:
-    from transformers import AutoTokenizer
-
-    rows = calibration_rows(AutoTokenizer.from_pretrained(folder), text, _SHORTER * samples, length, seed)
+def calibration_sequences(folder: Path, text: str, samples: int, length: int, seed: int) -> list[list[int]]:
+    """Token ids of a text, by the tokenizer in ``folder``: ``samples·length`` of them where there are so many."""
+    rows = calibration_rows(load_tokenizer(folder), text, _SHORTER * samples, length, seed)
     sequences, left = [], samples * length
     for row in rows:
         if left > 0:
@@ -179,11 +206,16 @@ def _sequences(folder: Path, text: str, samples: int, length: int, seed: int) ->
 
 
 @torch.no_grad()
-def _set(layer: QALoraLayer, dense: Tensor, hessian: Tensor) -> Errors:
+def _set(linear: str, layer: QALoraLayer, dense: Tensor, hessian: Tensor) -> Errors:
     name = _active(layer)
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     has_scales = name in layer.lora_D
     dense = dense.to(hessian.device)
+    if not (dense.isfinite().all() and hessian.isfinite().all()):
+        raise QALoraError(
+            f"the 16-bit model holds NaN or Inf, or computes it on this text: in {linear}, or before it. Download or "
+            "copy it again."
+        )
     found = calibrated_factors(_weight(layer), dense, hessian, a.shape[0], layer.scaling[name], has_scales)
     ratio = layer.scales_ratio.get(name, 1.0)  # what is held is each factor divided by it
     a.copy_(found.a / ratio)

@@ -16,13 +16,16 @@ import torch
 from torch import nn
 
 from qalora_plugin.checkpoint.atomic import new_folder, require_absent
-from qalora_plugin.checkpoint.hub import expanded, resolve
-from qalora_plugin.checkpoint.json_files import read_json
+from qalora_plugin.checkpoint.folder import read_config
+from qalora_plugin.checkpoint.hub import resolve
+from qalora_plugin.checkpoint.places import absolute, require_place
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 from qalora_plugin.core.words import SUPPORTED_BITS
-from qalora_plugin.eval.tokens import is_text_file, read_texts, tokenize
-from qalora_plugin.methods.bit_allocation import Choice, allocate, served_bits
-from qalora_plugin.methods.sensitivity import measure
+from qalora_plugin.eval.tokens import is_text_file, load_tokenizer, read_texts, require_ids, tokenize
+from qalora_plugin.formats.opened import QuantizedCheckpoint
+from qalora_plugin.integrations.transformers.loading import load_model
+from qalora_plugin.methods.bit_allocation import Choice, allocate, require_possible, served_bits
+from qalora_plugin.methods.sensitivity import measure, sizes
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +38,8 @@ def quantize(
     model: str,
     out: str | Path,
     dataset: str,
-    bits: int = 4,
-    group_size: int = 32,
+    bits: int | None = None,
+    group_size: int | None = None,
     sym: bool = False,
     act_order: bool = False,
     samples: int = 256,
@@ -54,19 +57,22 @@ def quantize(
         model: folder or Hub id of the 16-bit model.
         out: the new folder; complete or absent.
         dataset: calibration text: a local ``.txt``/``.jsonl`` file, or a dataset id of the Hub.
+        bits, group_size: default 4 and 32; not with ``budget``, which chooses them.
         samples, length: how many sequences of how many tokens to calibrate on.
         checkpoint_format: default ``gptq`` for symmetric, ``gptq_v2`` for asymmetric bases, whose zeros v1 stores
             in a way that some readers get wrong.
         budget: bits a weight, scales, zero-points and offsets included: each layer gets bits and a group size of its
-            own (:mod:`.bit_allocation`), and ``bits`` and ``group_size`` do not count.
+            own (:mod:`.bit_allocation`).
         fisher: weight what a layer loses by Fisher information (:mod:`.sensitivity`), for ``budget``.
         clip: shrink each group's grid where that lowers the error (GPTQModel's ``mse``); default: at 2 and 3 bits.
 
     Raises:
         QALoraError: GPTQModel is not installed, or the request cannot work.
     """
-    out = expanded(out).absolute()
-    require_absent(out)
+    require_absent(out := absolute(out))
+    if budget is not None and not (bits is None and group_size is None):
+        raise QALoraError("a budget chooses bits and group sizes itself. Leave both out, or the budget.")
+    bits, group_size = 4 if bits is None else bits, 32 if group_size is None else group_size
     if bits not in SUPPORTED_BITS:
         raise QALoraError(f"bits is {bits}, expected one of {SUPPORTED_BITS}.")
     if find_spec("gptqmodel") is None:
@@ -75,8 +81,9 @@ def quantize(
             "quantising and serving: python -m venv .venv-serve && .venv-serve/bin/pip install torch && "
             ".venv-serve/bin/pip install --no-build-isolation gptqmodel==7.6.0 && .venv-serve/bin/pip install ."
         )
+    require_place(out, model, "the output")
     folder = resolve(model, revision)
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     if found := config.get("quantization_config"):
         method = found.get("quant_method") if isinstance(found, dict) else found
         raise QALoraError(f"{model} is quantised already ({method}). Pass the original 16-bit model.")
@@ -86,10 +93,11 @@ def quantize(
             raise QALoraError("fisher weights the choices that a budget leaves. Give a budget, or leave fisher out.")
 
     from gptqmodel import GPTQModel, QuantizeConfig
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     calibration = calibration_rows(tokenizer, dataset, samples, length, seed)
+    text_config = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    require_ids((row["input_ids"] for row in calibration), text_config.get("vocab_size"), model)
     plan = {} if budget is None else plan_for(folder, [row["input_ids"] for row in calibration], budget, fisher)
     if plan:
         (bits, group_size), _ = Counter(plan.values()).most_common(1)[0]
@@ -111,16 +119,22 @@ def quantize(
         with new_folder(out) as work:
             quantized.save(str(work))
             tokenizer.save_pretrained(work)
+            QuantizedCheckpoint.open(work).check_values()
     return out
 
 
 def plan_for(folder: Path, sequences: list[list[int]], budget: float, fisher: bool) -> dict[str, Choice]:
     """Bits and group size of every linear of a 16-bit model, within ``budget`` bits a weight, all included."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model = load_model(folder, dtype=torch.bfloat16).eval()
+    stacked = (name for name, part in model.named_parameters() if ".experts." in name and part.dim() > 2)
+    if experts := next(stacked, None):
+        raise QALoraError(
+            f"a budget is for models of linears, and {experts} holds a mixture of experts, which it would not count. "
+            "Give bits and group_size instead."
+        )
     head = model.get_output_embeddings()
     linears = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear) and part is not head}
+    require_possible(sizes(linears), budget)
     layers = measure(model, linears, sequences[:_MEASURED], fisher)
     chosen = allocate(layers, budget)
     counts = Counter(chosen.values())
@@ -155,7 +169,14 @@ def _check_sizes(config: dict[str, Any], group_size: int) -> None:
 
 
 def calibration_rows(tokenizer: Any, dataset: str, samples: int, length: int, seed: int) -> list[dict[str, list[int]]]:
-    """``samples`` random sequences of ``length`` tokens."""
+    """``samples`` random sequences of ``length`` tokens.
+
+    Raises:
+        QALoraError: numbers that make no sequence, or too little text.
+    """
+    for name, value, least in (("samples", samples, 1), ("length", length, 2)):
+        if value < least:
+            raise QALoraError(f"{name} is {value}, expected {least} or more.")
     texts = read_texts(dataset) if is_text_file(dataset) else _hub_texts(dataset, 8 * samples)
     random.Random(seed).shuffle(texts)
     sequences = tokenize(tokenizer, texts, 4 * samples * length, length)

@@ -12,6 +12,7 @@ That is the error of the layer's output, if inputs were independent: the diagona
 far as it pays, which is not what GPTQ will make of it, but ranks layers as GPTQ's errors do.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, cast
@@ -21,6 +22,8 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.core.words import codes_per_period
 from qalora_plugin.formats.fusion import FUSED
 from qalora_plugin.methods.bit_allocation import CHOICES, Choice, Layer
 
@@ -41,6 +44,9 @@ def measure(
 
     Args:
         sequences: token ids of calibration text. fisher: weight by it; takes a backward pass.
+
+    Raises:
+        QALoraError: a linear that no text comes to, or that holds or is given NaN: nothing says what it would lose.
     """
     device = next(model.parameters()).device
     model.requires_grad_(False)
@@ -59,7 +65,20 @@ def measure(
         name: _costs(linear.weight, inputs[name], outputs.get(name))
         for name, linear in track(linears.items(), "measuring", len(linears), disable=not progress, transient=True)
     }
+    for name, found in costs.items():
+        if not inputs[name].any() or not all(map(math.isfinite, found.values())):
+            why = "holds NaN or Inf, or is given them" if inputs[name].any() else "is not reached by calibration text"
+            raise QALoraError(
+                f"{name} {why}, so nothing says what it loses at fewer bits. Give bits and group_size instead of a "
+                "budget, or another model."
+            )
     return [_layer(names, linears, costs) for names in fused(linears)]
+
+
+def sizes(linears: Mapping[str, nn.Linear]) -> list[Layer]:
+    """The layers of ``linears``, and what choices their sizes allow; costs are not known yet, and 0."""
+    free = {name: dict.fromkeys(_choices(linear.weight), 0.0) for name, linear in linears.items()}
+    return [_layer(names, linears, free) for names in fused(linears)]
 
 
 def fused(names: Iterable[str]) -> list[tuple[str, ...]]:
@@ -114,11 +133,17 @@ def _costs(weight: Tensor, inputs: Tensor, outputs: Tensor | None) -> dict[Choic
     """Of a weight ``[N, K]``, for every choice whose group size divides K; second moments ``[K]`` and ``[N]``."""
     weight, inputs = weight.detach().float(), inputs.to(weight.device)
     outputs = torch.ones(len(weight)) if outputs is None else outputs
-    return {
-        choice: _rounding_error(weight, inputs, choice, outputs.to(weight.device))
+    return {choice: _rounding_error(weight, inputs, choice, outputs.to(weight.device)) for choice in _choices(weight)}
+
+
+def _choices(weight: Tensor) -> list[Choice]:
+    """Those of whole groups and of codes that fill whole words."""
+    return [
+        choice
         for choice in CHOICES
         if weight.shape[1] % choice.group_size == 0
-    }
+        and all(size % codes_per_period(choice.bits) == 0 for size in weight.shape)
+    ]
 
 
 def _rounding_error(weight: Tensor, inputs: Tensor, choice: Choice, outputs: Tensor) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qalora_plugin.checkpoint import atomic
+from qalora_plugin.checkpoint import atomic, places
 from qalora_plugin.checkpoint.atomic import new_file, new_folder
 from qalora_plugin.conversion.lora import export_lora
 from qalora_plugin.conversion.merging import merge
@@ -242,3 +242,10 @@ def two_files(out: Path) -> None:
     with new_file(out) as path:
         path.write_bytes(b"ours")
         out.write_bytes(b"theirs")
+
+
+def test_whether_a_place_can_be_written_is_found_out_without_a_trace(tmp_path, monkeypatch):
+    """A run may be killed at any moment, and nobody would remove what has a name of its own."""
+    monkeypatch.setattr(places, "mkdtemp", lambda **_: pytest.fail("something with a name"))
+    places.require_writable(tmp_path / "out", "--out")
+    assert list(tmp_path.iterdir()) == []

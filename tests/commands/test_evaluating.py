@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.fabricate import make_base, make_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from qalora_plugin.commands.cli import app
@@ -169,7 +169,7 @@ def test_rows_longer_than_a_model_takes(dense, files, tmp_path):
     short = shutil.copytree(dense, tmp_path / "short")
     config = json.loads((short / "config.json").read_text())
     (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))
-    assert "fits into the 16 tokens" in refused(short, "--jsonl", files / "qa.jsonl")
+    assert "all rows of qa.jsonl are longer than the 16 tokens" in refused(short, "--jsonl", files / "qa.jsonl")
     (tmp_path / "mixed.jsonl").write_text('{"text": "short"}\n{"text": "a text that is longer than that"}\n')
     result = run(short, "--jsonl", tmp_path / "mixed.jsonl")
     assert "note: 1 of 2 rows of mixed.jsonl are longer than the 16 tokens" in result.stderr
@@ -182,3 +182,74 @@ def test_an_adapters_own_tokenizer_counts(base, adapter, tmp_path):
     tokenizer.save_pretrained(trained)
     assert Subject.open(str(base), str(trained)).tokenizer.chat_template == "own"
     assert Subject.open(str(base), str(adapter)).tokenizer.chat_template is None
+
+
+def test_data_that_hold_nothing_to_predict(base, tmp_path):
+    (tmp_path / "one.txt").write_text("a")
+    (tmp_path / "one.jsonl").write_text('{"text": "a"}\n')
+    assert "longer than one token" in refused(base, "--text", tmp_path / "one.txt")
+    assert "no second token to predict" in refused(base, "--jsonl", tmp_path / "one.jsonl")
+
+
+def test_models_that_count_their_positions_by_another_name(files, tmp_path):
+    """GPT-2's ``n_positions``: beyond them it has no embedding."""
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=128, n_positions=64, n_embd=32, n_layer=1, n_head=2)).save_pretrained(
+        tmp_path / "model"
+    )
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    run(tmp_path / "model", "--text", files / "text.txt")
+    (tmp_path / "long.jsonl").write_text(json.dumps({"question": "q" * 80, "answer": "1"}) + "\n" + '{"text": "ab"}')
+    found = run(
+        tmp_path / "model", "--jsonl", files / "qa.jsonl", "--jsonl", tmp_path / "long.jsonl", "--generate", 2,
+        "--max-new-tokens", 100, "--json",
+    )  # fmt: skip
+    answers, none = json.loads(found.stdout)["results"]
+    assert (answers["answered"], answers["unfinished"], none["answered"]) == (2, 2, 1)
+
+
+def test_tokenizers_and_references_of_other_models(base, dense, files, tmp_path):
+    for name, vocabulary in (("small", 64), ("large", 192)):
+        config = LlamaConfig(vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+        LlamaForCausalLM(config).save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    text = ("--text", files / "text.txt")
+    assert "is none of the 64 that" in refused(dense, tmp_path / "small", *text)
+    said = refused(base, tmp_path / "large", "--reference", dense, *text, "--csv", tmp_path / "x.csv")
+    assert "192 logits a token" in said
+    assert not (tmp_path / "x.csv").exists()
+
+
+def test_a_model_that_is_lost_is_not_called_equal(base, dense, files, tmp_path):
+    lost = LlamaForCausalLM.from_pretrained(dense)
+    lost.lm_head.weight.data.fill_(float("nan"))
+    lost.save_pretrained(tmp_path / "lost")
+    make_tokenizer().save_pretrained(tmp_path / "lost")
+    found = run(dense, tmp_path / "lost", "--reference", tmp_path / "lost", "--text", files / "text.txt", "--json")
+    report = json.loads(found.stdout, parse_constant=pytest.fail)  # NaN is no JSON
+    assert [row["kl"] for row in report["results"]] == [None, None]
+    assert report["results"][1]["loss"] is None
+
+
+def test_places_and_devices_that_cannot_be_used(base, files, tmp_path):
+    text = ("--text", files / "text.txt")
+    for device in ("nonesuch", "meta", "xpu"):
+        assert f"--device {device} cannot be used here" in refused(base, *text, "--device", device)
+    for option in ("--csv", "--png"):
+        assert f"{option} is /proc/x, but /proc is not writable" in refused(base, *text, option, "/proc/x")
+    out = tmp_path / "out"
+    assert "are both" in refused(base, *text, "--csv", out, "--png", out)
+
+
+def test_a_chat_template_that_refuses(dense, tmp_path):
+    strict = shutil.copytree(dense, tmp_path / "strict")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no system here') }}"
+    tokenizer.save_pretrained(strict)
+    (tmp_path / "qa.jsonl").write_text('{"question": "2?", "answer": "2"}')
+    assert "no system here" in refused(strict, "--jsonl", tmp_path / "qa.jsonl")
+
+
+def test_what_mlx_quantized(base, merged, files, tmp_path):
+    assert runner.invoke(app, ["export", "mlx", str(merged), str(tmp_path / "mlx")]).exit_code == 0
+    assert "quant_method is 'mlx'" in refused(base, tmp_path / "mlx", "--text", files / "text.txt")

@@ -80,3 +80,11 @@ def test_another_vocabulary(models):
 
 def test_a_model_that_is_lost():
     assert Measured(1000.0, 0, 1).perplexity == float("inf")
+
+
+def test_nothing_to_measure(models):
+    for examples in ([], [Example([5])], [Example([])]):
+        with pytest.raises(QALoraError, match="no example has a token that counts"):
+            mean_loss(models[0], examples)
+        with pytest.raises(QALoraError, match="no example has a token that counts"), stored_logits(models[0], examples):
+            pass

@@ -48,6 +48,10 @@ def test_patterns():
     assert Judge(PLAIN, "y.s").wanted == ["yes"]
     with pytest.raises(QALoraError, match="has nothing that"):
         Judge(PLAIN, r"\d+")
+    with pytest.raises(QALoraError, match="has nothing that"):
+        Judge(PLAIN, r"\d*")  # every answer would be right
+    with pytest.raises(QALoraError, match="there is no row to answer"):
+        Judge([])
     with pytest.raises(QALoraError, match="is no regular expression"):
         Judge(PLAIN, "(")
 

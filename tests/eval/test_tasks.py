@@ -60,3 +60,8 @@ def test_without_lm_eval(monkeypatch):
     monkeypatch.setattr(tasks, "find_spec", lambda name: None)
     with pytest.raises(QALoraError, match=r"not installed here: pip install 'qalora\[eval\]'"):
         Tasks(["arc_easy"])
+
+
+def test_a_folder_of_tasks_that_is_none(tmp_path):
+    with pytest.raises(QALoraError, match="is no folder"):
+        Tasks(["arc_easy"], tmp_path / "none")

@@ -2,6 +2,7 @@ import pytest
 from support.fabricate import make_tokenizer
 
 from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.eval.examples import read_rows
 from qalora_plugin.eval.tokens import default_texts, read_texts, sample_dataset, tokenize
 
 
@@ -18,6 +19,13 @@ def test_read_texts(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}], "n": 1}\n"plain"\n')
     assert read_texts(tmp_path / "a.txt") == ["hello"]
     assert read_texts(tmp_path / "a.jsonl") == ["user\nhi", "plain"]
+
+
+@pytest.mark.parametrize("read", [read_texts, lambda path: [row.answer for row in read_rows(path)]])
+def test_lines_as_other_programs_write_them(read, tmp_path):
+    """A mark at the beginning, characters that Python takes for ends of lines, half a character."""
+    (tmp_path / "a.jsonl").write_bytes('\ufeff{"text": "a\u2028b\x85c"}\r\n{"text": "d\\ud83d"}'.encode())
+    assert read(tmp_path / "a.jsonl") == ["a\u2028b\x85c", "d?"]
 
 
 @pytest.mark.parametrize(("content", "match"), [("{oops", "is not JSON lines"), ("\n", "holds no text")])

@@ -5,16 +5,17 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from support.fabricate import make_adapter, make_base
 from transformers import AutoModelForCausalLM
 
-from qalora_plugin import QALoraConfig, add_adapter, load_adapter, load_base
+from qalora_plugin import QALoraConfig, add_adapter, load_adapter, load_base, merge
 from qalora_plugin.core import reference
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.integrations.peft.adapter import QALoraLayer
 
 IDS = torch.arange(4, 100).view(2, 48)
+OPTIONS = {"r": 4, "target_modules": "all-linear"}
 
 
 def layers(model):
@@ -257,3 +258,43 @@ def test_patterns_match_as_in_peft(patterns, module):
 
     theirs = get_pattern_key(patterns, module)
     assert matching_pattern(patterns, module) == (theirs if theirs in patterns else None)
+
+
+def test_a_model_has_one_first_adapter(base, adapter, tmp_path):
+    """What PEFT would make of these is nothing, or nonsense, without a word."""
+    model = add_adapter(load_base(base), **OPTIONS)
+    for again in (lambda: add_adapter(model, **OPTIONS), lambda: load_adapter(model, adapter)):
+        with pytest.raises(QALoraError, match=r"has an adapter already\. Put a saved one beside it with"):
+            again()
+    for again in (
+        lambda: model.add_adapter("second", LoraConfig(**OPTIONS)),
+        lambda: get_peft_model(model, LoraConfig(**OPTIONS)),
+    ):
+        with pytest.raises(QALoraError, match="has a LoraConfig that says nothing of its base"):
+            again()
+
+
+def test_what_add_adapter_cannot_mean(base):
+    with pytest.raises(QALoraError, match=r"was given a config, and r\. Put these into the config"):
+        add_adapter(load_base(base), LoraConfig(**OPTIONS), r=2)
+    with pytest.raises(QALoraError, match="no target_modules are given"):
+        add_adapter(load_base(base), r=2)
+
+
+def test_only_bases_take_adapters(tmp_path, adapter):
+    make_base(tmp_path / "base", twin=tmp_path / "dense")
+    with pytest.raises(QALoraError, match=r"was not loaded by qalora_plugin\.load_base"):
+        load_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), adapter)
+
+
+def test_adapters_that_transformers_adds_are_saved_and_loaded(base, tmp_path):
+    model = load_base(base, dtype=torch.float32)
+    model.add_adapter(LoraConfig(**OPTIONS))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    model.save_pretrained(tmp_path / "adapter")
+    again = load_base(base, dtype=torch.float32)
+    again.load_adapter(str(tmp_path / "adapter"))
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert merge(base, tmp_path / "adapter", tmp_path / "merged", progress=False).modules == 14

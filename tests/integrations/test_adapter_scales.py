@@ -248,6 +248,9 @@ def test_axolotl_goes_on_with_what_the_adapter_has(base, adapter, tmp_path):
     check_axolotl(cfg | {"qalora": {"scales": True}})
     with pytest.raises(QALoraError, match=r"qalora\.scales is false, but lora_model_dir .* was trained with scales"):
         check_axolotl(cfg | {"qalora": {"scales": False}})
+    check_axolotl(cfg | {"qalora": {"scales": True, "scales_lr_ratio": 3}})
+    with pytest.raises(QALoraError, match=r"scales_lr_ratio is 5, but lora_model_dir .* was trained with 3"):
+        check_axolotl(cfg | {"qalora": {"scales": True, "scales_lr_ratio": 5}})
     with pytest.raises(QALoraError, match=r"scales is not true: nothing would learn faster"):
         read_block({"scales_lr_ratio": 3})
     with pytest.raises(QALoraError, match=r"scales_lr_ratio -1\.0, expected a positive number"):

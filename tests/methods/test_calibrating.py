@@ -170,6 +170,37 @@ def test_refused(folders, tmp_path):
     assert not any("init" in config.qalora for config in trained.peft_config.values())
 
 
+def test_another_model_of_the_same_sizes(folders, tmp_path):
+    make_base(tmp_path / "base", twin=tmp_path / "other", seed=1)
+    with pytest.raises(QALoraError, match=r"is not the 16-bit model of this base: .* off by 1\d\d% of their size"):
+        calibrate(with_adapter(folders[0]), tmp_path / "other", SEQUENCES, progress=False)
+
+
+def test_a_model_that_is_damaged(folders, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folders[1])
+    model.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(QALoraError, match=r"holds NaN or Inf, .* in model\.layers\.1\.mlp\.up_proj"):
+        calibrate(with_adapter(folders[0]), tmp_path / "dense", SEQUENCES, progress=False)
+    with pytest.raises(QALoraError, match="has no tokenizer that can be loaded"):
+        calibrate(with_adapter(folders[0]), tmp_path / "dense", __file__, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "match"),
+    [
+        ([[]], {}, "or an empty one"),
+        ([[5, 600]], {}, "token 600 is none of the 128 that"),
+        ([[5, -1]], {}, "token -1 is none"),
+        (__file__, {"samples": 0}, "samples is 0, expected 1 or more"),
+        (__file__, {"length": 1}, "length is 1, expected 2 or more"),
+    ],
+)
+def test_text_that_is_none(folders, text, options, match):
+    with pytest.raises(QALoraError, match=match):
+        calibrate(with_adapter(folders[0]), folders[1], text, progress=False, **options)
+
+
 @pytest.mark.parametrize("name", ["mllama", "openai-gpt"])
 def test_models_that_cannot_go_block_by_block(name):
     """One leaves blocks out that text does not need; another does its own to hidden states in between."""

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.methods.bit_allocation import Choice, allocate, served_bits
-from qalora_plugin.methods.sensitivity import _rounding_error, fused, measure
+from qalora_plugin.methods.sensitivity import _rounding_error, fused, measure, sizes
 
 
 def tiny(layers):
@@ -106,3 +107,17 @@ def test_the_whole_way_to_an_allocation(measured):
     layers, _ = measured
     chosen = allocate(layers, 4.0)
     assert 3.4 < served_bits(layers, chosen) <= 4.0
+
+
+def test_linears_that_no_text_comes_to(one_layer):
+    """Their error would be 0 whatever they lost."""
+    linears = {"idle": nn.Linear(64, 64), "q": one_layer.model.layers[0].self_attn.q_proj}
+    with pytest.raises(QALoraError, match="idle is not reached by calibration text"):
+        measure(one_layer, linears, [[1, 2, 3]], progress=False)
+
+
+def test_choices_that_a_base_can_hold():
+    """Codes of 3 bits fill words 32 at a time."""
+    (narrow,) = sizes({"narrow": nn.Linear(64, 16)})
+    assert {choice.bits for choice in narrow.costs} == {2, 4, 8}
+    assert {choice.group_size for choice in narrow.costs} == {32, 64}

@@ -3,8 +3,10 @@
 import json
 
 import pytest
-from support.fabricate import make_base
+from support.fabricate import make_base, make_tokenizer
+from transformers import AutoModelForCausalLM
 
+from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.formats.served_bits import served_bits
 from qalora_plugin.methods.quantizing import quantize
@@ -35,3 +37,14 @@ def test_base_is_what_was_planned(dense, tmp_path, fisher):
     weights = sum(spec.in_features * spec.out_features for spec in specs.values())
     offsets = sum(16 * spec.groups * spec.out_features for spec in specs.values()) / weights
     assert 3.5 < served_bits(specs.values()).bits_a_weight + offsets <= budget
+
+
+def test_what_gptqmodel_could_not_quantize_is_no_base(dense, tmp_path):
+    """It says nothing, and writes NaN."""
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
+    model.save_pretrained(tmp_path / "dense")
+    make_tokenizer().save_pretrained(tmp_path / "dense")
+    with pytest.raises(QALoraError, match=r"up_proj\.scales holds NaN or Inf"):
+        quantize(str(tmp_path / "dense"), tmp_path / "base", str(dense.parent / "text.jsonl"), samples=16, length=64)
+    assert {path.name for path in tmp_path.iterdir()} == {"dense"}

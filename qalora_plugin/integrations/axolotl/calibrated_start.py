@@ -11,7 +11,14 @@ from qalora_plugin.core.errors import QALoraError, printable
 from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.eval.tokens import is_text_file, read_texts
 from qalora_plugin.integrations.axolotl.args import QALoraBlock
-from qalora_plugin.methods.calibrating import CALIBRATED, LENGTH, SAMPLES, calibrate, require_dense
+from qalora_plugin.methods.calibrating import (
+    CALIBRATED,
+    LENGTH,
+    SAMPLES,
+    calibrate,
+    calibration_sequences,
+    require_dense,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -51,8 +58,12 @@ def check_init(cfg: dict[str, Any], options: QALoraBlock, targets: dict[str, Gro
             "init, or exclude the experts (lora_exclude_modules)."
         )
     _check_model(str(options.init_model), targets)
-    if is_text_file(str(options.init_dataset)):
-        read_texts(str(options.init_dataset))
+    dataset = str(options.init_dataset)
+    if is_text_file(dataset) and is_local(str(options.init_model)):
+        samples, seed = options.init_samples or SAMPLES, cfg.get("seed") or 0
+        calibration_sequences(expanded(str(options.init_model)), dataset, samples, LENGTH, seed)
+    elif is_text_file(dataset):
+        read_texts(dataset)
 
 
 def _check_model(name: str, targets: dict[str, GroupwiseSpec]) -> None:

@@ -50,6 +50,7 @@ def check_axolotl(cfg: dict[str, Any], other_adapters: dict[str, list[str]] | No
     modules = check_base(cfg["base_model"], cfg.get("revision_of_model"))
     if cfg.get("lora_model_dir"):
         adapter = AdapterFolder.open(cfg["lora_model_dir"])
+        adapter.check_values()
         _require_same_scales(adapter, options)
         if modules is not None:
             adapter.check_fits(modules)
@@ -99,6 +100,13 @@ def _require_same_scales(adapter: AdapterFolder, options: QALoraBlock) -> None:
         raise QALoraError(
             f"qalora.scales is {str(options.scales).lower()}, but lora_model_dir {adapter.folder} {has}. Leave "
             "qalora.scales out, or train a new adapter on the base (without lora_model_dir)."
+        )
+    ratio = adapter.config["qalora"].get("scales_lr_ratio")
+    if options.scales_lr_ratio not in (None, ratio):
+        raise QALoraError(
+            f"qalora.scales_lr_ratio is {options.scales_lr_ratio:g}, but lora_model_dir {adapter.folder} was trained "
+            f"with {ratio:g}, which its numbers are divided by. Leave it out, or train a new adapter on the base "
+            "(without lora_model_dir)."
         )
 
 

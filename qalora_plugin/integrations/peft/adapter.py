@@ -11,9 +11,10 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, cast
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.layer import LoraLayer
+from peft.utils import hotswap
 from torch import Tensor, nn
 
 from qalora_plugin.checkpoint.adapter_config import check_pooling, check_wishes
@@ -73,25 +74,45 @@ leave_alone(QALoraConfig)
 
 
 def _check_base_first(load: Callable) -> Callable:
-    """PEFT's ``load_adapter``, for a training run that is resumed, too.
+    """PEFT's ``load_adapter``, of a folder that is whole and belongs to the base.
 
-    There the model has the adapter already, bound to the base that was loaded; PEFT then reads the checkpoint's weights
-    alone, and not the config that names the base they were trained on.
+    PEFT would leave what the folder lacks as a new adapter has it. And where a training run is resumed the model has
+    the adapter already, bound to the base that was loaded; PEFT then reads the checkpoint's weights alone, and not the
+    config that names the base they were trained on.
     """
 
     @wraps(load)
     def load_adapter(self: PeftModel, model_id: str | Path, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         layer = next((module for module in self.modules() if isinstance(module, QuantLinear)), None)
-        ours = isinstance(self.peft_config.get(adapter_name), QALoraConfig)
-        if ours and layer is not None and layer.base_fingerprint and is_local(model_id):
-            saved = AdapterFolder.open(model_id)
+        folder = Path(model_id, kwargs.get("subfolder") or "")
+        if layer is not None and layer.base_fingerprint and is_local(folder):
+            quantizer: Any = self.get_base_model().hf_quantizer
+            saved = AdapterFolder.open(folder)
             saved.require_base(layer.base_fingerprint(saved.base_fingerprint), "the base that was loaded")
+            saved.check_fits(quantizer.opened.specs)
+            saved.check_values()
+            if isinstance(config := self.peft_config.get(adapter_name), QALoraConfig):
+                _require_same_scales(config.qalora or {}, saved)
         return load(self, model_id, adapter_name, *args, **kwargs)
 
     return load_adapter
 
 
+def _require_same_scales(qalora: dict[str, Any], saved: AdapterFolder) -> None:
+    """Refuse a checkpoint whose numbers mean something else in the adapter that they are loaded into."""
+    (wanted, ratio), (found, its) = (
+        (bool(settings.get("scales")), settings.get("scales_lr_ratio")) for settings in (qalora, saved.config["qalora"])
+    )
+    if (wanted, ratio) != (found, its):
+        raise QALoraError(
+            f"{saved.folder} was trained {f'with scales, scales_lr_ratio {its:g}' if found else 'without scales'}, "
+            f"this run trains {f'with scales, scales_lr_ratio {ratio:g}' if wanted else 'without'}. Resume with the "
+            "settings it began with, or begin anew."
+        )
+
+
 PeftModel.load_adapter = _check_base_first(PeftModel.load_adapter)  # type: ignore[method-assign]  # on purpose
+hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA].append("qalora")  # what is swapped in is of the same base and kind
 
 
 class QALoraLayer(nn.Module, LoraLayer):
@@ -127,11 +148,7 @@ class QALoraLayer(nn.Module, LoraLayer):
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         base = cast(QuantLinear, self.get_base_layer())
-        if not isinstance(config, QALoraConfig) or (base.base_fingerprint and not is_bound(config.qalora)):
-            raise QALoraError(
-                f"adapter {adapter_name!r} has a {type(config).__name__} that says nothing of its base. Give it the "
-                'first one\'s: QALoraConfig(..., qalora=model.peft_config["default"].qalora).'
-            )
+        config = require_bound(adapter_name, config, bool(base.base_fingerprint))
         trained_on, fingerprint = ((config.qalora or {}).get(key) for key in ("group_size", "base_fingerprint"))
         if trained_on not in (None, base.group_size):
             raise QALoraError(
@@ -199,6 +216,16 @@ class QALoraLayer(nn.Module, LoraLayer):
 
     def __repr__(self) -> str:
         return "qalora." + super().__repr__()
+
+
+def require_bound(name: str, config: Any, has_base: bool = True) -> QALoraConfig:
+    """Refuse an adapter beside the first whose config does not name the base. ``has_base``: it comes from files."""
+    if not isinstance(config, QALoraConfig) or (has_base and not is_bound(config.qalora)):
+        raise QALoraError(
+            f"adapter {name!r} has a {type(config).__name__} that says nothing of its base. Give it the first one's: "
+            'QALoraConfig(..., qalora=model.peft_config["default"].qalora).'
+        )
+    return config
 
 
 def require_adapters(model: nn.Module, wanted: set[str]) -> None:

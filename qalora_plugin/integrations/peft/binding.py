@@ -21,7 +21,7 @@ from qalora_plugin.checkpoint.adapter_config import (
 from qalora_plugin.checkpoint.folder import Checkpoint
 from qalora_plugin.checkpoint.module_names import shorten
 from qalora_plugin.core.errors import QALoraError
-from qalora_plugin.integrations.peft.adapter import QALoraConfig
+from qalora_plugin.integrations.peft.adapter import QALoraConfig, QALoraLayer
 from qalora_plugin.integrations.transformers.naming import destinations
 from qalora_plugin.layers.linear import QuantLinear, ReadableQuantLinear
 
@@ -46,13 +46,9 @@ def bind_config(
     Args:
         scales, scales_lr_ratio: of :class:`QALoraConfig`; default: as ``config`` asks for, if it does.
     """
-    quantizer: Any = getattr(model, "hf_quantizer", None)
+    require_new_base(model)
+    quantizer: Any = model.hf_quantizer
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-    if not layers or not hasattr(quantizer, "base_fingerprint"):
-        raise QALoraError(
-            f"this {type(model).__name__} was not loaded by qalora_plugin.load_base: it has no packed GPTQ linear. "
-            "Load the base with load_base(path), then add the adapter."
-        )
     given = getattr(config, "qalora", None) or {}
     wishes = {key: given[key] for key in WISHES if given.get(key) is not None}
     wishes |= {key: value for key, value in zip(WISHES, (scales, scales_lr_ratio), strict=True) if value is not None}
@@ -62,6 +58,8 @@ def bind_config(
         fields.pop(name, None)
     _require_own_embeddings(model, quantizer.checkpoint)
     bound = QALoraConfig(**fields)
+    if not bound.target_modules:
+        raise QALoraError("no target_modules are given. Pass target_modules='all-linear', or names of linears.")
     _name_as_in_model(bound, quantizer.names)
     check_config_patterns(vars(bound), list(layers), "the adapter's config")  # what no merge would read later
     targets = _restrict_to_quantized(model, bound, layers)
@@ -79,6 +77,21 @@ def bind_config(
     if names := shorten({name: quantizer.names[name] for name in targets}):
         bound.qalora["names"] = names
     return bound
+
+
+def require_new_base(model: nn.Module) -> None:
+    """Refuse what :func:`load_base` has not loaded, or what has an adapter already."""
+    linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    if not linears or not hasattr(getattr(model, "hf_quantizer", None), "base_fingerprint"):
+        raise QALoraError(
+            f"this {type(model).__name__} was not loaded by qalora_plugin.load_base: it has no packed GPTQ linear. "
+            "Load the base with load_base(path), then add the adapter."
+        )
+    if any(isinstance(module, QALoraLayer) for module in model.modules()):
+        raise QALoraError(
+            "this model has an adapter already. Put a saved one beside it with model.load_adapter(folder, name), a new "
+            "one with model.add_adapter(name, config), or begin with load_base(path)."
+        )
 
 
 def _name_as_in_model(config: QALoraConfig, names: dict[str, str]) -> None:

@@ -11,7 +11,7 @@ from qalora_plugin.checkpoint.adapter_folder import (
 )
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.integrations.peft.adapter import QALoraConfig, require_adapters
-from qalora_plugin.integrations.peft.binding import bind_config
+from qalora_plugin.integrations.peft.binding import bind_config, require_new_base
 
 
 def add_adapter(
@@ -34,6 +34,8 @@ def add_adapter(
     Raises:
         QALoraError: an option that cannot be merged, or targets that are not quantised.
     """
+    if config is not None and lora_kwargs:
+        raise QALoraError(f"add_adapter was given a config, and {', '.join(lora_kwargs)}. Put these into the config.")
     config = config or QALoraConfig(**{"task_type": "CAUSAL_LM", **lora_kwargs})
     bound = bind_config(model, config, scales, scales_lr_ratio)
     return cast(PeftModel, get_peft_model(model, bound))  # not a mixed one
@@ -46,6 +48,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool 
         QALoraError: no adapter of ours, or one of another base.
     """
     adapter = AdapterFolder.open(folder)
+    require_new_base(model)
     quantizer: Any = model.hf_quantizer
     found = quantizer.base_fingerprint(adapter.base_fingerprint)
     adapter.require_base(found, str(quantizer.checkpoint.folder))

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qalora_plugin.core.errors import QALoraError
-from qalora_plugin.integrations.peft.adapter import QALoraConfig, QALoraLayer, require_adapters
+from qalora_plugin.integrations.peft.adapter import QALoraConfig, QALoraLayer, require_adapters, require_bound
 from qalora_plugin.integrations.peft.binding import bind_config
 from qalora_plugin.integrations.peft.scales import is_bound
 from qalora_plugin.integrations.peft.sharded import is_to_be_sharded, make_shardable
@@ -34,6 +34,8 @@ class QALoraModel(LoraModel):
             if is_first and not (isinstance(config, QALoraConfig) and is_bound(config.qalora)):
                 config = self._prepare_adapter_config(copy(config), self.get_model_config(model))  # default targets
                 self.peft_config[adapter_name] = bind_config(cast(PreTrainedModel, model), config)
+            elif not is_first:  # PEFT makes an empty one of "all-linear" here, for no linear of torch's is left
+                require_bound(adapter_name, config, any(layer.base_fingerprint for layer in layers.values()))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if layers and is_first:
             config = self.peft_config[adapter_name]

@@ -117,8 +117,13 @@ class QALoraHfQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, "Tensor"], dict[str, str]]:
-        """What ``save_pretrained`` writes: the packed linears as they were loaded."""
+        """What ``save_pretrained`` writes: the packed linears as they were loaded.
+
+        With an adapter that ``model.add_adapter`` put on it, that is the adapter, which transformers picks out.
+        """
         state = model.state_dict()
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return state, {}
         for name in self.names:
             for part in model.get_submodule(name).state_dict():
                 del state[f"{name}.{part}"]

@@ -1,0 +1,83 @@
+"""Folders of adapters that PEFT is given: damaged, of other settings, inside of others."""
+
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.utils.hotswap import hotswap_adapter
+from safetensors.torch import load_file, save_file
+from support.fabricate import make_adapter, make_base
+
+from qalora_plugin import add_adapter, load_adapter, load_base
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.integrations.peft.adapter import QALoraLayer
+
+OPTIONS = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("folders") / "base")
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    return make_adapter(base, tmp_path_factory.mktemp("folders") / "adapter", std=0.1, scales=True, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "match"),
+    [
+        ("lora_D", None, "lacks A or B or C or D"),
+        ("lora_C", lambda found: found * float("nan"), "NaN or Inf"),
+        ("lora_D", lambda found: torch.cat([found, found]), "lora_D of model.layers.0.mlp.down_proj is"),
+        ("lora_B", None, "lacks A or B or C or D"),
+    ],
+)
+@pytest.mark.parametrize("is_second", [False, True])
+def test_damaged_folders_are_noticed_whatever_loads_them(base, adapter, tmp_path, part, change, match, is_second):
+    """PEFT would give a second adapter what it begins with, and say so to nobody."""
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    key = f"base_model.model.model.layers.0.mlp.down_proj.{part}.weight"
+    found = tensors.pop(key)
+    save_file(tensors | ({key: change(found)} if change else {}), folder / "adapter_model.safetensors")
+    model = load_adapter(load_base(base), adapter) if is_second else load_base(base)
+    with pytest.raises(QALoraError, match=match):
+        model.load_adapter(folder, "second") if is_second else PeftModel.from_pretrained(model, folder)
+
+
+def test_a_folder_inside_of_another(base, adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "inside")
+    model = PeftModel.from_pretrained(load_base(base), tmp_path, subfolder="inside")
+    assert any(isinstance(module, QALoraLayer) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("began", "goes_on", "match"),
+    [
+        ({}, {"scales": True}, "was trained without scales, this run trains with scales, scales_lr_ratio 3"),
+        ({"scales": True}, {}, "was trained with scales, scales_lr_ratio 3, this run trains without"),
+        (
+            {"scales": True},
+            {"scales": True, "scales_lr_ratio": 5},
+            "was trained with scales, scales_lr_ratio 3, this run trains with scales, scales_lr_ratio 5",
+        ),
+    ],
+)
+def test_a_run_that_is_resumed_with_other_settings(base, tmp_path, began, goes_on, match):
+    """The Trainer loads the numbers alone; they are in other units."""
+    folder = make_adapter(base, tmp_path / "checkpoint", **OPTIONS, **began)
+    model = add_adapter(load_base(base), **OPTIONS, **goes_on)
+    with pytest.raises(QALoraError, match=match):
+        model.load_adapter(folder, "default", is_trainable=True)
+
+
+def test_hot_swapping_is_for_adapters_of_one_kind(base, adapter, tmp_path):
+    """PEFT would keep the scales of the adapter that goes."""
+    without = make_adapter(base, tmp_path / "without", **OPTIONS)
+    model = load_adapter(load_base(base), adapter)
+    hotswap_adapter(model, str(adapter), "default")
+    with pytest.raises(ValueError, match="qalora"):
+        hotswap_adapter(model, str(without), "default")
