@@ -10,9 +10,10 @@ With trained scales:
     backward   dA and dB through scales ⊙ (P(x)ᵀ·dy) [G, N]
                dD = dM·Cᵀ, dC = Dᵀ·dM, where dM is the gradient of D·C: :mod:`.scales`
 
-Between the two only ``P(x)`` is saved, 1/g of ``x``; with trained scales also one token of ``x`` in n, whose share in
-dM, times n, stands for the whole: that product would cost half as much again as all others. The weight multiplied here
-is, up to the rounding of the stored offsets and scales, the one that the merged checkpoint serves.
+Between the two only ``P(x)`` is saved, 1/g of ``x``; with trained scales also ``x`` itself, as any LoRA saves it. The
+product that dM is made of would cost half as much again as all others, so that one token in n stands for all of them
+(:func:`~.scales.representatives`). The weight multiplied here is, up to the rounding of the stored offsets and scales,
+the one that the merged checkpoint serves.
 """
 
 from typing import Any
@@ -25,7 +26,7 @@ from qalora_plugin.core.delta import OffsetDelta, ScaleDelta, scaled_product
 from qalora_plugin.core.weight import GroupwiseWeight
 from qalora_plugin.kernels.base import Kernel
 from qalora_plugin.kernels.hardware import gemm_dtype
-from qalora_plugin.kernels.scales import factor_gradient
+from qalora_plugin.kernels.scales import factor_gradient, representatives
 from qalora_plugin.kernels.select import choose
 from qalora_plugin.kernels.unpacking import product
 
@@ -56,11 +57,9 @@ class _GroupwiseLinear(torch.autograd.Function):
         run = _forward_op if torch.compiler.is_compiling() else _forward
         keep_pooled, wants_scales = any(ctx.needs_input_grad[1:3]), any(ctx.needs_input_grad[4:6])
         factors, stored = (lora_a, lora_b, scaling, d, c), (weight.tensors, weight.bits, weight.group_size)
-        y, pooled, rows, sampled = run(x, *factors, keep_pooled, every if wants_scales else 0, *stored)
-        if every == 1 or not wants_scales:
-            rows, sampled = None, x if wants_scales else None
-        ctx.scaling, ctx.weight = scaling, weight
-        ctx.save_for_backward(pooled, rows, sampled, lora_a, lora_b, d, c)
+        y, pooled, place = run(x, *factors, keep_pooled, every > 1 and wants_scales, *stored)
+        ctx.scaling, ctx.weight, ctx.every = scaling, weight, every
+        ctx.save_for_backward(pooled, place if len(place) else None, x if wants_scales else None, lora_a, lora_b, d, c)
         return y
 
     @staticmethod
@@ -68,10 +67,10 @@ class _GroupwiseLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         run = _backward_op if torch.compiler.is_compiling() else _backward
         wants_dx, wants_a, wants_b, _, wants_d, wants_c, _, _ = ctx.needs_input_grad
-        pooled, rows, sampled, lora_a, lora_b, d, c = ctx.saved_tensors
+        pooled, place, x, lora_a, lora_b, d, c = ctx.saved_tensors
         weight = ctx.weight
         dx, da, db, dd, dc = run(
-            dy, pooled, rows, sampled, lora_a, lora_b, ctx.scaling, d, c, wants_dx, wants_a or wants_b,
+            dy, pooled, place, x, ctx.every, lora_a, lora_b, ctx.scaling, d, c, wants_dx, wants_a or wants_b,
             weight.tensors, weight.bits, weight.group_size,
         )  # fmt: skip
         found = ((dx, wants_dx), (da, wants_a), (db, wants_b), (None, False), (dd, wants_d), (dc, wants_c))
@@ -86,13 +85,14 @@ def _forward(
     d: Tensor | None,
     c: Tensor | None,
     keep_pooled: bool,
-    sample: int,
+    samples: bool,
     tensors: list[Tensor | None],
     bits: int,
     group_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``y``; ``P(x)`` (empty unless ``keep_pooled``); which rows of x, one in ``sample``, and these (empty below 2).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``y``; ``P(x)`` (empty unless ``keep_pooled``); if ``samples``, a random number in [0, 1) (else empty).
 
+    It is drawn here, from torch's own generator on the CPU, which checkpointing and resuming put back.
     The last three arguments are a GroupwiseWeight.
     """
     weight = GroupwiseWeight.of(tensors, bits, group_size)
@@ -102,28 +102,15 @@ def _forward(
         y = choose(changed, x.dtype, x.numel() // x.shape[-1]).forward(x, changed, delta)
         # After y: allocated before it, what is kept would break up the free memory that y fits into.
         pooled = choose(weight, x.dtype).pool(x, weight) if keep_pooled else x.new_empty(0)
-        return y, pooled, *_sample(x.flatten(0, -2), sample)
-
-
-def _sample(x: Tensor, sample: int) -> tuple[Tensor, Tensor]:
-    """One row of x ``[T, K]`` in ``sample``, at equal distances, each as likely as any other: places, and rows."""
-    tokens, count = len(x), _sampled(len(x), sample)
-    if not count:
-        return x.new_empty(0, dtype=torch.int64), x.new_empty(0, x.shape[1])
-    first = int(torch.randint(tokens, ()))  # by torch's own generator, which checkpointing and resuming put back
-    rows = (torch.arange(count, device=x.device) * sample + first) % tokens
-    return rows, x[rows]
-
-
-def _sampled(tokens: int, sample: int) -> int:
-    return max(1, tokens // sample) if sample > 1 and tokens else 0
+        return y, pooled, torch.rand(1 if samples else 0)
 
 
 def _backward(
     dy: Tensor,
     pooled: Tensor,
-    rows: Tensor | None,
-    sampled: Tensor | None,
+    place: Tensor | None,
+    x: Tensor | None,
+    every: int,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     scaling: float,
@@ -139,7 +126,8 @@ def _backward(
 
     Args:
         pooled: ``P(x)``, if ``wants_adapter``.
-        rows, sampled: if those of D and C are wanted, which tokens, and their x ``[…, K]``; without ``rows`` all.
+        place, x, every: if those of D and C are wanted, x ``[…, K]``, of which one token in ``every`` stands for all;
+            which ones, ``place`` decides.
     """
     weight = GroupwiseWeight.of(tensors, bits, group_size)
     delta = None if lora_a is None or lora_b is None else OffsetDelta(lora_a, lora_b, scaling)
@@ -152,11 +140,12 @@ def _backward(
         if wants_adapter and delta is not None:
             unit = None if d is None else weight.scales
             da, db = _adapter_gradients(dy, pooled.flatten(0, -2), delta, unit, kernel)
-        if sampled is not None and d is not None and c is not None:
-            seen = dy if rows is None else dy[rows]
-            gradient = factor_gradient(sampled.flatten(0, -2), seen, weight)
-            if 0 < len(seen) < len(dy):
-                gradient *= len(dy) / len(seen)
+        if x is not None and d is not None and c is not None:
+            x, share = x.flatten(0, -2), None
+            if place is not None and len(x):
+                x, dy, share = representatives(x, dy, max(1, len(x) // every), place)
+            gradient = factor_gradient(x, dy, weight)
+            gradient = gradient if share is None else gradient * share
             dd, dc = ScaleDelta(d, c).gradients(gradient.to(torch.promote_types(d.dtype, torch.float32)))
             dd, dc = dd.to(d.dtype), dc.to(c.dtype)
     return dx, da, db, dd, dc
@@ -184,27 +173,23 @@ _backward_op = torch.library.custom_op("qalora::linear_backward", _backward, mut
 
 @_forward_op.register_fake
 def _(
-    x: Tensor, lora_a: Any, lora_b: Any, scaling: float, d: Any, c: Any, keep_pooled: bool, sample: int, tensors: Any,
-    bits: int, group_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor, lora_a: Any, lora_b: Any, scaling: float, d: Any, c: Any, keep_pooled: bool, samples: bool,
+    tensors: Any, bits: int, group_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     groups, out_features = tensors[2].shape
     pooled = x.new_empty(*x.shape[:-1], groups) if keep_pooled else x.new_empty(0)
-    rows = _sampled(x.numel() // x.shape[-1], sample)
-    return (
-        x.new_empty(*x.shape[:-1], out_features), pooled, x.new_empty(rows, dtype=torch.int64),
-        x.new_empty(rows, x.shape[-1]),
-    )  # fmt: skip
+    return x.new_empty(*x.shape[:-1], out_features), pooled, torch.empty(1 if samples else 0)
 
 
 @_backward_op.register_fake
 def _(
-    dy: Tensor, pooled: Tensor, rows: Any, sampled: Any, lora_a: Any, lora_b: Any, scaling: float, d: Any, c: Any,
-    wants_dx: bool, wants_adapter: bool, tensors: Any, bits: int, group_size: int,
+    dy: Tensor, pooled: Tensor, place: Any, x: Any, every: int, lora_a: Any, lora_b: Any, scaling: float, d: Any,
+    c: Any, wants_dx: bool, wants_adapter: bool, tensors: Any, bits: int, group_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     groups = tensors[2].shape[0]
     dx = dy.new_empty(*dy.shape[:-1], groups * group_size) if wants_dx else dy.new_empty(0)
     da, db = (torch.empty_like(t) if wants_adapter else dy.new_empty(0) for t in (lora_a, lora_b))
-    dd, dc = (dy.new_empty(0) if sampled is None else torch.empty_like(t) for t in (d, c))
+    dd, dc = (dy.new_empty(0) if x is None else torch.empty_like(t) for t in (d, c))
     return dx, da, db, dd, dc
 
 

@@ -2,7 +2,8 @@
 
     dM[γ,n] = Σ_{k∈γ} scales[γ,n]·(q[k,n] − zeros[γ,n]) · (xᵀ·dy)[k,n]          M = D·C, scales' = scales ⊙ (1 + M)
 
-``xᵀ·dy`` is the gradient of a dense weight. It is made a block of groups at a time and summed up at once.
+``xᵀ·dy`` is the gradient of a dense weight. It is made a block of groups at a time and summed up at once. Some tokens
+can stand for all: those that have a larger share in it are likelier to, and count for less.
 """
 
 import torch
@@ -15,6 +16,31 @@ from qalora_plugin.kernels.hardware import gemm_dtype
 from qalora_plugin.kernels.unpacking import dequantized, product
 
 BLOCK = {"cpu": 1 << 20, "cuda": 1 << 24}  # weights of a block: what a cache holds, and what keeps a GPU busy
+
+
+def representatives(x: Tensor, dy: Tensor, count: int, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens whose ``xᵀ·dy``, times a number, has ``Σ xᵀ·dy`` of all as its mean over ``place``.
+
+    A token's share is |x|·|dy|, and the chance that it is taken is in proportion: so every one that is taken counts for
+    the same, and their sum varies least (sampling in proportion to size, in a systematic order). Taken uniformly, few
+    would be of those that matter: of prompts, and of what the model knows, dy is small or zero.
+
+    Args:
+        x: ``[T, K]``. dy: ``[T, N]``. count: how many to take; one with a large share is taken more than once.
+        place: ``[1]``, uniform in [0, 1).
+
+    Returns:
+        x and dy of these tokens, each row divided by its norm, and the number, ``[]``.
+    """
+    total = torch.promote_types(dy.dtype, torch.float32)
+    x_norm, dy_norm = (torch.linalg.vector_norm(t, dim=1, dtype=total) for t in (x, dy))
+    edges = (x_norm * dy_norm).cumsum(0, dtype=torch.float64)
+    share = edges[-1] / count
+    points = (torch.arange(count, device=x.device) + place.to(x.device)) * share
+    rows = torch.searchsorted(edges, points, right=True).clamp_(max=len(x) - 1)
+    smallest = torch.finfo(total).tiny
+    x, dy = ((t[rows] / norm[rows, None].clamp_min(smallest)).to(t.dtype) for t, norm in ((x, x_norm), (dy, dy_norm)))
+    return x, dy, share.to(total)
 
 
 def factor_gradient(x: Tensor, dy: Tensor, weight: GroupwiseWeight) -> Tensor:
