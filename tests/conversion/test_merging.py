@@ -1,29 +1,24 @@
-"""The merge: exact, atomic, and picky about what it merges."""
+"""The merge: exact, and what it writes."""
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.fabricate import make_adapter, make_base
+from support.merges import SEQUENCES, UP_A, edited
 
 from qalora_plugin.checkpoint.folder import Checkpoint
 from qalora_plugin.conversion import merging, writer
 from qalora_plugin.conversion.merging import is_merge_of, merge
 from qalora_plugin.core import folding, reference
-from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.eval.verifying import verify
-from qalora_plugin.formats.opened import QuantizedCheckpoint
 
-SEQUENCES = [list(range(4, 100)), list(range(60, 4, -1))]
 KINDS = [
     {},
     {"sym": True, "checkpoint_format": "gptq_v2", "group_size": 64},
@@ -108,145 +103,6 @@ def test_is_merge_of(base, adapter, merged, tmp_path):
     assert not is_merge_of(tmp_path / "nothing", base, adapter, "float16")
 
 
-def test_a_merge_cut_short_is_refused(base, adapter, merged, tmp_path):
-    """What a power failure can leave of copied shards."""
-    folder = shutil.copytree(merged, tmp_path / "merged")
-    os.truncate(folder / "model-00001-of-00001.safetensors", 1000)
-    with pytest.raises(QALoraError, match="truncated or damaged"):
-        is_merge_of(folder, base, adapter, "float16")
-    (folder / "config.json").write_text("{}")
-    assert not is_merge_of(folder, base, adapter, "float16")
-
-
-def refuse(match, base, adapter, out, **options):
-    with pytest.raises(QALoraError, match=match):
-        merge(base, adapter, out, progress=False, **options)
-    assert not Path(out).exists() or any(Path(out).iterdir())
-    assert not list(Path(out).parent.glob(".*.partial"))
-
-
-def test_existing_output(base, adapter, merged):
-    before = sorted(path.name for path in merged.iterdir())
-    refuse("exists", base, adapter, merged)
-    assert sorted(path.name for path in merged.iterdir()) == before
-
-
-def test_another_base(adapter, tmp_path):
-    other = make_base(tmp_path / "other", seed=9)
-    refuse("trained on another base", other, adapter, tmp_path / "out")
-
-
-def test_offset_dtype(base, adapter, tmp_path):
-    refuse(
-        "offset_dtype is 'bfloat16', expected one of float16, float32",
-        base,
-        adapter,
-        tmp_path / "out",
-        offset_dtype="bfloat16",
-    )
-
-
-def edited(adapter, folder, tensors=None, **config):
-    shutil.copytree(adapter, folder)
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | config))
-    if tensors:
-        weights = load_file(folder / "adapter_model.safetensors")
-        tensors(weights)
-        save_file(weights, folder / "adapter_model.safetensors")
-    return folder
-
-
-UP_A = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        ({"peft_type": "LORA", "use_qalora": True}, "PEFT LORA adapter with use_qalora, which pools"),
-        ({"peft_type": "LORA", "use_qalora": False}, "is a PEFT LORA adapter; expected a QA-LoRA adapter"),
-        ({"r": 5}, r"lora_A of .* is \(4, .*\), expected \(5, .*\)"),
-        ({"qalora": {"pooling": "mean", "format_version": 1}}, "pooling 'mean', expected 'sum'"),
-        ({"qalora": None}, "does not say how it pools"),
-        ({"tensors": lambda t: t.pop(UP_A)}, "lacks A or B of model.layers.0.mlp.up_proj"),
-        ({"tensors": lambda t: t[UP_A].fill_(float("nan"))}, "holds NaN or Inf"),
-        ({"tensors": lambda t: t.update({UP_A: t[UP_A].repeat(1, 2)})}, "another group size"),
-        ({"tensors": lambda t: t.update({"lm_head.weight": t[UP_A].clone()})}, "holds 'lm_head.weight'"),
-        ({"tensors": lambda t: t[UP_A].fill_(1e9)}, "Use offset_dtype float32"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_bad_adapters(base, adapter, tmp_path, change, match):
-    change = dict(change)
-    folder = edited(adapter, tmp_path / "a", change.pop("tensors", None), **change)
-    refuse(match, base, folder, tmp_path / "out")
-
-
-def test_pickled_or_absent_adapter(base, adapter, tmp_path):
-    folder = shutil.copytree(adapter, tmp_path / "a")
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    refuse("is a pickle and is never read", base, folder, tmp_path / "out")
-    refuse("does not exist", base, tmp_path / "nowhere", tmp_path / "out")
-
-
-@pytest.mark.parametrize(("limit", "copy"), [(20_000, True), (4_000, False)], ids=["shards", "offsets"])
-def test_full_disk_leaves_nothing(base, adapter, tmp_path, limit, copy):
-    """A file-size limit stands in for a full disk: the same errors from the same calls, without mounting anything."""
-    code = (
-        "import resource, signal, sys; from qalora_plugin.conversion.merging import merge; "
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); limit = int(sys.argv[1]); "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)); "
-        f"merge(*sys.argv[2:], copy={copy}, progress=False)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(limit), base, adapter, tmp_path / "out"], capture_output=True, text=True
-    )
-    assert "QALoraError: the disk of" in done.stderr
-    assert not list(tmp_path.iterdir())
-
-
-def test_no_space_is_known_beforehand(base, adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    refuse("MB free, .* MB are needed", base, adapter, tmp_path / "out")
-
-
-@pytest.mark.parametrize("moment", range(4))
-def test_killed_at_any_moment(base, adapter, tmp_path, moment):
-    """SIGKILL in the middle of a slowed-down merge: nothing or everything under the final name; then merging works."""
-    code = r"""
-import os, sys, time
-from qalora_plugin.conversion import added, merging, writer
-slow = merging.link_or_copy
-def slower(*args, **kwargs):
-    os.write(1, b"step\n"); time.sleep(0.1); return slow(*args, **kwargs)
-merging.link_or_copy = slower
-offsets = added._offsets
-def slow_offsets(*args):
-    os.write(1, b"step\n"); time.sleep(0.02); return offsets(*args)
-added._offsets = slow_offsets
-merging.merge(*sys.argv[1:], progress=False)
-os.write(1, b"step\n")  # the last moment: it is there
-"""
-    out = tmp_path / "out"
-    child = subprocess.Popen([sys.executable, "-c", code, base, adapter, out], stdout=subprocess.PIPE)
-    for _ in range(1 + 5 * moment):
-        assert child.stdout.readline() == b"step\n"
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    if out.exists():
-        assert verify(base, adapter, out, SEQUENCES, device="cpu", progress=False).passed
-    else:
-        merge(base, adapter, out, progress=False)
-    assert not list(tmp_path.glob(".*.partial"))
-
-
-def test_two_merges_at_once(base, adapter, tmp_path):
-    from qalora_plugin.checkpoint.atomic import new_folder
-
-    with new_folder(tmp_path / "out"), pytest.raises(QALoraError, match="another process is writing"):
-        merge(base, adapter, tmp_path / "out", progress=False)
-
-
 def test_memory_does_not_grow_with_the_offsets(base, adapter, tmp_path, monkeypatch):
     """Pending offsets never exceed one shard: checked on what is handed to the writer."""
     monkeypatch.setattr(merging, "SHARD_BYTES", 2000)
@@ -298,37 +154,6 @@ def test_a_shard_by_the_name_of_the_offsets(base, adapter, tmp_path, file, copy)
     merge(folder, adapter, tmp_path / "out", copy=copy, progress=False)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert verify(folder, adapter, tmp_path / "out", SEQUENCES, device="cpu", progress=False).passed
-
-
-@pytest.mark.parametrize("copy", [False, True])
-def test_a_base_that_changes_while_it_is_merged(base, adapter, tmp_path, monkeypatch, copy):
-    folder = shutil.copytree(base, tmp_path / "base")
-    write = writer.ShardWriter._flush
-
-    def change(self):
-        with open(folder / "model.safetensors", "r+b") as file:
-            file.seek(-1, os.SEEK_END)
-            file.write(b"x")
-        write(self)
-
-    monkeypatch.setattr(writer.ShardWriter, "_flush", change)
-    refuse("was changed while it was being merged", folder, adapter, tmp_path / "out", copy=copy)
-
-
-@pytest.mark.parametrize("what", ["model.safetensors", "config.json", "."])
-def test_a_base_that_disappears_while_it_is_merged(base, adapter, tmp_path, monkeypatch, what):
-    folder = shutil.copytree(base, tmp_path / "base")
-    check = QuantizedCheckpoint.check_values
-
-    def remove(source):
-        check(source)
-        shutil.rmtree(folder) if what == "." else (folder / what).unlink()
-
-    monkeypatch.setattr(QuantizedCheckpoint, "check_values", remove)
-    if what == "config.json":  # read already
-        merge(folder, adapter, tmp_path / "out", progress=False)
-    else:
-        refuse("No such file", folder, adapter, tmp_path / "out")
 
 
 @pytest.mark.parametrize(("std", "told"), [(1e-5, True), (1e-4, True), (2e-2, False)])
