@@ -1,0 +1,152 @@
+"""Bases and adapters whose experts do not fit, and what a merge says of those that vLLM cannot serve."""
+
+import pytest
+import torch
+from families.architectures import build
+from families.bases import make_base_of
+from safetensors.torch import load_file, save_file
+
+from qalora_plugin import add_adapter, load_base, merge
+from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
+from qalora_plugin.core.errors import QALoraError
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory):
+    return make_base_of(build("mixtral"), tmp_path_factory.mktemp("mixtral"), quantize_experts=True).folder
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    return make_base_of(build("qwen3_moe"), tmp_path_factory.mktemp("qwen"), quantize_experts=True).folder
+
+
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory):
+    """With biases and a gate of its own, whose columns alternate with those of up."""
+    return make_base_of(build("gpt_oss"), tmp_path_factory.mktemp("gpt_oss"), quantize_experts=True).folder
+
+
+@pytest.fixture(scope="module")
+def adapter(mixtral, tmp_path_factory):
+    return save_random(load_base(mixtral, dtype=torch.float32), tmp_path_factory.mktemp("adapter") / "adapter")
+
+
+def save_random(model, folder, **lora):
+    model = add_adapter(model, **{"r": 4, "target_modules": "all-linear", **lora})
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(0, 0.02, generator=generator)
+    model.save_pretrained(folder)
+    return folder
+
+
+def copied(source, folder, tensors, weights="model.safetensors", **quantization):
+    import json
+    import shutil
+
+    shutil.copytree(source, folder)
+    save_file(tensors, folder / weights, metadata={"format": "pt"})
+    if quantization:
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] |= quantization
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+EXPERT = "model.layers.0.mlp.experts.{}.up_proj"
+
+
+def without(tensors, name):
+    for part in ("qweight", "qzeros", "scales", "g_idx"):
+        del tensors[f"{name}.{part}"]
+
+
+def missing(tensors):
+    without(tensors, EXPERT.format(2))
+
+
+def left_dense(tensors):
+    without(tensors, EXPERT.format(2))
+    tensors[f"{EXPERT.format(2)}.weight"] = torch.zeros(64, 64, dtype=torch.float16)
+
+
+def one_too_many(tensors):
+    for part in ("qweight", "qzeros", "scales", "g_idx"):
+        tensors[f"{EXPERT.format(4)}.{part}"] = tensors[f"{EXPERT.format(0)}.{part}"].clone()
+
+
+def another_group_size(tensors):
+    for part in ("qzeros", "scales"):
+        tensors[f"{EXPERT.format(1)}.{part}"] = tensors[f"{EXPERT.format(1)}.{part}"][:1].clone()
+    tensors[f"{EXPERT.format(1)}.g_idx"] = torch.zeros(64, dtype=torch.int32)
+
+
+def unknown_name(tensors):
+    for part in ("qweight", "qzeros", "scales", "g_idx"):
+        tensors[f"model.layers.0.mlp.experts.0.router.{part}"] = tensors[f"{EXPERT.format(0)}.{part}"].clone()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (missing, r"1 of 4 experts of model.layers.0.mlp.experts lack .*experts.2.up_proj is missing"),
+        (left_dense, r"experts.2.up_proj is left dense\): a layer's experts must be quantized all, or none"),
+        (one_too_many, r"quantizes model.layers.0.mlp.experts.4.up_proj, but model.layers.0.mlp.experts has 4 experts"),
+        (another_group_size, r"experts.0.up_proj has 4 bits and groups of 32, .*1.up_proj 4 bits and groups of 64"),
+        (unknown_name, r"quantizes model.layers.0.mlp.experts.0.router, but experts have .*w1"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)  # fmt: skip
+def test_a_base_that_does_not_fit_is_refused(qwen, tmp_path, change, message):
+    tensors = load_file(qwen / "model.safetensors")
+    change(tensors)
+    base = copied(qwen, tmp_path / "base", tensors, **({"group_size": None} if change is another_group_size else {}))
+    with pytest.raises(QALoraError, match=message):
+        load_base(base)
+
+
+def test_experts_that_compute_something_else_are_refused(qwen, monkeypatch):
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    made = Qwen3MoeExperts.__init__
+
+    def without_gate(self, config):
+        made(self, config)
+        self.has_gate = False  # as Nemotron-H's
+
+    monkeypatch.setattr(Qwen3MoeExperts, "__init__", without_gate)
+    with pytest.raises(QALoraError, match=r"Qwen3MoeExperts\) compute something else than a down projection of what"):
+        load_base(qwen)
+
+
+@pytest.mark.parametrize("meta", [None, "gptqmodel:7.6.0", {}, {"quantizer": 7}, {"quantizer": ["auto-round:0.9", 1]}])
+def test_gate_and_up_that_nobody_tells_apart_are_refused(gpt_oss, tmp_path, meta):
+    tensors = load_file(gpt_oss / "model.safetensors")
+    with pytest.raises(QALoraError, match=r"GptOssExperts\), whose gate and up tools tell apart in two ways"):
+        load_base(copied(gpt_oss, tmp_path / "base", tensors, meta=meta))
+
+
+def test_biases_are_those_of_the_model(gpt_oss, qwen, tmp_path):
+    tensors = load_file(gpt_oss / "model.safetensors")
+    bias = tensors.pop(f"{EXPERT.format(2)}.bias")
+    with pytest.raises(QALoraError, match=r"experts.2.up_proj.bias is missing, which the experts of this model have"):
+        load_base(copied(gpt_oss, tmp_path / "without", tensors))
+    tensors = load_file(qwen / "model.safetensors") | {f"{EXPERT.format(2)}.bias": bias[:64].clone()}
+    with pytest.raises(QALoraError, match=r"experts.2.up_proj has a bias, which the experts of this model have no"):
+        load_base(copied(qwen, tmp_path / "with", tensors))
+
+
+def test_a_merge_says_beforehand_that_vllm_has_no_place_for_biases(gpt_oss, tmp_path, caplog):
+    adapter = save_random(load_base(gpt_oss), tmp_path / "adapter", target_modules=["q_proj"])
+    merge(gpt_oss, adapter, tmp_path / "merged", progress=False)
+    assert "vLLM cannot serve quantized experts that have biases, as model.layers.0.mlp.experts.0." in caplog.text
+
+
+@pytest.mark.parametrize("shape", [(10**9, 0, 2), (3, 128, 4), (4, 128, 4, 1)])
+def test_an_adapter_of_other_experts_is_refused(adapter, tmp_path, shape):
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors["base_model.model.model.layers.0.mlp.experts.gate_proj.lora_B.weight"] = torch.empty(shape)
+    with pytest.raises(QALoraError, match="are not those of a layer's experts"):
+        AdapterFolder.open(copied(adapter, tmp_path / "adapter", tensors, "adapter_model.safetensors"))
