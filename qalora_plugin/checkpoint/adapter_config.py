@@ -1,7 +1,7 @@
 """``adapter_config.json`` of an adapter: what it must say, and what a merge could not read."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qalora_plugin.checkpoint.json_files import short
 from qalora_plugin.checkpoint.patterns import check_patterns
@@ -9,10 +9,28 @@ from qalora_plugin.core.errors import QALoraError
 
 ADAPTER_FORMAT, SCALES_FORMAT = 1, 2  # the second with trained scales
 WISHES = ("scales", "scales_lr_ratio")  # of `qalora` in the config, what users may ask for
-SCALES_LR_RATIO = 3.0
+OFFSETS_LR_RATIO, SCALES_LR_RATIO = 3.0, 1.0  # where both train; the second is settable
 _LARGEST_RATIO = 1e6
 POOLING = "sum"
 _LARGEST_ALPHA = 1e9
+
+
+class Ratios(NamedTuple):
+    """How many times as fast as a LoRA's the factors of the offsets (A, B) and of the scales (D, C) learn.
+
+    What is stored of each is divided by its ratio.
+    """
+
+    offsets: float
+    scales: float
+
+    @classmethod
+    def of(cls, qalora: dict[str, Any]) -> "Ratios":
+        """Of an adapter's ``qalora``; without trained scales nothing is divided. Older ones name one ratio for all."""
+        if not qalora.get("scales"):
+            return cls(1.0, 1.0)
+        scales = float(qalora["scales_lr_ratio"])
+        return cls(float(qalora.get("offsets_lr_ratio", scales)), scales)
 
 
 def check_pooling(qalora: dict, what: str) -> None:
@@ -26,6 +44,7 @@ def check_pooling(qalora: dict, what: str) -> None:
             f"{ADAPTER_FORMAT} and {SCALES_FORMAT}. Update qalora, or train it with this version."
         )
     check_wishes(qalora, what)
+    check_ratio(qalora.get("offsets_lr_ratio"), f"{what} has offsets_lr_ratio")
     if bool(qalora.get("scales")) != (version == SCALES_FORMAT) or (
         qalora.get("scales") and len(set(WISHES) & set(qalora)) < 2
     ):
@@ -52,8 +71,15 @@ def check_wishes(qalora: dict, what: str) -> None:
             f"{what} has scales_lr_ratio {short(ratio)}, but scales is not true: nothing would learn faster. Set "
             "scales: true, or remove scales_lr_ratio."
         )
+    check_ratio(ratio, f"{what} has scales_lr_ratio")
+
+
+def check_ratio(ratio: Any, what: str) -> None:
+    """Refuse what is no positive number; None is none."""
+    if ratio is None:
+        return
     if type(ratio) not in (int, float) or not 1 / _LARGEST_RATIO <= ratio <= _LARGEST_RATIO:
-        raise QALoraError(f"{what} has scales_lr_ratio {short(ratio)}, expected a positive number, as 3. Correct it.")
+        raise QALoraError(f"{what} {short(ratio)}, expected a positive number, as 1. Correct it.")
 
 
 def check_config(config: dict, path: Path) -> None:

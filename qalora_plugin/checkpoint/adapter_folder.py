@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from qalora_plugin.checkpoint.adapter_config import check_config, check_config_patterns, check_pooling
+from qalora_plugin.checkpoint.adapter_config import Ratios, check_config, check_config_patterns, check_pooling
 from qalora_plugin.checkpoint.hub import expanded
 from qalora_plugin.checkpoint.json_files import read_json, short
 from qalora_plugin.checkpoint.module_names import stored_name
@@ -156,8 +156,8 @@ class AdapterFolder:
         with open(self.folder / WEIGHTS_NAME, "rb") as file:
             weights = hashlib.file_digest(file, blake3).hexdigest()  # type: ignore[arg-type]  # typeshed: hashlib's own only
         scalings = [(module, self.scaling(module)) for module in self.modules]
-        ratio = [self._ratio] if self.has_scales else []
-        return f"blake3:{blake3(json.dumps([weights, scalings, *ratio]).encode()).hexdigest()}"
+        ratios = [*self._ratios] if self.has_scales else []
+        return f"blake3:{blake3(json.dumps([weights, scalings, *ratios]).encode()).hexdigest()}"
 
     def require_base(self, fingerprint: str, base: str | Path) -> None:
         """Refuse a base other than the one trained on."""
@@ -215,8 +215,8 @@ class AdapterFolder:
     def factors(self, module: str) -> tuple[np.ndarray, np.ndarray]:
         """A ``[R, G]`` and B ``[N, R]`` of one linear, as stored (bfloat16 as float32).
 
-        Where scales were trained, too, their product is in units of these, and stored is each divided by
-        ``scales_lr_ratio``, in float64 here.
+        Where scales were trained, too, their product is in units of these, in float64 here; what is stored of every
+        factor is divided by its ratio (:class:`~.adapter_config.Ratios`).
         """
         return self._factor(module, "A"), self._factor(module, "B")
 
@@ -225,12 +225,13 @@ class AdapterFolder:
         return (self._factor(module, "D"), self._factor(module, "C")) if self.has_scales else None
 
     @property
-    def _ratio(self) -> float:
-        return float(self.config["qalora"]["scales_lr_ratio"])
+    def _ratios(self) -> Ratios:
+        return Ratios.of(self.config["qalora"])
 
     def _factor(self, module: str, part: str) -> np.ndarray:
         found = self._read(module, part)
-        return self._ratio * found.astype(np.float64) if self.has_scales else found
+        ratio = self._ratios.offsets if part in "AB" else self._ratios.scales
+        return ratio * found.astype(np.float64) if self.has_scales else found
 
     def _read(self, module: str, part: str) -> np.ndarray:
         found = read_array(self.folder, self._info(module, part))

@@ -86,10 +86,10 @@ def exact_values(model: nn.Module) -> dict[str, tuple[Tensor, Tensor | None]]:
             (active,) = layer.active_adapters
             base: Any = layer.get_base_layer()
             lora_a, lora_b = (part[active].weight.detach().cpu() for part in (layer.lora_A, layer.lora_B))
-            change, unit, squared_ratio = None, None, layer.scales_ratio.get(active, 1.0) ** 2
+            change, unit, ratios = None, None, layer.ratios[active]
             if active in layer.lora_D:
                 unit = base.quantized.scales.cpu()
-            delta = OffsetDelta(lora_a, lora_b, layer.scaling[active] * squared_ratio)
+            delta = OffsetDelta(lora_a, lora_b, layer.scaling[active] * ratios.offsets**2)
             if lora_b.ndim == 3:
                 units = [None] * len(lora_b) if unit is None else unit
                 exact = torch.stack(
@@ -103,7 +103,7 @@ def exact_values(model: nn.Module) -> dict[str, tuple[Tensor, Tensor | None]]:
                 exact += factored_offsets(base.offsets_a.cpu(), base.offsets_b.cpu())
             if unit is not None:
                 d, c = (part[active].weight.detach().cpu().double() for part in (layer.lora_D, layer.lora_C))
-                change = adapter_scales(unit, d * squared_ratio, c)
+                change = adapter_scales(unit, d * ratios.scales**2, c)
                 if base.scales_delta is not None:
                     change += base.scales_delta.cpu()
                 change = change.float()

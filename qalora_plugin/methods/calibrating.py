@@ -217,12 +217,12 @@ def _set(linear: str, layer: QALoraLayer, dense: Tensor, hessian: Tensor) -> Err
             "copy it again."
         )
     found = calibrated_factors(_weight(layer), dense, hessian, a.shape[0], layer.scaling[name], has_scales)
-    ratio = layer.scales_ratio.get(name, 1.0)  # what is held is each factor divided by it
-    a.copy_(found.a / ratio)
-    b.copy_(found.b / ratio)
+    ratios = layer.ratios[name]  # what is held is each factor divided by its own
+    a.copy_(found.a / ratios.offsets)
+    b.copy_(found.b / ratios.offsets)
     if found.d is not None and found.c is not None:
-        layer.lora_D[name].weight.copy_(found.d / ratio)
-        layer.lora_C[name].weight.copy_(found.c / ratio)
+        layer.lora_D[name].weight.copy_(found.d / ratios.scales)
+        layer.lora_C[name].weight.copy_(found.c / ratios.scales)
     return Errors(found.before, found.after)
 
 

@@ -48,10 +48,10 @@ def expected_output(layer, x, names):
     group = reference.column_groups(base.quantized)
     still = reference.dequantize(base.quantized._replace(offsets=None))
     for name in names:
-        ratio = layer.scales_ratio.get(name, 1.0)
-        a, b = (ratio * part[name].weight.double() for part in (layer.lora_A, layer.lora_B))
+        ratios = layer.ratios[name]
+        a, b = (ratios.offsets * part[name].weight.double() for part in (layer.lora_A, layer.lora_B))
         if name in layer.lora_D:
-            d, c = (ratio * part[name].weight.double() for part in (layer.lora_D, layer.lora_C))
+            d, c = (ratios.scales * part[name].weight.double() for part in (layer.lora_D, layer.lora_C))
             weight = weight + still * (d @ c)[group]
             offsets = reference.adapter_offsets(a, b, layer.scaling[name], base.quantized.scales)
         else:
@@ -68,7 +68,7 @@ def test_untouched_until_it_is_trained(base):
     assert torch.equal(model(IDS).logits, expected)
     assert model.peft_config["default"].qalora | {"base_fingerprint": 0} == {
         "format_version": 2, "pooling": "sum", "group_size": 32, "model_class": "LlamaForCausalLM",
-        "base_fingerprint": 0, "scales": True, "scales_lr_ratio": 3.0,
+        "base_fingerprint": 0, "scales": True, "scales_lr_ratio": 1.0, "offsets_lr_ratio": 3.0,
     }  # fmt: skip
     for name, layer in layers(model).items():
         rank, d, c = 2 if "q_proj" in name else 4, layer.lora_D["default"].weight, layer.lora_C["default"].weight
@@ -76,7 +76,8 @@ def test_untouched_until_it_is_trained(base):
         assert (d.shape, c.shape) == ((groups, rank), (rank, n))
         assert d.requires_grad
         assert c.requires_grad
-        assert 0.5 * groups**-0.5 < 3 * d.abs().max() <= groups**-0.5
+        assert 0.5 * groups**-0.5 < d.abs().max() <= groups**-0.5
+        assert 0.5 * groups**-0.5 < 3 * layer.lora_A["default"].weight.abs().max() <= groups**-0.5
 
 
 def test_off_is_the_adapter_of_always(base, tmp_path):
@@ -162,7 +163,9 @@ def test_save_load_and_delete(base, adapter, tmp_path):
     for name, layer in layers(model).items():
         found = opened.scale_factors(name.removeprefix("base_model.model."))
         for factor, part in zip(found, (layer.lora_D, layer.lora_C), strict=True):
-            assert torch.equal(torch.from_numpy(factor), 3 * part["default"].weight.double())
+            assert torch.equal(torch.from_numpy(factor), part["default"].weight.double())
+        a, _ = opened.factors(name.removeprefix("base_model.model."))
+        assert torch.equal(torch.from_numpy(a), 3 * layer.lora_A["default"].weight.double())
     with pytest.raises(QALoraError, match="PEFT would leave out"):
         model.add_weighted_adapter(["default"], [1.0], "sum")
     model.delete_adapter("default")
@@ -200,7 +203,7 @@ def test_get_peft_model_takes_the_wish(base):
 
     config = QALoraConfig(qalora={"scales": True, "scales_lr_ratio": 2}, task_type="CAUSAL_LM", **OPTIONS)
     model = get_peft_model(load_base(base, dtype=torch.float32), config)
-    assert all(layer.scales_ratio == {"default": 2.0} for layer in layers(model).values())
+    assert all(layer.ratios == {"default": (3.0, 2.0)} for layer in layers(model).values())
 
 
 @pytest.mark.parametrize(
@@ -248,10 +251,27 @@ def test_axolotl_goes_on_with_what_the_adapter_has(base, adapter, tmp_path):
     check_axolotl(cfg | {"qalora": {"scales": True}})
     with pytest.raises(QALoraError, match=r"qalora\.scales is false, but lora_model_dir .* was trained with scales"):
         check_axolotl(cfg | {"qalora": {"scales": False}})
-    check_axolotl(cfg | {"qalora": {"scales": True, "scales_lr_ratio": 3}})
-    with pytest.raises(QALoraError, match=r"scales_lr_ratio is 5, but lora_model_dir .* was trained with 3"):
+    check_axolotl(cfg | {"qalora": {"scales": True, "scales_lr_ratio": 1}})
+    with pytest.raises(QALoraError, match=r"scales_lr_ratio is 5, but lora_model_dir .* was trained with 1"):
         check_axolotl(cfg | {"qalora": {"scales": True, "scales_lr_ratio": 5}})
     with pytest.raises(QALoraError, match=r"scales is not true: nothing would learn faster"):
         read_block({"scales_lr_ratio": 3})
     with pytest.raises(QALoraError, match=r"scales_lr_ratio -1\.0, expected a positive number"):
         read_block({"scales": True, "scales_lr_ratio": -1})
+
+
+def test_older_adapters_name_one_ratio_for_all(base, adapter, tmp_path):
+    """Their offsets' factors are divided by it, too."""
+    folder = shutil.copytree(adapter, tmp_path / "older")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    del config["qalora"]["offsets_lr_ratio"]
+    config["qalora"]["scales_lr_ratio"] = 3.0
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    older, newer = AdapterFolder.open(folder), AdapterFolder.open(adapter)
+    for name in newer.modules:
+        for ours, theirs in zip(older.factors(name), newer.factors(name), strict=True):
+            assert (ours == theirs).all()
+        for ours, theirs in zip(older.scale_factors(name), newer.scale_factors(name), strict=True):
+            assert (ours == 3 * theirs).all()
+    for layer in layers(load_adapter(load_base(base), folder)).values():
+        assert layer.ratios["default"] == (3.0, 3.0)

@@ -48,8 +48,9 @@ def expert_layers(model):
 
 def defined(layer, x, factors):
     """float64, expert by expert; ``factors``: A, B, D and C of one adapter."""
-    ratio, parts = layer.scales_ratio["default"], []
-    a, b, d, c = (ratio * factor for factor in factors)
+    ratios, parts = layer.ratios["default"], []
+    a, b = (ratios.offsets * factor for factor in factors[:2])
+    d, c = (ratios.scales * factor for factor in factors[2:])
     for e, part in enumerate(x.double().split(COUNTS)):
         weight = layer.get_base_layer().expert(e)
         group = reference.column_groups(weight)
@@ -70,9 +71,11 @@ def test_every_experts_scales_and_their_gradients(mixtral, adapter, monkeypatch,
         found, wanted = layer(x, COUNTS), defined(layer, x, exact)
         assert_close(found, wanted, 2e-6)
         grad = torch.randn_like(found)
-        ratio = layer.scales_ratio["default"]
-        gradients = torch.autograd.grad(wanted, exact, grad.double())
-        for ours, theirs in zip(torch.autograd.grad(found, held, grad), gradients, strict=True):
+        offsets, steps = layer.ratios["default"]
+        gradients = zip(
+            torch.autograd.grad(found, held, grad), torch.autograd.grad(wanted, exact, grad.double()), strict=True
+        )
+        for (ours, theirs), ratio in zip(gradients, (offsets, offsets, steps, steps), strict=True):
             assert_close(ratio * ours, theirs, 1e-5)
             assert not ours[1].any()  # an idle expert
 

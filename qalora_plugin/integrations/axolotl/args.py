@@ -49,7 +49,8 @@ class QALoraBlock(BaseModel):
     )
     scales_lr_ratio: float | None = Field(
         default=None,
-        description="How many times as fast all factors learn as a LoRA would, with every optimizer; default 3.",
+        description="How many times as fast scales learn as a LoRA would, with every optimizer; default 1. (Offsets "
+        "learn three times as fast beside them.)",
     )
     init: Literal["calibrated"] | None = Field(
         default=None,

@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils import hotswap
 from torch import Tensor, nn
 
-from qalora_plugin.checkpoint.adapter_config import check_pooling, check_wishes
+from qalora_plugin.checkpoint.adapter_config import Ratios, check_pooling, check_wishes
 from qalora_plugin.checkpoint.adapter_folder import PEFT_TYPE, AdapterFolder
 from qalora_plugin.checkpoint.hub import is_local
 from qalora_plugin.core.delta import OffsetDelta
@@ -100,14 +100,16 @@ def _check_base_first(load: Callable) -> Callable:
 
 def _require_same_scales(qalora: dict[str, Any], saved: AdapterFolder) -> None:
     """Refuse a checkpoint whose numbers mean something else in the adapter that they are loaded into."""
-    (wanted, ratio), (found, its) = (
-        (bool(settings.get("scales")), settings.get("scales_lr_ratio")) for settings in (qalora, saved.config["qalora"])
+    wanted, found = (
+        f"with scales, scales_lr_ratio {ratios.scales:g} (offsets' {ratios.offsets:g})"
+        if settings.get("scales")
+        else "without scales"
+        for settings, ratios in ((one, Ratios.of(one)) for one in (qalora, saved.config["qalora"]))
     )
-    if (wanted, ratio) != (found, its):
+    if wanted != found:
         raise QALoraError(
-            f"{saved.folder} was trained {f'with scales, scales_lr_ratio {its:g}' if found else 'without scales'}, "
-            f"this run trains {f'with scales, scales_lr_ratio {ratio:g}' if wanted else 'without'}. Resume with the "
-            "settings it began with, or begin anew."
+            f"{saved.folder} was trained {found}, this run trains {wanted}. Resume with the settings it began with, or "
+            "begin anew."
         )
 
 
@@ -124,7 +126,7 @@ class QALoraLayer(nn.Module, LoraLayer):
     """
 
     adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_D", "lora_C")
-    other_param_names = (*LoraLayer.other_param_names, "scales_ratio")
+    other_param_names = (*LoraLayer.other_param_names, "ratios")
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: QALoraConfig, r: int, lora_alpha: int, **kwargs: Any
@@ -132,7 +134,7 @@ class QALoraLayer(nn.Module, LoraLayer):
         super().__init__()
         LoraLayer.__init__(self, base_layer, **kwargs)
         self.lora_D, self.lora_C = nn.ModuleDict(), nn.ModuleDict()
-        self.scales_ratio: dict[str, float] = {}
+        self.ratios: dict[str, Ratios] = {}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
@@ -162,13 +164,15 @@ class QALoraLayer(nn.Module, LoraLayer):
                 "add_adapter."
             )
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        self.ratios[adapter_name] = ratios = Ratios.of(config.qalora or {})
         if config.qalora and config.qalora.get("scales"):
-            self.scales_ratio[adapter_name] = ratio = config.qalora["scales_lr_ratio"]
             self.lora_D[adapter_name], self.lora_C[adapter_name] = new_factors(
                 base.groups, base.out_features, r, config.init_lora_weights
             )
-            for factors in (self.lora_A, self.lora_B, self.lora_D, self.lora_C):
-                factors[adapter_name].weight.data /= ratio
+            for factors in (self.lora_A, self.lora_B):
+                factors[adapter_name].weight.data /= ratios.offsets
+            for factors in (self.lora_D, self.lora_C):
+                factors[adapter_name].weight.data /= ratios.scales
             self._move_adapter_to_device_of_base_layer(adapter_name)
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -182,7 +186,7 @@ class QALoraLayer(nn.Module, LoraLayer):
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
         if not active:
             return base(x)
-        scales = scale_delta(self.lora_D, self.lora_C, self.scales_ratio, active)
+        scales = scale_delta(self.lora_D, self.lora_C, self.ratios, active)
         if len(active) == 1 and not self._drops(active[0]):
             return base(x, self._delta(active[0]), scales)
         y, weight = base(x, None, scales), base.quantized
@@ -197,7 +201,7 @@ class QALoraLayer(nn.Module, LoraLayer):
         return y
 
     def _delta(self, name: str) -> OffsetDelta:
-        ratio = self.scales_ratio.get(name)
+        ratio = self.ratios[name].offsets
         return OffsetDelta(stretched(self.lora_A[name], ratio), stretched(self.lora_B[name], ratio), self.scaling[name])
 
     def _drops(self, name: str) -> bool:

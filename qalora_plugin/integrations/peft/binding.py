@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qalora_plugin.checkpoint.adapter_config import (
     ADAPTER_FORMAT,
+    OFFSETS_LR_RATIO,
     POOLING,
     SCALES_FORMAT,
     SCALES_LR_RATIO,
@@ -72,8 +73,9 @@ def bind_config(
         "model_class": type(model).__name__,
     }
     if wishes.get("scales"):
-        ratio = {"scales_lr_ratio": float(wishes.get("scales_lr_ratio", SCALES_LR_RATIO))}
-        bound.qalora |= {"format_version": SCALES_FORMAT, "scales": True, **ratio}
+        ratio = float(wishes.get("scales_lr_ratio", SCALES_LR_RATIO))
+        ratios = {"offsets_lr_ratio": OFFSETS_LR_RATIO, "scales_lr_ratio": ratio}
+        bound.qalora |= {"format_version": SCALES_FORMAT, "scales": True, **ratios}
     if names := shorten({name: quantizer.names[name] for name in targets}):
         bound.qalora["names"] = names
     return bound

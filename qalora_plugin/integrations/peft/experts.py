@@ -31,7 +31,7 @@ class QALoraExpertsLayer(QALoraLayer):
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         assert isinstance(config, QALoraConfig)  # the layer it extends refuses others
         held = {part: getattr(self, f"lora_{part}") for part in "ABDC" if adapter_name in getattr(self, f"lora_{part}")}
-        ratio, init = self.scales_ratio.get(adapter_name, 1.0), config.init_lora_weights
+        ratios, init = self.ratios[adapter_name], config.init_lora_weights
         base = cast(QuantExpertLinear, self.get_base_layer())
         initial: dict[str, list[Tensor]] = {part: [] for part in held}
         for _ in range(base.experts):  # each as PEFT initializes one
@@ -43,6 +43,7 @@ class QALoraExpertsLayer(QALoraLayer):
             if "D" in held:
                 held["D"][adapter_name], held["C"][adapter_name] = new_factors(base.groups, base.out_features, r, init)
             for part, of_adapters in held.items():
+                ratio = ratios.offsets if part in "AB" else ratios.scales
                 initial[part].append(of_adapters[adapter_name].weight.detach() / ratio)
         for part, of_adapters in held.items():
             one_for_all = part == "A" and config.shared_a
@@ -63,7 +64,7 @@ class QALoraExpertsLayer(QALoraLayer):
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
         if not active:
             return base(x, rows)
-        scales = scale_delta(self.lora_D, self.lora_C, self.scales_ratio, active)
+        scales = scale_delta(self.lora_D, self.lora_C, self.ratios, active)
         if len(active) == 1 and not self._drops(active[0]):
             return base(x, rows, self._delta(active[0]), scales)
         y = base(x, rows, None, scales)

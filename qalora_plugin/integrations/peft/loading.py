@@ -29,7 +29,7 @@ def add_adapter(
             (``r``, ``lora_alpha``, ``target_modules="all-linear"`` …).
         scales: train step sizes beside the offsets, ``scales ⊙ (1 + D·C)``; an eighth more to compute, and
             more accurate. (To a trainer of TRL: ``peft_config=QALoraConfig(qalora={"scales": True}, …)``.)
-        scales_lr_ratio: how many times as fast all factors then learn as a LoRA would; default 3.
+        scales_lr_ratio: how many times as fast scales then learn as a LoRA would; default 1.
 
     Raises:
         QALoraError: an option that cannot be merged, or targets that are not quantised.

@@ -1,12 +1,12 @@
 """Trained step sizes of an adapter: D and C of :class:`~qalora_plugin.core.delta.ScaleDelta`, as PEFT holds them.
 
-With them all four factors change the weight in units of its steps, and learn ``scales_lr_ratio`` times as fast as a
-LoRA would, so that a LoRA's rate is right. Parameter groups would have to be made for every optimizer of every trainer;
-instead what PEFT holds is each factor divided by the ratio, and its gradient is the factor's. So a step of D is
-``ratio`` times as large as the optimizer's, while clipping and the optimizer see the gradients that parameter groups
-would show them. It is the same for every optimizer whose step depends on gradients alone. One that looks at the
-parameters themselves differs: weight decay takes the share per step that it takes of any parameter, not ``ratio`` times
-that share; Adafactor's ``scale_parameter`` undoes the ratio.
+With them all four factors change the weight in units of its steps. A and B then learn three times as fast as a LoRA
+would, D and C ``scales_lr_ratio`` times, so that a LoRA's rate is right. Parameter groups would have to be made for
+every optimizer of every trainer; instead what PEFT holds is each factor divided by its ratio, and its gradient is the
+factor's. So a step of A is ``ratio`` times as large as the optimizer's, while clipping and the optimizer see the
+gradients that parameter groups would show them. It is the same for every optimizer whose step depends on gradients
+alone. One that looks at the parameters themselves differs: weight decay takes the share per step that it takes of any
+parameter, not ``ratio`` times that share; Adafactor's ``scale_parameter`` undoes the ratio.
 """
 
 import math
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qalora_plugin.checkpoint.adapter_config import WISHES
+from qalora_plugin.checkpoint.adapter_config import WISHES, Ratios
 from qalora_plugin.core.delta import ScaleDelta
 from qalora_plugin.layers.sharding import StackedFactors, factor
 
@@ -40,10 +40,10 @@ def is_bound(qalora: dict[str, Any] | None) -> bool:
     return qalora is not None and not set(qalora) <= set(WISHES)
 
 
-def stretched(linear: nn.Linear | StackedFactors, ratio: float | None) -> Tensor:
-    """A factor of an adapter from the layer that holds it, divided by its ratio if there is one."""
+def stretched(linear: nn.Linear | StackedFactors, ratio: float) -> Tensor:
+    """A factor of an adapter from the layer that holds it, divided by its ratio."""
     found = factor(linear)
-    return found if ratio is None else _Stretched.apply(found, ratio)
+    return found if ratio == 1 else _Stretched.apply(found, ratio)
 
 
 def new_factors(groups: int, out_features: int, rank: int, init: bool | str) -> tuple[nn.Linear, nn.Linear]:
@@ -59,11 +59,11 @@ def new_factors(groups: int, out_features: int, rank: int, init: bool | str) -> 
     return d, c
 
 
-def scale_delta(lora_d: Any, lora_c: Any, ratios: dict[str, float], names: Iterable[str]) -> ScaleDelta | None:
+def scale_delta(lora_d: Any, lora_c: Any, ratios: dict[str, Ratios], names: Iterable[str]) -> ScaleDelta | None:
     """What the adapters ``names`` make of the scales together: ``Σ D·C``, as one product; None for nothing."""
     names = [name for name in names if name in lora_d]
     if not names:
         return None
-    d = [stretched(lora_d[name], ratios[name]) for name in names]
-    c = [stretched(lora_c[name], ratios[name]) for name in names]
+    d = [stretched(lora_d[name], ratios[name].scales) for name in names]
+    c = [stretched(lora_c[name], ratios[name].scales) for name in names]
     return ScaleDelta(*((d[0], c[0]) if len(names) == 1 else (torch.cat(d, -1), torch.cat(c, -2))), GRADIENT_EVERY)
