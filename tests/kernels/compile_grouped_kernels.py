@@ -5,7 +5,7 @@ tensor cores, or is slow by construction. Run by ``test_grouped.py`` in a proces
 from support.nvidia_machine_code import instructions, spills
 
 from qalora_plugin.core.words import codes_per_period
-from qalora_plugin.kernels.triton import grouped
+from qalora_plugin.kernels.triton import grouped, grouped_kernels
 from qalora_plugin.kernels.triton.dequantize import layout_constants
 
 TILES = {"slots": "*i32", "experts": "*i32", "used": "*i32"}
@@ -20,7 +20,7 @@ def sizes(*names):
 def unpacking(transposed, capability, bits, rows, dtype="*bf16", act_order=False):
     constants = {"ROWS": rows, "COLUMNS": grouped.COLUMNS, "PERIODS": grouped.DEPTH // codes_per_period(bits)}
     constants |= {"HAS_OFFSETS": True, "ALIGNED": not act_order, "ACT_ORDER": act_order} | layout_constants(bits)
-    kernel = grouped.multiply_t_kernel if transposed else grouped.multiply_kernel
+    kernel = grouped_kernels.multiply_t_kernel if transposed else grouped_kernels.multiply_kernel
     more = sizes("count", *(() if transposed else ("per_row",)), "K", "N", "group_size")
     arguments = {"dy" if transposed else "x": dtype, "out": dtype} | TILES | PACKED | more
     return instructions(kernel, arguments, constants, capability, grouped.warps(rows))
@@ -30,10 +30,10 @@ def factors(capability, rows, depth):
     blocks = {"ROWS": rows, "DEPTH": depth, "COLUMNS": grouped.COLUMNS}
     strides = sizes("count", "per_row", "INNER", "N", "stride_e", "stride_i", "stride_n")
     arguments = {"x": "*bf16", "m": "*fp32", "out": "*bf16"} | TILES | strides
-    yield instructions(grouped.product_kernel, arguments, blocks, capability, grouped.warps(rows))
+    yield instructions(grouped_kernels.product_kernel, arguments, blocks, capability, grouped.warps(rows))
     arguments = {"x": "*bf16", "dy": "*bf16", "out": "*fp32", "slots": "*i32", "ends": "*i64"}
     arguments |= sizes("count", "per_row", "INNER", "N")
-    yield instructions(grouped.outer_kernel, arguments, blocks, capability, grouped.warps(rows))
+    yield instructions(grouped_kernels.outer_kernel, arguments, blocks, capability, grouped.warps(rows))
 
 
 def check(names, *kind):
@@ -63,6 +63,6 @@ for rows, depth in ((grouped.FEWEST, 16), (grouped.MOST, grouped.DEPTH)):
 
 pool = sizes("count", "per_row", "K", "groups", "g")
 assert instructions(
-    grouped.pool_kernel, {"x": "*bf16", "out": "*bf16"} | TILES | {"order": "*i64"} | pool,
+    grouped_kernels.pool_kernel, {"x": "*bf16", "out": "*bf16"} | TILES | {"order": "*i64"} | pool,
     {"ROWS": 64, "GROUPS": grouped.GROUPS_OF_POOL}, HOPPER,
 )  # fmt: skip

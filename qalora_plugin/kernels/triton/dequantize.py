@@ -25,7 +25,7 @@ MATMUL_COLUMNS = 64  # of a program
 
 
 @triton.jit
-def _load_period(words, period, n, N, mask, WORDS: tl.constexpr):
+def load_period(words, period, n, N, mask, WORDS: tl.constexpr):
     """The 32-bit words of ``period`` in the columns ``n``: three, of which only the first counts where WORDS is 1."""
     place = words + (period * WORDS).to(tl.int64) * N + n
     first = tl.load(place, mask=mask, other=0).to(tl.uint32, bitcast=True)
@@ -47,7 +47,7 @@ def _code(words, j: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _group_terms(
+def group_terms(
     zeros, scales, offsets, group, n, N, mask, HAS_OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """scale and shift of ``w' = scale·q + shift``, what all columns of K in a group share; float32."""
@@ -75,14 +75,14 @@ def fill_kernel(
     first = tl.program_id(0) * PERIODS
     if ALIGNED:
         group = first * PERIOD // group_size
-        scale, shift = _group_terms(zeros, scales, offsets, group, n, N, mask, HAS_OFFSETS)
+        scale, shift = group_terms(zeros, scales, offsets, group, n, N, mask, HAS_OFFSETS)
     for period in tl.static_range(PERIODS):
-        words = _load_period(qweight, first + period, n, N, mask, WORDS)
+        words = load_period(qweight, first + period, n, N, mask, WORDS)
         for j in tl.static_range(PERIOD):
             k = (first + period) * PERIOD + j
             if not ALIGNED:
                 group = tl.load(g_idx + k) if ACT_ORDER else k // group_size
-                scale, shift = _group_terms(zeros, scales, offsets, group, n, N, mask, HAS_OFFSETS)
+                scale, shift = group_terms(zeros, scales, offsets, group, n, N, mask, HAS_OFFSETS)
             weight = _code(words, j, BITS) * scale + shift
             tl.store(out + k.to(tl.int64) * N + n, weight.to(out.dtype.element_ty), mask=mask)
 
@@ -107,8 +107,8 @@ def matmul_kernel(
         inside = row < K // PERIOD
         period = row[:, None]
         mask = inside[:, None] & mask_n
-        words = _load_period(qweight, period, n, N, mask, WORDS)
-        scale, shift = _group_terms(zeros, scales, offsets, period * PERIOD // group_size, n, N, mask, HAS_OFFSETS)
+        words = load_period(qweight, period, n, N, mask, WORDS)
+        scale, shift = group_terms(zeros, scales, offsets, period * PERIOD // group_size, n, N, mask, HAS_OFFSETS)
         for j in tl.static_range(PERIOD):
             weight = _code(words, j, BITS) * scale + shift
             tokens = tl.load(x + t * K + row[None, :] * PERIOD + j, mask=(t < T) & inside[None, :], other=0)
