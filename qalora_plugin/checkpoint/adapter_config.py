@@ -32,6 +32,10 @@ class Ratios(NamedTuple):
         scales = float(qalora["scales_lr_ratio"])
         return cls(float(qalora.get("offsets_lr_ratio", scales)), scales)
 
+    def of_factor(self, part: str) -> float:
+        """part: ``"A"``, ``"B"``, ``"C"`` or ``"D"``."""
+        return self.offsets if part in "AB" else self.scales
+
 
 def check_pooling(qalora: dict, what: str) -> None:
     """Refuse an adapter that this version would scale wrongly."""

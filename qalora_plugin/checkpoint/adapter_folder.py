@@ -102,7 +102,7 @@ class AdapterFolder:
                     f"{folder / WEIGHTS_NAME}: {key} is {tensors[key].dtype}, expected a float type. Save it again."
                 )
             found.setdefault(match["module"], set()).add(match["part"])
-        wanted = "ABCD" if config["qalora"].get("scales") else "AB"
+        wanted = _parts(config)
         half = [module for module, parts in found.items() if not parts.issuperset(wanted)]
         if half or not found:
             raise QALoraError(
@@ -209,7 +209,7 @@ class AdapterFolder:
     def check_values(self) -> None:
         """Refuse NaN and Inf, of which a model would only say that its loss is NaN. Reads all of the adapter."""
         for module in self.modules:
-            for part in "ABCD" if self.has_scales else "AB":
+            for part in _parts(self.config):
                 self._read(module, part)
 
     def factors(self, module: str) -> tuple[np.ndarray, np.ndarray]:
@@ -230,8 +230,7 @@ class AdapterFolder:
 
     def _factor(self, module: str, part: str) -> np.ndarray:
         found = self._read(module, part)
-        ratio = self._ratios.offsets if part in "AB" else self._ratios.scales
-        return ratio * found.astype(np.float64) if self.has_scales else found
+        return self._ratios.of_factor(part) * found.astype(np.float64) if self.has_scales else found
 
     def _read(self, module: str, part: str) -> np.ndarray:
         found = read_array(self.folder, self._info(module, part))
@@ -250,6 +249,11 @@ class AdapterFolder:
         size = (info.end - info.start) // info.shape[0]
         start = info.start + number * size
         return replace(info, shape=info.shape[1:], start=start, end=start + size)
+
+
+def _parts(config: dict) -> str:
+    """The factors of a linear's adapter."""
+    return "ABCD" if config["qalora"].get("scales") else "AB"
 
 
 def _stored_names(name: str, shapes: dict[str, tuple[int, ...]], path: Path) -> dict[str, int | None]:

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from qalora_plugin.core.delta import OffsetDelta, ScaleDelta, scaled_product
 from qalora_plugin.core.weight import GroupwiseWeight
 from qalora_plugin.kernels.base import Kernel
-from qalora_plugin.kernels.hardware import gemm_dtype
+from qalora_plugin.kernels.hardware import autocast, gemm_dtype
 from qalora_plugin.kernels.scales import factor_gradient, representatives
 from qalora_plugin.kernels.select import choose
 from qalora_plugin.kernels.unpacking import product
@@ -43,9 +43,7 @@ def linear(
     Returns:
         ``[..., N]``.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _GroupwiseLinear.apply(x, *(delta or (None, None, 1.0)), *(scale_delta or (None, None, 1)), weight)
+    return _GroupwiseLinear.apply(autocast(x), *(delta or (None, None, 1.0)), *(scale_delta or (None, None, 1)), weight)
 
 
 class _GroupwiseLinear(torch.autograd.Function):

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from qalora_plugin.core.delta import OffsetDelta
 from qalora_plugin.core.weight import GroupwiseWeight
-from qalora_plugin.kernels.hardware import runs_triton
+from qalora_plugin.kernels.hardware import autocast, runs_triton
 from qalora_plugin.kernels.pooling import pool
 
 if TYPE_CHECKING:
@@ -52,13 +52,13 @@ def linear(x: Tensor, weight: GroupwiseWeight, tiles: "Tiles", delta: OffsetDelt
         x: ``[T, K]``, or a row for each slot, ``[S, K]``.
         delta: of all experts, A ``[E, R, G]`` (or one for all, ``[R, G]``) and B ``[E, N, R]``.
     """
-    return _GroupedLinear.apply(_autocast(x), *(delta or (None, None, 1.0)), weight, tiles)
+    return _GroupedLinear.apply(autocast(x), *(delta or (None, None, 1.0)), weight, tiles)
 
 
 @torch.compiler.disable
 def adapter(x: Tensor, weight: GroupwiseWeight, tiles: "Tiles", delta: OffsetDelta) -> Tensor:
     """What an adapter adds by itself, ``[S, N]``, where dropout keeps its x from being the base's."""
-    x = _autocast(x)
+    x = autocast(x)
     lora_a, lora_b, scaling = delta
     pooled = pool(x, weight) if weight.group_order is None else _PoolByExpert.apply(x, weight, tiles)
     narrow = _Product.apply(pooled, _of_each(lora_a, len(lora_b)).mT, tiles)
@@ -159,8 +159,3 @@ def _of_each(lora_a: Tensor, experts: int) -> Tensor:
 def _by_row(by_slot: Tensor, rows: int) -> Tensor:
     """Gradients of slots added up for the row of x that they share."""
     return by_slot if rows == len(by_slot) else by_slot.unflatten(0, (rows, -1)).sum(1)
-
-
-def _autocast(x: Tensor) -> Tensor:
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x

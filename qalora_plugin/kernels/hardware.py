@@ -11,6 +11,12 @@ def runs_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.version.cuda is not None and tensor.dtype != torch.float64
 
 
+def autocast(x: Tensor) -> Tensor:
+    """x in the dtype that autocast asks for on its device, if it is on."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 def gemm_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What to multiply tensors of ``dtype`` in: float32 where a CPU only emulates ``dtype``."""
     return torch.float32 if device.type == "cpu" and emulates(dtype) else dtype

@@ -16,7 +16,7 @@ from qalora_plugin.core.weight import GroupwiseSpec, GroupwiseWeight
 from qalora_plugin.core.words import codes_per_period, words_per_period
 from qalora_plugin.kernels import grouped
 from qalora_plugin.kernels.autograd import linear
-from qalora_plugin.layers.linear import QuantLinear, plus_factored
+from qalora_plugin.layers.linear import QuantLinear, completed
 
 if TYPE_CHECKING:
     from qalora_plugin.kernels.triton.grouped import Tiles
@@ -104,9 +104,7 @@ class QuantExpertLinear(QuantLinear):
         """One expert's weight. tensors: from :meth:`tensors`, of a caller who asks for several experts."""
         *stacked, change, a, b, _ = tensors or self.tensors()
         weight = GroupwiseWeight.of(stacked, self.bits, self.group_size).expert(i)
-        if change is not None:
-            weight = weight._replace(scales=weight.scales.float() + change[i])
-        weight = plus_factored(weight, *(None if factor is None else factor[i] for factor in (a, b)))
+        weight = completed(weight, *(None if tensor is None else tensor[i] for tensor in (change, a, b)))
         g_idx, group_order = stacked[-2:]
         if g_idx is None or group_order is None:
             return weight

@@ -89,10 +89,7 @@ class QuantLinear(nn.Module):
     def held(self) -> tuple[GroupwiseWeight, Tensor | None]:
         """The weight as kernels and formats take it, and the bias ``[N]``."""
         *weight, change, a, b, bias = self.tensors()
-        found = GroupwiseWeight.of(weight, self.bits, self.group_size)
-        if change is not None:
-            found = found._replace(scales=found.scales.float() + change)
-        return plus_factored(found, a, b), bias
+        return completed(GroupwiseWeight.of(weight, self.bits, self.group_size), change, a, b), bias
 
     @property
     def quantized(self) -> GroupwiseWeight:
@@ -120,8 +117,11 @@ class QuantLinear(nn.Module):
         return (getattr(self, name) if self._layout is None else self._layout.parts[_HELD.index(name)]) is not None
 
 
-def plus_factored(weight: GroupwiseWeight, a: Tensor | None, b: Tensor | None) -> GroupwiseWeight:
-    """The weight with the offsets ``a·b`` as well, if it has such factors: ``[G, r]`` and ``[r, N]``."""
+def completed(weight: GroupwiseWeight, change: Tensor | None, a: Tensor | None, b: Tensor | None) -> GroupwiseWeight:
+    """The weight with what is stored beside it, where there is such: a change of its scales ``[*E, G, N]``, and factors
+    of offsets, ``[*E, G, r]`` and ``[*E, r, N]``."""
+    if change is not None:
+        weight = weight._replace(scales=weight.scales.float() + change)
     if a is None or b is None:
         return weight
     product = factored_offsets(a, b)

@@ -4,10 +4,9 @@ import re
 
 import pytest
 import torch
-from families.architectures import build
-from families.bases import make_base_of
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from support.experts import copied, save_random
 from transformers import AutoModelForCausalLM
 
 from qalora_plugin import add_adapter, load_adapter, load_base, merge, verify
@@ -27,35 +26,8 @@ MLP = ["gate_proj", "up_proj", "down_proj"]
 
 
 @pytest.fixture(scope="module")
-def mixtral(tmp_path_factory):
-    """With the older names on disk, ``block_sparse_moe.experts.E.w1``."""
-    return make_base_of(build("mixtral"), tmp_path_factory.mktemp("mixtral"), quantize_experts=True).folder
-
-
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory):
-    return make_base_of(build("qwen3_moe"), tmp_path_factory.mktemp("qwen"), quantize_experts=True).folder
-
-
-@pytest.fixture(scope="module")
-def gpt_oss(tmp_path_factory):
-    """With biases and a gate of its own, whose columns alternate with those of up."""
-    return make_base_of(build("gpt_oss"), tmp_path_factory.mktemp("gpt_oss"), quantize_experts=True).folder
-
-
-@pytest.fixture(scope="module")
 def adapter(mixtral, tmp_path_factory):
     return save_random(load_base(mixtral, dtype=torch.float32), tmp_path_factory.mktemp("adapter") / "adapter")
-
-
-def save_random(model, folder, **lora):
-    model = add_adapter(model, **{"r": 4, "target_modules": "all-linear", **lora})
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(0, 0.02, generator=generator)
-    model.save_pretrained(folder)
-    return folder
 
 
 def expert_layers(model):
@@ -263,16 +235,3 @@ def test_export_as_lora_is_refused(mixtral, adapter, tmp_path):
     with pytest.raises(QALoraError, match=r"on the experts of a mixture-of-experts model .*qalora merge"):
         export_lora(adapter, tmp_path / "lora", mixtral)
     assert not (tmp_path / "lora").exists()
-
-
-def copied(source, folder, tensors, weights="model.safetensors", **quantization):
-    import json
-    import shutil
-
-    shutil.copytree(source, folder)
-    save_file(tensors, folder / weights, metadata={"format": "pt"})
-    if quantization:
-        config = json.loads((folder / "config.json").read_text())
-        config["quantization_config"] |= quantization
-        (folder / "config.json").write_text(json.dumps(config))
-    return folder

@@ -2,57 +2,17 @@
 
 import pytest
 import torch
-from families.architectures import build
-from families.bases import make_base_of
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from support.experts import copied, save_random
 
-from qalora_plugin import add_adapter, load_base, merge
+from qalora_plugin import load_base, merge
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
 from qalora_plugin.core.errors import QALoraError
 
 
 @pytest.fixture(scope="module")
-def mixtral(tmp_path_factory):
-    return make_base_of(build("mixtral"), tmp_path_factory.mktemp("mixtral"), quantize_experts=True).folder
-
-
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory):
-    return make_base_of(build("qwen3_moe"), tmp_path_factory.mktemp("qwen"), quantize_experts=True).folder
-
-
-@pytest.fixture(scope="module")
-def gpt_oss(tmp_path_factory):
-    """With biases and a gate of its own, whose columns alternate with those of up."""
-    return make_base_of(build("gpt_oss"), tmp_path_factory.mktemp("gpt_oss"), quantize_experts=True).folder
-
-
-@pytest.fixture(scope="module")
 def adapter(mixtral, tmp_path_factory):
     return save_random(load_base(mixtral, dtype=torch.float32), tmp_path_factory.mktemp("adapter") / "adapter")
-
-
-def save_random(model, folder, **lora):
-    model = add_adapter(model, **{"r": 4, "target_modules": "all-linear", **lora})
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(0, 0.02, generator=generator)
-    model.save_pretrained(folder)
-    return folder
-
-
-def copied(source, folder, tensors, weights="model.safetensors", **quantization):
-    import json
-    import shutil
-
-    shutil.copytree(source, folder)
-    save_file(tensors, folder / weights, metadata={"format": "pt"})
-    if quantization:
-        config = json.loads((folder / "config.json").read_text())
-        config["quantization_config"] |= quantization
-        (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 EXPERT = "model.layers.0.mlp.experts.{}.up_proj"

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from families.architectures import build
-from families.bases import make_base_of
 from support.layers import assert_close
 from transformers import AutoModelForCausalLM
 
@@ -20,11 +18,6 @@ from qalora_plugin.kernels import grouped
 IDS = torch.arange(4, 68).view(2, 32)
 OPTIONS = {"r": 4, "target_modules": "all-linear", "scales": True}
 COUNTS = [3, 0, 4, 1]
-
-
-@pytest.fixture(scope="module")
-def mixtral(tmp_path_factory):
-    return make_base_of(build("mixtral"), tmp_path_factory.mktemp("mixtral"), quantize_experts=True).folder
 
 
 @pytest.fixture(scope="module")

@@ -169,10 +169,8 @@ class QALoraLayer(nn.Module, LoraLayer):
             self.lora_D[adapter_name], self.lora_C[adapter_name] = new_factors(
                 base.groups, base.out_features, r, config.init_lora_weights
             )
-            for factors in (self.lora_A, self.lora_B):
-                factors[adapter_name].weight.data /= ratios.offsets
-            for factors in (self.lora_D, self.lora_C):
-                factors[adapter_name].weight.data /= ratios.scales
+            for part in "ABCD":
+                getattr(self, f"lora_{part}")[adapter_name].weight.data /= ratios.of_factor(part)
             self._move_adapter_to_device_of_base_layer(adapter_name)
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -191,13 +189,8 @@ class QALoraLayer(nn.Module, LoraLayer):
             return base(x, self._delta(active[0]), scales)
         y, weight = base(x, None, scales), base.quantized
         for name in active:
-            lora_a, lora_b = self.lora_A[name], self.lora_B[name]
-            pooled = pool(self.lora_dropout[name](x), weight).to(lora_a.weight.dtype)
-            if name in self.lora_D:
-                added = pooled @ (self._delta(name).materialize() * weight.scales).to(pooled.dtype)
-            else:
-                added = lora_b(lora_a(pooled)) * self.scaling[name]
-            y = y + added.to(y.dtype)
+            pooled = pool(self.lora_dropout[name](x), weight)
+            y = y + beside(pooled, self._delta(name), weight.scales if name in self.lora_D else None).to(y.dtype)
         return y
 
     def _delta(self, name: str) -> OffsetDelta:
@@ -220,6 +213,19 @@ class QALoraLayer(nn.Module, LoraLayer):
 
     def __repr__(self) -> str:
         return "qalora." + super().__repr__()
+
+
+def beside(pooled: Tensor, delta: OffsetDelta, unit: Tensor | None) -> Tensor:
+    """What an adapter adds where it is not folded into the weight: P(x) ``[..., G]`` → ``[..., N]``.
+
+    Args:
+        unit: the scales ``[G, N]`` that it is in units of; None: 1.
+    """
+    lora_a, lora_b, scaling = delta
+    pooled = pooled.to(lora_a.dtype)
+    if unit is not None:
+        return pooled @ (delta.materialize() * unit).to(pooled.dtype)
+    return nn.functional.linear(nn.functional.linear(pooled, lora_a), lora_b) * scaling
 
 
 def require_bound(name: str, config: Any, has_base: bool = True) -> QALoraConfig:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from qalora_plugin.core.delta import OffsetDelta
-from qalora_plugin.integrations.peft.adapter import QALoraConfig, QALoraLayer
+from qalora_plugin.integrations.peft.adapter import QALoraConfig, QALoraLayer, beside
 from qalora_plugin.integrations.peft.scales import new_factors, scale_delta
 from qalora_plugin.kernels import grouped
 from qalora_plugin.kernels.pooling import pool
@@ -43,8 +43,7 @@ class QALoraExpertsLayer(QALoraLayer):
             if "D" in held:
                 held["D"][adapter_name], held["C"][adapter_name] = new_factors(base.groups, base.out_features, r, init)
             for part, of_adapters in held.items():
-                ratio = ratios.offsets if part in "AB" else ratios.scales
-                initial[part].append(of_adapters[adapter_name].weight.detach() / ratio)
+                initial[part].append(of_adapters[adapter_name].weight.detach() / ratios.of_factor(part))
         for part, of_adapters in held.items():
             one_for_all = part == "A" and config.shared_a
             stacked = initial[part][0] if one_for_all else torch.stack(initial[part])
@@ -82,9 +81,5 @@ class QALoraExpertsLayer(QALoraLayer):
         """What an adapter adds by itself, expert by expert; ``in_steps``: its offsets are in units of the scales."""
         base, by_expert = cast(QuantExpertLinear, self.get_base_layer()), list(unstacked(delta))
         for i, part in routed(x, rows):
-            weight, own = base.expert(i), by_expert[i]
-            pooled = pool(part, weight).to(own.lora_a.dtype)
-            if in_steps:
-                yield pooled @ (own.materialize() * weight.scales).to(pooled.dtype)
-            else:
-                yield nn.functional.linear(nn.functional.linear(pooled, own.lora_a), own.lora_b) * delta.scaling
+            weight = base.expert(i)
+            yield beside(pool(part, weight), by_expert[i], weight.scales if in_steps else None)

@@ -4,7 +4,6 @@ accelerate, torch and DeepSpeed do the sharding; they find parameters that they 
 (:mod:`qalora_plugin.layers.sharding`).
 """
 
-import os
 from collections import UserDict
 from collections.abc import Iterator
 from functools import wraps
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.integrations.peft.adapter import QALoraLayer
+from qalora_plugin.integrations.transformers.loading import is_launched_with
 from qalora_plugin.layers.linear import QuantLinear
 from qalora_plugin.layers.sharding import make_factor_shardable
 
@@ -32,8 +32,7 @@ def is_to_be_sharded() -> bool:
 
     With every stage of ZeRO: DeepSpeed casts whole models, and would cast the scales too if they were to be seen.
     """
-    asked = (os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true") for name in ("FSDP", "DEEPSPEED"))
-    return dist.is_available() and dist.is_initialized() and any(asked)
+    return any(is_launched_with(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
 
 
 def make_shardable(model: PreTrainedModel) -> None:

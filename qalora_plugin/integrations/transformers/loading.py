@@ -207,13 +207,14 @@ def _is_sent_its_weights() -> bool:
 
     transformers leaves quantized models out of that (``PreTrainedModel.from_pretrained``, 5.16).
     """
-    asked = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    efficient = is_launched_with("ACCELERATE_USE_FSDP") and is_launched_with("FSDP_CPU_RAM_EFFICIENT_LOADING")
+    return efficient and os.environ.get("LOCAL_RANK", "0") != "0"
+
+
+def is_launched_with(name: str) -> bool:
+    """Whether this is one of several processes, to whom their launcher says so much by an environment variable."""
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return (
-        together
-        and os.environ.get("LOCAL_RANK", "0") != "0"
-        and all(os.environ.get(name, "").lower() in ("1", "true") for name in asked)
-    )
+    return together and os.environ.get(name, "").lower() in ("1", "true")
 
 
 def config_overrides(folder: Path) -> dict[str, Any]:

@@ -51,11 +51,12 @@ class Tiles(NamedTuple):
         tiles = count // block + min(experts, count)  # no fewer than there can be
         sizes = torch.zeros(experts, dtype=torch.int64, device=flat.device)
         sizes.scatter_add_(0, flat, torch.ones_like(flat))
-        ends = ((sizes + block - 1) // block).cumsum(0)  # in tiles
+        each = (sizes + block - 1) // block
+        ends = each.cumsum(0)  # in tiles
         order = flat.argsort(stable=True)
         of_expert = flat[order]
         before = sizes.cumsum(0) - sizes
-        starts = (ends - (sizes + block - 1) // block) * block
+        starts = (ends - each) * block
         place = torch.arange(count, device=flat.device) - before[of_expert] + starts[of_expert]
         slots = flat.new_full((tiles * block,), count, dtype=torch.int32)
         slots[place] = order.to(torch.int32)

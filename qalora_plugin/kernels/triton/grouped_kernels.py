@@ -18,6 +18,13 @@ from qalora_plugin.kernels.triton.dequantize import group_terms, load_period
 
 
 @triton.jit
+def _slots_of(slots, first, count, ROWS: tl.constexpr):
+    """The ``ROWS`` slots of a tile, and which of them are no filling."""
+    slot = tl.load(slots + first + tl.arange(0, ROWS)).to(tl.int64)
+    return slot, slot < count
+
+
+@triton.jit
 def _codes(words_0, words_1, words_2, BITS: tl.constexpr, PERIOD: tl.constexpr):
     """All codes ``[P, PERIOD, n]`` of words ``[P, n]``, as float32; of three only the first counts but at 3 bits."""
     bit = (tl.arange(0, PERIOD) * BITS)[None, :, None]
@@ -77,8 +84,7 @@ def multiply_kernel(
     if tile * ROWS >= tl.load(used):
         return
     expert = tl.load(experts + tile)
-    slot = tl.load(slots + tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    there = slot < count
+    slot, there = _slots_of(slots, tile * ROWS, count, ROWS)
     n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     row = x + (slot // per_row * K)[:, None]
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
@@ -106,8 +112,7 @@ def multiply_t_kernel(
     if tile * ROWS >= tl.load(used):
         return
     expert = tl.load(experts + tile)
-    slot = tl.load(slots + tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    there = slot < count
+    slot, there = _slots_of(slots, tile * ROWS, count, ROWS)
     first = tl.program_id(1) * PERIODS
     total = tl.zeros((ROWS, PERIODS * PERIOD), dtype=tl.float32)
     for start in range(0, N, COLUMNS):
@@ -132,8 +137,7 @@ def product_kernel(
     if tile * ROWS >= tl.load(used):
         return
     m += tl.load(experts + tile).to(tl.int64) * stride_e
-    slot = tl.load(slots + tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    there = slot < count
+    slot, there = _slots_of(slots, tile * ROWS, count, ROWS)
     n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for first in range(0, INNER, DEPTH):
@@ -160,8 +164,7 @@ def outer_kernel(
     start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
     total = tl.zeros((DEPTH, COLUMNS), dtype=tl.float32)
     for first in range(start, tl.load(ends + expert), ROWS):
-        slot = tl.load(slots + first + tl.arange(0, ROWS)).to(tl.int64)
-        there = slot < count
+        slot, there = _slots_of(slots, first, count, ROWS)
         left = tl.load(
             x + (slot // per_row * INNER)[:, None] + i[None, :], mask=there[:, None] & (i < INNER)[None, :], other=0
         )
@@ -180,8 +183,7 @@ def pool_kernel(
     if tile * ROWS >= tl.load(used):
         return
     order += tl.load(experts + tile).to(tl.int64) * K
-    slot = tl.load(slots + tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    there = slot < count
+    slot, there = _slots_of(slots, tile * ROWS, count, ROWS)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     total = tl.zeros((ROWS, GROUPS), dtype=tl.float32)
     for i in range(g):
