@@ -9,7 +9,6 @@ for as long as the file has the same identity, size and times.
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from qalora_plugin.checkpoint.folder import Checkpoint
+from qalora_plugin.checkpoint.replacing import replace_text
 from qalora_plugin.checkpoint.tensors import TensorInfo, damaged
 from qalora_plugin.core.private_cache import private_folder
 
@@ -117,10 +117,7 @@ def _remember(found: Identity, digests: dict[str, str]) -> None:
     if folder is None or time.time() - max(mtime, ctime) / 1e9 < tick:
         return
     with suppress(OSError):  # a full or read-only cache costs time, nothing else
-        handle, name = tempfile.mkstemp(dir=folder)
-        with os.fdopen(handle, "w") as file:
-            json.dump({"identity": found, "tensors": digests}, file)
-        os.replace(name, _entry(folder, found))
+        replace_text(_entry(folder, found), json.dumps({"identity": found, "tensors": digests}))
         if len(entries := list(folder.iterdir())) > _KEPT:
             for path in sorted(entries, key=lambda path: path.stat().st_mtime)[:-_KEPT]:
                 path.unlink()

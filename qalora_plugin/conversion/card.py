@@ -2,13 +2,12 @@
 
 import json
 import logging
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
 from qalora_plugin.checkpoint.hub import is_local
+from qalora_plugin.checkpoint.replacing import replace_text
 from qalora_plugin.conversion.strength import PICTURE_NAME
 from qalora_plugin.core.errors import printable
 from qalora_plugin.formats.qalora import NEEDS_QALORA
@@ -106,11 +105,7 @@ def add_exactness(folder: Path, report: "VerifyReport") -> None:
         return
     lines[found[0]] = f"{_EXACTNESS}{figures} |"
     try:
-        handle, new = tempfile.mkstemp(dir=folder)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write("\n".join(lines))
-            os.fchmod(handle, card.stat().st_mode & 0o666)
-        os.replace(new, card)
+        replace_text(card, "\n".join(lines), mode=card.stat().st_mode & 0o666)
     except OSError as error:
         logger.warning("the figures cannot be written into %s: %s", card, error.strerror)
 

@@ -149,3 +149,26 @@ def test_a_calibrated_start_needs_its_inputs():
         read_block(INIT | {"init": "loftq"})
     with pytest.raises(QALoraError, match=r"qalora\.init_samples is 0"):
         read_block(INIT | {"init_samples": 0})
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"scales": True, "scales_lr_ratio": True},
+        INIT | {"init_samples": True},
+        {"verify_tokens": True},
+        {"verify_tokens": "2048"},
+    ],
+)
+def test_a_number_is_no_boolean_and_no_text(block):
+    key = list(block)[-1]
+    with pytest.raises(QALoraError, match=rf"qalora\.{key} is (True|'2048'): .*Correct it"):
+        read_block(block)
+    assert read_block({"scales": True, "scales_lr_ratio": 1}).scales_lr_ratio == 1.0
+
+
+@pytest.mark.parametrize("value", [True, float("inf"), float("nan"), 0])
+@pytest.mark.parametrize("key", ["lora_r", "lora_alpha"])
+def test_rank_and_alpha_are_finite_numbers_above_zero(key, value):
+    with pytest.raises(QALoraError, match=f"{key} is {value}, expected .* above 0"):
+        refuse_unmergeable(GOOD | {key: value})

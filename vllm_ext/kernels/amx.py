@@ -20,6 +20,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from qalora_plugin.checkpoint.replacing import replace_text
 from qalora_plugin.core.private_cache import private_folder
 from vllm_ext.compat import Layer
 
@@ -68,8 +69,7 @@ def faster_path(group_size: int, code: str) -> str:
     logger.info("qalora: fused-zeros takes %.2f of the time of kernel+offsets on this CPU: %s", 1 / gain, path)
     if folder is not None:
         with suppress(OSError):
-            (folder / f"{key}.{os.getpid()}").write_text(path)
-            os.replace(folder / f"{key}.{os.getpid()}", folder / key)
+            replace_text(folder / key, path)
     return path
 
 

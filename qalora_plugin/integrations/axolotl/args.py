@@ -1,6 +1,7 @@
 """The YAML keys. Axolotl mixes :class:`QALoraArgs` into its own config model, so its validator sees every key."""
 
 import difflib
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -49,6 +50,7 @@ class QALoraBlock(BaseModel):
     )
     scales_lr_ratio: float | None = Field(
         default=None,
+        strict=True,
         description="How many times as fast scales learn as a LoRA would, with every optimizer; default 1. (Offsets "
         "learn three times as fast beside them.)",
     )
@@ -64,9 +66,14 @@ class QALoraBlock(BaseModel):
         default=None, description="Calibration text: a .txt or .jsonl file, or a dataset id of the Hub."
     )
     init_samples: int | None = Field(
-        default=None, gt=0, description="How many sequences of 512 tokens of it to calibrate on; default 128."
+        default=None,
+        gt=0,
+        strict=True,
+        description="How many sequences of 512 tokens of it to calibrate on; default 128.",
     )
-    verify_tokens: int = Field(default=2048, gt=0, description="How many tokens of real data that comparison uses.")
+    verify_tokens: int = Field(
+        default=2048, gt=0, strict=True, description="How many tokens of real data that comparison uses."
+    )
 
     @model_validator(mode="after")
     def ratio_of_something(self) -> "QALoraBlock":
@@ -213,5 +220,5 @@ def _check_ranges(cfg: dict) -> None:
         ("lora_dropout", lambda value: 0 <= value < 1, "at least 0 and below 1, as 0.05 or 0"),
     ):
         value = cfg.get(key)
-        if isinstance(value, (int, float)) and not is_good(value):
-            raise QALoraError(f"{key} is {value}, expected {expected}. Correct it.")
+        if isinstance(value, int | float) and (isinstance(value, bool) or math.isinf(value) or not is_good(value)):
+            raise QALoraError(f"{key} is {short(value)}, expected {expected}. Correct it.")
