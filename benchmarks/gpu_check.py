@@ -23,7 +23,7 @@ from report import RESULTS, describe
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-KERNELS = ("test_gpu", "test_grouped", "test_offsets_op", "test_offsets_triton")
+KERNELS = ("test_gpu", "test_grouped", "test_scales_triton", "test_offsets_op", "test_offsets_triton")
 TESTS = [f"tests/kernels/{name}.py" for name in KERNELS]
 NOT_HERE = "not compile_for and not compiles_for"  # these tests compile for other GPUs
 REHEARSED = "test_fill and 32-4 or inside_a or no_rows or no_tokens or no_dense or below and 16"  # a few of each file

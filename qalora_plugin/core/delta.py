@@ -45,7 +45,7 @@ class ScaleDelta(NamedTuple):
     """A low-rank change of the step sizes of one linear, in parts of what they are.
 
     Attributes:
-        d: ``[G, R]``. c: ``[R, N]``.
+        d: ``[*E, G, R]``. c: ``[*E, R, N]``; with an axis of experts in front where weights are stacked.
         every: their gradient is taken from one token in so many, and stands for that of all.
     """
 
@@ -54,16 +54,16 @@ class ScaleDelta(NamedTuple):
     every: int = 1
 
     def materialize(self, scales: "Tensor") -> "Tensor":
-        """``scales ⊙ (1 + D·C)`` ``[G, N]``, float32 or better."""
+        """``scales ⊙ (1 + D·C)`` ``[*E, G, N]``, float32 or better."""
         import torch
 
         dtype = torch.promote_types(self.d.dtype, torch.float32)
         return (self.d.to(dtype) @ self.c.to(dtype)).add_(1).mul_(scales)
 
     def gradients(self, gradient: "Tensor") -> "tuple[Tensor, Tensor]":
-        """dD ``[G, R]`` and dC ``[R, N]`` of the gradient of ``D·C``, ``[G, N]``."""
+        """dD ``[*E, G, R]`` and dC ``[*E, R, N]`` of the gradient of ``D·C``, ``[*E, G, N]``."""
         d, c = self.d.to(gradient.dtype), self.c.to(gradient.dtype)
-        return gradient @ c.t(), d.t() @ gradient
+        return gradient @ c.mT, d.mT @ gradient
 
 
 def factored_offsets(a: "Tensor", b: "Tensor") -> "Tensor":

@@ -141,7 +141,7 @@ def _backward(
         if x is not None and d is not None and c is not None:
             x, share = x.flatten(0, -2), None
             if place is not None and len(x):
-                x, dy, share = representatives(x, dy, max(1, len(x) // every), place)
+                x, dy, share, _ = representatives(x, dy, max(1, len(x) // every), place)
             gradient = factor_gradient(x, dy, weight)
             gradient = gradient if share is None else gradient * share
             dd, dc = ScaleDelta(d, c).gradients(gradient.to(torch.promote_types(d.dtype, torch.float32)))

@@ -11,6 +11,14 @@ def runs_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.version.cuda is not None and tensor.dtype != torch.float64
 
 
+def triton_has_tensor_cores(tensor: Tensor) -> bool:
+    """Whether a Triton kernel multiplies tensors like this one on tensor cores: 16 bits, from Ampere on (it does not
+    know Turing's)."""
+    if not runs_triton(tensor) or tensor.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+
+
 def autocast(x: Tensor) -> Tensor:
     """x in the dtype that autocast asks for on its device, if it is on."""
     kind = x.device.type

@@ -2,9 +2,12 @@
 
     dM[γ,n] = Σ_{k∈γ} scales[γ,n]·(q[k,n] − zeros[γ,n]) · (xᵀ·dy)[k,n]          M = D·C, scales' = scales ⊙ (1 + M)
 
-``xᵀ·dy`` is the gradient of a dense weight. It is made a block of groups at a time and summed up at once. Some tokens
-can stand for all: those that have a larger share in it are likelier to, and count for less.
+``xᵀ·dy`` is the gradient of a dense weight. On NVIDIA GPUs a kernel sums up each tile of it in registers
+(:mod:`.triton.scales`); elsewhere it is made a block of groups at a time and summed up at once. Some tokens can stand
+for all: those that have a larger share in it are likelier to, and count for less.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,13 +15,27 @@ from torch import Tensor
 from qalora_plugin.core.weight import GroupwiseWeight
 from qalora_plugin.core.words import codes_per_period
 from qalora_plugin.kernels import cpu
-from qalora_plugin.kernels.hardware import gemm_dtype
+from qalora_plugin.kernels.hardware import gemm_dtype, triton_has_tensor_cores
 from qalora_plugin.kernels.unpacking import dequantized, product
 
 BLOCK = {"cpu": 1 << 20, "cuda": 1 << 24}  # weights of a block: what a cache holds, and what keeps a GPU busy
 
 
-def representatives(x: Tensor, dy: Tensor, count: int, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+class Representatives(NamedTuple):
+    """Tokens that stand for all of a batch.
+
+    Attributes:
+        x, dy: their rows, each divided by its norm. share: ``[]``, what ``xᵀ·dy`` is to be multiplied by.
+        rows: int64, which rows of dy they are.
+    """
+
+    x: Tensor
+    dy: Tensor
+    share: Tensor
+    rows: Tensor
+
+
+def representatives(x: Tensor, dy: Tensor, count: int, place: Tensor) -> Representatives:
     """Tokens whose ``xᵀ·dy``, times a number, has ``Σ xᵀ·dy`` of all as its mean over ``place``.
 
     A token's share is |x|·|dy|, and the chance that it is taken is in proportion: so every one that is taken counts for
@@ -26,21 +43,22 @@ def representatives(x: Tensor, dy: Tensor, count: int, place: Tensor) -> tuple[T
     would be of those that matter: of prompts, and of what the model knows, dy is small or zero.
 
     Args:
-        x: ``[T, K]``. dy: ``[T, N]``. count: how many to take; one with a large share is taken more than once.
-        place: ``[1]``, uniform in [0, 1).
-
-    Returns:
-        x and dy of these tokens, each row divided by its norm, and the number, ``[]``.
+        x: ``[T, K]``. dy: ``[T, N]``, or a multiple of T rows, of which as many belong to each row of x in turn.
+        count: how many to take; one with a large share is taken more than once. place: ``[1]``, uniform in [0, 1).
     """
-    total = torch.promote_types(dy.dtype, torch.float32)
+    total, each = torch.promote_types(dy.dtype, torch.float32), len(dy) // len(x)
     x_norm, dy_norm = _norms(x), _norms(dy)
-    edges = (x_norm.to(total) * dy_norm).cumsum(0, dtype=torch.float64)
+    by_token = x_norm if each == 1 else x_norm.repeat_interleave(each)
+    edges = (by_token.to(total) * dy_norm).cumsum(0, dtype=torch.float64)
     share = edges[-1] / count
     points = (torch.arange(count, device=x.device) + place.to(x.device)) * share
-    rows = torch.searchsorted(edges, points, right=True).clamp_(max=len(x) - 1)
+    rows = torch.searchsorted(edges, points, right=True).clamp_(max=len(dy) - 1)
     smallest = torch.finfo(x_norm.dtype).tiny
-    x, dy = (t[rows].div_(norm[rows, None].clamp_min(smallest)) for t, norm in ((x, x_norm), (dy, dy_norm)))
-    return x, dy, share.to(total)
+    x, dy = (
+        t[taken].div_(norm[taken, None].clamp_min(smallest))
+        for t, norm, taken in ((x, x_norm, rows if each == 1 else rows // each), (dy, dy_norm, rows))
+    )
+    return Representatives(x, dy, share.to(total), rows)
 
 
 def _norms(t: Tensor) -> Tensor:
@@ -59,6 +77,10 @@ def factor_gradient(x: Tensor, dy: Tensor, weight: GroupwiseWeight) -> Tensor:
     plain, total = weight._replace(offsets=None), torch.promote_types(dtype, torch.float32)
     if weight.g_idx is not None or weight.group_size % codes_per_period(weight.bits):
         return _by_index(x, dy, plain, total)
+    if triton_has_tensor_cores(dy):
+        from qalora_plugin.kernels.triton import scales  # Triton is not everywhere
+
+        return scales.factor_gradient(x, dy, plain)
     gradient = dy.new_empty(weight.groups, weight.out_features, dtype=total)
     size = weight.group_size * weight.out_features
     step = max(1, BLOCK.get(dy.device.type, BLOCK["cuda"]) // size)

@@ -122,11 +122,11 @@ class QuantExpertLinear(QuantLinear):
         Args:
             x: sorted by expert, where ``rows`` counts those of every expert; else a row for each slot or each token.
             delta: adapters of all experts, A ``[E, R, G]`` (or one for all, ``[R, G]``) and B ``[E, N, R]``.
-            scale_delta: likewise, D ``[E, G, R]`` and C ``[E, R, N]``; for sorted rows.
+            scale_delta: likewise, D ``[E, G, R]`` and C ``[E, R, N]``.
         """
         if not isinstance(rows, list):
             weight, bias = self.held()
-            y = grouped.linear(x, weight, rows, delta)
+            y = grouped.linear(x, weight, rows, delta, scale_delta)
             return y if bias is None else y + bias[rows.owners()].to(y.dtype)
         nothing = [None] * self.experts
         deltas = nothing if delta is None else list(unstacked(delta))
@@ -171,7 +171,7 @@ class QuantExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``[T, hidden] → [T, hidden]``; index and weights of the experts chosen: ``[T, k]``."""
         tiles = None
-        if not any(getattr(projection, "trains_scales", False) for projection in self.children()):
+        if not any(getattr(projection, "one_by_one", False) for projection in self.children()):
             tiles = grouped.tiles_for(hidden_states, top_k_index, self.num_experts, self._weights)
         if tiles is not None:
             y = self._mixed(hidden_states, tiles)

@@ -92,6 +92,13 @@ class QuantLinear(nn.Module):
         return completed(GroupwiseWeight.of(weight, self.bits, self.group_size), change, a, b), bias
 
     @property
+    def has_whole_groups(self) -> bool:
+        """Whether groups are columns in order, of whole words."""
+        place = _HELD.index("g_idx")
+        in_order = self.g_idx is None if self._layout is None else self._layout.parts[place] is None
+        return in_order and self.group_size % codes_per_period(self.bits) == 0
+
+    @property
     def quantized(self) -> GroupwiseWeight:
         return self.held()[0]
 

@@ -14,6 +14,7 @@ from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.integrations.peft import scales
 from qalora_plugin.integrations.peft.experts import QALoraExpertsLayer
 from qalora_plugin.kernels import grouped
+from qalora_plugin.layers.experts import QuantExpertLinear
 
 IDS = torch.arange(4, 68).view(2, 32)
 OPTIONS = {"r": 4, "target_modules": "all-linear", "scales": True}
@@ -102,13 +103,46 @@ def test_several_adapters_and_dropout(mixtral, adapter):
         assert torch.equal(layer(x, COUNTS), base)
 
 
-def test_on_a_gpu_they_run_one_by_one(mixtral, adapter, monkeypatch):
-    """The kernel for all experts takes no change of scales that trains."""
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_one_kernel_for_all_experts_trains_as_one_by_one(mixtral, adapter, monkeypatch, dropout):
+    """Through the model; on CUDA it is the usual way."""
+    monkeypatch.setattr(scales, "GRADIENT_EVERY", 1)
+    model = load_adapter(load_base(mixtral, dtype=torch.float32), adapter, is_trainable=True).eval()
+    if dropout:
+        for layer in expert_layers(model):
+            layer.lora_dropout["default"] = torch.nn.Dropout(dropout).eval()  # another path, the same result
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def gradients():
+        loss = model(IDS, labels=IDS).loss
+        return loss, *torch.autograd.grad(loss, trained)
+
+    one_by_one = gradients()
+    monkeypatch.setattr(grouped, "takes", lambda x: True)
+    monkeypatch.setattr(QuantExpertLinear, "expert", None)  # which the other way asks for
+    for ours, theirs in zip(gradients(), one_by_one, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_in_act_order_they_run_one_by_one(mixtral, adapter, monkeypatch):
+    """On a GPU, too, and where ranks share the weights, whose layout alone says what they are."""
     monkeypatch.setattr(grouped, "takes", lambda x: True)
     model = load_adapter(load_base(mixtral, dtype=torch.float32), adapter, is_trainable=True)
+    layers = expert_layers(model)
+    assert not any(layer.one_by_one for layer in layers)
+    for layer in layers:
+        base, in_order = layer.get_base_layer(), torch.arange(layer.get_base_layer().in_features)
+        base.group_order = in_order.expand(base.experts, -1).clone()
+        base.g_idx = (in_order // base.group_size).int().expand(base.experts, -1).clone()
+    assert all(layer.one_by_one for layer in layers)
     monkeypatch.setattr(grouped, "linear", None)
     model(IDS, labels=IDS).loss.backward()
-    assert all(layer.lora_C["default"].weight.grad.any() for layer in expert_layers(model))
+    assert all(layer.lora_C["default"].weight.grad.any() for layer in layers)
+    for layer in layers:
+        layer.get_base_layer().make_shardable(torch.float32)
+        assert layer.one_by_one
+    with model.disable_adapter():
+        assert not any(layer.one_by_one for layer in layers)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

@@ -83,7 +83,7 @@ def test_representatives_stand_for_all_tokens(tokens):
     count, places = max(1, tokens // 4), 2000
     total = torch.zeros(64, 32, dtype=torch.float64)
     for i in range(places):
-        some, their, share = scales.representatives(x, dy, count, torch.tensor([(i + 0.5) / places]))
+        some, their, share, _ = scales.representatives(x, dy, count, torch.tensor([(i + 0.5) / places]))
         assert len(some) == len(their) == count
         total += (some.double().t() @ their.double()) * share.double()
     wanted = x.double().t() @ dy.double()
@@ -95,7 +95,7 @@ def test_representatives_vary_less_than_tokens_taken_alike():
     wanted, spread = x.t() @ dy, {"by share": 0.0, "alike": 0.0}
     for seed in range(20):
         torch.manual_seed(seed)
-        some, their, share = scales.representatives(x, dy, 100, torch.rand(1))
+        some, their, share, _ = scales.representatives(x, dy, 100, torch.rand(1))
         spread["by share"] += float((some.t() @ their * share - wanted).square().sum())
         rows = torch.randperm(400)[:100]
         spread["alike"] += float((4 * x[rows].t() @ dy[rows] - wanted).square().sum())
@@ -105,7 +105,7 @@ def test_representatives_vary_less_than_tokens_taken_alike():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_representatives_in_every_dtype(dtype):
     x, dy = of_tokens(16, dtype)
-    some, their, share = scales.representatives(x, dy, 16, torch.tensor([0.5]))
+    some, their, share, _ = scales.representatives(x, dy, 16, torch.tensor([0.5]))
     assert some.dtype == their.dtype == dtype
     assert all(t.isfinite().all() for t in (some, their, share))
     nothing = scales.representatives(x, dy * 0, 4, torch.tensor([0.5]))

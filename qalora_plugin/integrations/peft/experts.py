@@ -53,9 +53,10 @@ class QALoraExpertsLayer(QALoraLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)  # what requires a gradient
 
     @property
-    def trains_scales(self) -> bool:
-        """Whether scales change with an adapter that is active: experts then run one by one."""
-        return not self.disable_adapters and any(name in self.lora_D for name in self.active_adapters)
+    def one_by_one(self) -> bool:
+        """Whether experts have to run one after another: their scales change, and groups are not columns in order."""
+        changes = not self.disable_adapters and any(name in self.lora_D for name in self.active_adapters)
+        return changes and not cast(QuantExpertLinear, self.get_base_layer()).has_whole_groups
 
     def forward(self, x: Tensor, rows: "list[int] | Tiles") -> Tensor:
         """``[S, K] → [S, N]``, as :meth:`QuantExpertLinear.forward` takes them."""
@@ -73,7 +74,7 @@ class QALoraExpertsLayer(QALoraLayer):
                 parts = list(self._added(dropped, rows, delta, in_steps=name in self.lora_D))
                 added = torch.cat(parts) if parts else torch.zeros_like(y)
             else:
-                added = grouped.adapter(dropped, base.quantized, rows, delta)
+                added = grouped.adapter(dropped, base.held()[0], rows, delta, in_steps=name in self.lora_D)
             y = y + added.to(y.dtype)
         return y
 

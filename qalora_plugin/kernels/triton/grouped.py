@@ -86,7 +86,7 @@ def multiply(x: Tensor, weight: GroupwiseWeight, offsets: Tensor | None, tiles: 
     blocks = weight_blocks(weight)
     with torch.cuda.device_of(x):  # Triton launches on the current device, whichever its tensors are on
         multiply_kernel[(len(tiles.experts), triton.cdiv(n, COLUMNS))](
-            x.contiguous(), out, *tiles[:3], *_tensors(weight, offsets), tiles.size, _per_row(x, tiles),
+            x.contiguous(), out, *tiles[:3], *tensors_of(weight, offsets), tiles.size, _per_row(x, tiles),
             weight.in_features, n, weight.group_size,
             HAS_OFFSETS=offsets is not None, **blocks, **rows(tiles),
         )  # fmt: skip
@@ -100,7 +100,7 @@ def multiply_t(dy: Tensor, weight: GroupwiseWeight, offsets: Tensor | None, tile
     blocks = weight_blocks(weight)
     with torch.cuda.device_of(dy):
         multiply_t_kernel[(len(tiles.experts), triton.cdiv(k, blocks["PERIODS"] * blocks["PERIOD"]))](
-            dy.contiguous(), out, *tiles[:3], *_tensors(weight, offsets), tiles.size, k, weight.out_features,
+            dy.contiguous(), out, *tiles[:3], *tensors_of(weight, offsets), tiles.size, k, weight.out_features,
             weight.group_size, HAS_OFFSETS=offsets is not None, **blocks, **rows(tiles),
         )  # fmt: skip
     return out
@@ -122,13 +122,10 @@ def outer(x: Tensor, dy: Tensor, experts: int, tiles: Tiles) -> Tensor:
     """``Σ xᵀ·dy`` over each expert's slots: x ``[T or S, I]``, dy ``[S, N]`` → ``[E, I, N]``, float32."""
     inner, n = x.shape[1], dy.shape[1]
     out = x.new_empty(experts, inner, n, dtype=torch.float32)
-    mine = torch.arange(len(tiles.experts), device=x.device) * tiles.block < tiles.used
-    ends = torch.zeros(experts, dtype=torch.int64, device=x.device)
-    ends.scatter_add_(0, tiles.experts.long(), mine.long() * tiles.block)
     depth = _wide(inner)
     with torch.cuda.device_of(x):
         outer_kernel[(experts, triton.cdiv(inner, depth), triton.cdiv(n, COLUMNS))](
-            x.contiguous(), dy.contiguous(), out, tiles.slots, ends.cumsum(0), tiles.size, _per_row(x, tiles),
+            x.contiguous(), dy.contiguous(), out, tiles.slots, ends_of(tiles, experts), tiles.size, _per_row(x, tiles),
             inner, n, DEPTH=depth, COLUMNS=COLUMNS, **rows(tiles),
         )  # fmt: skip
     return out
@@ -144,6 +141,13 @@ def pool(x: Tensor, weight: GroupwiseWeight, tiles: Tiles) -> Tensor:
             groups, weight.group_size, ROWS=tiles.block, GROUPS=GROUPS_OF_POOL,
         )  # fmt: skip
     return out
+
+
+def ends_of(tiles: Tiles, experts: int) -> Tensor:
+    """int64 ``[E]``: where in ``tiles.slots`` each expert's end."""
+    mine = torch.arange(len(tiles.experts), device=tiles.slots.device) * tiles.block < tiles.used
+    sizes = torch.zeros(experts, dtype=torch.int64, device=tiles.slots.device)
+    return sizes.scatter_add_(0, tiles.experts.long(), mine.long() * tiles.block).cumsum(0)
 
 
 def rows(tiles: Tiles) -> dict[str, int]:
@@ -164,7 +168,7 @@ def weight_blocks(weight: GroupwiseWeight) -> dict[str, int]:
     return constants | layout_constants(weight.bits)
 
 
-def _tensors(weight: GroupwiseWeight, offsets: Tensor | None) -> tuple[Tensor, ...]:
+def tensors_of(weight: GroupwiseWeight, offsets: Tensor | None) -> tuple[Tensor, ...]:
     """Of the weight as kernels take them; stand-ins, never read, for what it does not have."""
     g_idx = weight.qweight if weight.g_idx is None else weight.g_idx
     return weight.qweight, weight.zeros, weight.scales, weight.scales if offsets is None else offsets, g_idx

@@ -18,7 +18,7 @@ from qalora_plugin.kernels.triton.dequantize import group_terms, load_period
 
 
 @triton.jit
-def _slots_of(slots, first, count, ROWS: tl.constexpr):
+def slots_of(slots, first, count, ROWS: tl.constexpr):
     """The ``ROWS`` slots of a tile, and which of them are no filling."""
     slot = tl.load(slots + first + tl.arange(0, ROWS)).to(tl.int64)
     return slot, slot < count
@@ -41,7 +41,7 @@ def _codes(words_0, words_1, words_2, BITS: tl.constexpr, PERIOD: tl.constexpr):
 
 
 @triton.jit
-def _weights(
+def weights_of(
     qweight, zeros, scales, offsets, g_idx, expert, first, n, K, N, group_size,
     HAS_OFFSETS: tl.constexpr, ALIGNED: tl.constexpr, ACT_ORDER: tl.constexpr,
     BITS: tl.constexpr, PERIOD: tl.constexpr, WORDS: tl.constexpr, PERIODS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -84,12 +84,12 @@ def multiply_kernel(
     if tile * ROWS >= tl.load(used):
         return
     expert = tl.load(experts + tile)
-    slot, there = _slots_of(slots, tile * ROWS, count, ROWS)
+    slot, there = slots_of(slots, tile * ROWS, count, ROWS)
     n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     row = x + (slot // per_row * K)[:, None]
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for first in range(0, K // PERIOD, PERIODS):
-        weight = _weights(
+        weight = weights_of(
             qweight, zeros, scales, offsets, g_idx, expert, first, n, K, N, group_size,
             HAS_OFFSETS, ALIGNED, ACT_ORDER, BITS, PERIOD, WORDS, PERIODS, COLUMNS,
         )  # fmt: skip
@@ -112,12 +112,12 @@ def multiply_t_kernel(
     if tile * ROWS >= tl.load(used):
         return
     expert = tl.load(experts + tile)
-    slot, there = _slots_of(slots, tile * ROWS, count, ROWS)
+    slot, there = slots_of(slots, tile * ROWS, count, ROWS)
     first = tl.program_id(1) * PERIODS
     total = tl.zeros((ROWS, PERIODS * PERIOD), dtype=tl.float32)
     for start in range(0, N, COLUMNS):
         n = start + tl.arange(0, COLUMNS)
-        weight = _weights(
+        weight = weights_of(
             qweight, zeros, scales, offsets, g_idx, expert, first, n, K, N, group_size,
             HAS_OFFSETS, ALIGNED, ACT_ORDER, BITS, PERIOD, WORDS, PERIODS, COLUMNS,
         )  # fmt: skip
@@ -137,7 +137,7 @@ def product_kernel(
     if tile * ROWS >= tl.load(used):
         return
     m += tl.load(experts + tile).to(tl.int64) * stride_e
-    slot, there = _slots_of(slots, tile * ROWS, count, ROWS)
+    slot, there = slots_of(slots, tile * ROWS, count, ROWS)
     n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for first in range(0, INNER, DEPTH):
@@ -164,7 +164,7 @@ def outer_kernel(
     start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
     total = tl.zeros((DEPTH, COLUMNS), dtype=tl.float32)
     for first in range(start, tl.load(ends + expert), ROWS):
-        slot, there = _slots_of(slots, first, count, ROWS)
+        slot, there = slots_of(slots, first, count, ROWS)
         left = tl.load(
             x + (slot // per_row * INNER)[:, None] + i[None, :], mask=there[:, None] & (i < INNER)[None, :], other=0
         )
@@ -183,7 +183,7 @@ def pool_kernel(
     if tile * ROWS >= tl.load(used):
         return
     order += tl.load(experts + tile).to(tl.int64) * K
-    slot, there = _slots_of(slots, tile * ROWS, count, ROWS)
+    slot, there = slots_of(slots, tile * ROWS, count, ROWS)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     total = tl.zeros((ROWS, GROUPS), dtype=tl.float32)
     for i in range(g):
