@@ -18,7 +18,8 @@ MULTIPLE_OF_16 = [["tt.divisibility", 16]]  # what Triton itself finds out about
 def run_uninterpreted(program: Path) -> None:
     """Run a program that compiles kernels, without TRITON_INTERPRET, which would leave nothing to compile."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    paths = [str(Path(__file__).parents[1]), environment.get("PYTHONPATH")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     subprocess.run([sys.executable, program], check=True, env=environment)
 
 
