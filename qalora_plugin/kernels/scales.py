@@ -44,14 +44,16 @@ def representatives(x: Tensor, dy: Tensor, count: int, place: Tensor) -> Represe
 
     Args:
         x: ``[T, K]``. dy: ``[T, N]``, or a multiple of T rows, of which as many belong to each row of x in turn.
-        count: how many to take; one with a large share is taken more than once. place: ``[1]``, uniform in [0, 1).
+        count: how many to take; one with a large share is taken more than once. place: ``[1]``, uniform in [0, 1),
+            on the CPU.
     """
     total, each = torch.promote_types(dy.dtype, torch.float32), len(dy) // len(x)
     x_norm, dy_norm = _norms(x), _norms(dy)
     by_token = x_norm if each == 1 else x_norm.repeat_interleave(each)
     edges = (by_token.to(total) * dy_norm).cumsum(0, dtype=torch.float64)
     share = edges[-1] / count
-    points = (torch.arange(count, device=x.device) + place.to(x.device)) * share
+    # A number, for a copy to a GPU would wait for it.
+    points = torch.arange(count, dtype=torch.float64, device=x.device).add_(place.item()).mul_(share)
     rows = torch.searchsorted(edges, points, right=True).clamp_(max=len(dy) - 1)
     smallest = torch.finfo(x_norm.dtype).tiny
     x, dy = (

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.layers import assert_close, make_layer
+from support.layers import adapter_for, assert_close, delta, make_layer, scale_factors_for
 from support.nvidia_machine_code import run_uninterpreted
 from test_grouped import CHOSEN, DEVICE, EXPERTS, TOLERANCE, random, stacked, tiles_of
 
 from qalora_plugin.core import reference
+from qalora_plugin.core.delta import ScaleDelta
 from qalora_plugin.kernels import scales as in_torch
 from qalora_plugin.kernels.triton import scales
 
@@ -82,6 +83,22 @@ def test_what_a_gpu_runs_is_what_runs_elsewhere(monkeypatch, bits):
             assert_close(found.cpu(), in_torch.factor_gradient(x, dy, weight).cpu().double(), 2e-6)
         assert len(ran) == count
         ran.clear()
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_gpu():
+    """Neither the choice of tokens nor their product: each wait would cost a linear as much as launching it."""
+    layer = make_layer(256, 128, 4, 32).to(DEVICE)
+    x = random(512, 256, dtype=torch.bfloat16).requires_grad_()
+    lora = delta(*(t.detach().to(DEVICE).requires_grad_() for t in adapter_for(layer, 4)))
+    factors = ScaleDelta(*(t.detach().to(DEVICE).requires_grad_() for t in scale_factors_for(layer, 4)), 8)
+    for mode in ("default", "error"):  # once to compile
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            layer(x, lora, factors).square().sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert factors.c.grad.any()
 
 
 def test_the_kernel_compiles_for_nvidia_gpus():
