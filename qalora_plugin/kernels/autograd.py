@@ -26,7 +26,7 @@ from qalora_plugin.core.delta import OffsetDelta, ScaleDelta, scaled_product
 from qalora_plugin.core.weight import GroupwiseWeight
 from qalora_plugin.kernels.base import Kernel
 from qalora_plugin.kernels.hardware import autocast, gemm_dtype
-from qalora_plugin.kernels.scales import factor_gradient, representatives
+from qalora_plugin.kernels.scales import factor_gradient, in_steps, representatives
 from qalora_plugin.kernels.select import choose
 from qalora_plugin.kernels.unpacking import product
 
@@ -96,7 +96,7 @@ def _forward(
     weight = GroupwiseWeight.of(tensors, bits, group_size)
     delta = None if lora_a is None or lora_b is None else OffsetDelta(lora_a, lora_b, scaling)
     with torch.autocast(x.device.type, enabled=False):
-        changed, delta = _in_steps(weight, delta, d, c)
+        changed, delta = in_steps(weight, delta, d, c)
         y = choose(changed, x.dtype, x.numel() // x.shape[-1]).forward(x, changed, delta)
         # After y: allocated before it, what is kept would break up the free memory that y fits into.
         pooled = choose(weight, x.dtype).pool(x, weight) if keep_pooled else x.new_empty(0)
@@ -133,7 +133,7 @@ def _backward(
     kernel = choose(weight, dy.dtype)
     with torch.autocast(dy.device.type, enabled=False):
         if wants_dx:
-            dx = kernel.grad_input(dy, *_in_steps(weight, delta, d, c))
+            dx = kernel.grad_input(dy, *in_steps(weight, delta, d, c))
         dy = dy.flatten(0, -2)
         if wants_adapter and delta is not None:
             unit = None if d is None else weight.scales
@@ -142,24 +142,11 @@ def _backward(
             x, share = x.flatten(0, -2), None
             if place is not None and len(x):
                 x, dy, share, _ = representatives(x, dy, max(1, len(x) // every), place)
-            gradient = factor_gradient(x, dy, weight)
-            gradient = gradient if share is None else gradient * share
-            dd, dc = ScaleDelta(d, c).gradients(gradient.to(torch.promote_types(d.dtype, torch.float32)))
+            gradient = factor_gradient(x, dy, weight).to(torch.promote_types(d.dtype, torch.float32))
+            dd, dc = ScaleDelta(d, c).gradients(gradient)
+            dd, dc = (part if share is None else part * share for part in (dd, dc))
             dd, dc = dd.to(d.dtype), dc.to(c.dtype)
     return dx, da, db, dd, dc
-
-
-def _in_steps(
-    weight: GroupwiseWeight, delta: OffsetDelta | None, d: Tensor | None, c: Tensor | None
-) -> tuple[GroupwiseWeight, OffsetDelta | None]:
-    """The weight with trained scales and what they measure; as it is without."""
-    if d is None or c is None:
-        return weight, delta
-    changed = weight._replace(scales=ScaleDelta(d, c).materialize(weight.scales))
-    if delta is None:
-        return changed, None
-    offsets = delta.materialize().mul_(weight.scales)
-    return changed._replace(offsets=offsets if weight.offsets is None else offsets.add_(weight.offsets)), None
 
 
 # The same two as ops that torch.compile does not look into: a compiled model stays one graph. Not for Inductor's CUDA

@@ -1,10 +1,11 @@
-"""The gradient of trained scales: what ``xᵀ·dy`` is in each group along the codes.
+"""Trained scales: the weight that they make, and their gradient, what ``xᵀ·dy`` is in each group along the codes.
 
     dM[γ,n] = Σ_{k∈γ} scales[γ,n]·(q[k,n] − zeros[γ,n]) · (xᵀ·dy)[k,n]          M = D·C, scales' = scales ⊙ (1 + M)
 
 ``xᵀ·dy`` is the gradient of a dense weight. On NVIDIA GPUs a kernel sums up each tile of it in registers
-(:mod:`.triton.scales`); elsewhere it is made a block of groups at a time and summed up at once. Some tokens can stand
-for all: those that have a larger share in it are likelier to, and count for less.
+(:mod:`.triton.scales`), as C++ does on CPUs that multiply in bfloat16; elsewhere it is made a block of groups at a time
+and summed up at once. Some tokens can stand for all: those that have a larger share in it are likelier to, and count
+for less.
 """
 
 from typing import NamedTuple
@@ -12,13 +13,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qalora_plugin.core.delta import OffsetDelta, ScaleDelta
 from qalora_plugin.core.weight import GroupwiseWeight
 from qalora_plugin.core.words import codes_per_period
 from qalora_plugin.kernels import cpu
 from qalora_plugin.kernels.hardware import gemm_dtype, triton_has_tensor_cores
 from qalora_plugin.kernels.unpacking import dequantized, product
 
-BLOCK = {"cpu": 1 << 20, "cuda": 1 << 24}  # weights of a block: what a cache holds, and what keeps a GPU busy
+BLOCK = {"cpu": 1 << 22, "cuda": 1 << 24}  # weights of a block: what a cache holds, and what keeps a GPU busy
+
+
+def in_steps(
+    weight: GroupwiseWeight, delta: OffsetDelta | None, d: Tensor | None, c: Tensor | None
+) -> tuple[GroupwiseWeight, OffsetDelta | None]:
+    """The weight with trained scales and what they measure; as it is without."""
+    if d is None or c is None:
+        return weight, delta
+    if d.dtype == torch.float32 and cpu.why_not_fill(weight, d.dtype) is None:
+        return cpu.in_steps(weight, delta, d, c)
+    changed = weight._replace(scales=ScaleDelta(d, c).materialize(weight.scales))
+    if delta is None:
+        return changed, None
+    offsets = delta.materialize().mul_(weight.scales)
+    return changed._replace(offsets=offsets if weight.offsets is None else offsets.add_(weight.offsets)), None
 
 
 class Representatives(NamedTuple):
@@ -47,6 +64,9 @@ def representatives(x: Tensor, dy: Tensor, count: int, place: Tensor) -> Represe
         count: how many to take; one with a large share is taken more than once. place: ``[1]``, uniform in [0, 1),
             on the CPU.
     """
+    if cpu.takes_representatives(x, dy):
+        x, dy, whole, rows = cpu.representatives(x, dy, count, place.item())
+        return Representatives(x, dy, torch.tensor(whole, dtype=torch.float32), rows)
     total, each = torch.promote_types(dy.dtype, torch.float32), len(dy) // len(x)
     x_norm, dy_norm = _norms(x), _norms(dy)
     by_token = x_norm if each == 1 else x_norm.repeat_interleave(each)
@@ -83,6 +103,8 @@ def factor_gradient(x: Tensor, dy: Tensor, weight: GroupwiseWeight) -> Tensor:
         from qalora_plugin.kernels.triton import scales  # Triton is not everywhere
 
         return scales.factor_gradient(x, dy, plain)
+    if dtype == torch.bfloat16 and cpu.why_not_multiply(weight, dtype) is None:
+        return cpu.factor_gradient_of(x, dy, plain)
     gradient = dy.new_empty(weight.groups, weight.out_features, dtype=total)
     size = weight.group_size * weight.out_features
     step = max(1, BLOCK.get(dy.device.type, BLOCK["cuda"]) // size)

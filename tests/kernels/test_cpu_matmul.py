@@ -71,6 +71,8 @@ def test_no_tokens():
     layer = make_layer(64, 32, 4, 32)
     assert cpu.matmul(draw(0, 64), layer.quantized, None).shape == (0, 32)
     assert cpu.matmul_transposed(draw(2, 0, 32), layer.quantized, None).shape == (2, 0, 64)
+    cpu.offset_gradient(draw(9, 2), draw(9, 32))  # leaves sums behind, which are nobody's
+    assert not cpu.offset_gradient(draw(0, 2), draw(0, 32)).any()
 
 
 def test_batches_and_strides():

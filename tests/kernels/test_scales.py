@@ -115,6 +115,62 @@ def test_representatives_in_every_dtype(dtype):
     assert all(t.isfinite().all() for t in scales.representatives(x, huge, 4, torch.tensor([0.0])))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_representatives_in_cpp_are_those_in_torch(monkeypatch, dtype):
+    """Of a layer large enough for the compiled kernels. In bfloat16 torch rounds norms, which can move an edge."""
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(90, width, generator=generator).to(dtype) for width in (512, 513))
+    dy[::3] = 0
+    dy[7] *= 30
+    assert cpu.takes_representatives(x, dy)
+    for place in (0.0, 0.3, 0.99):
+        found = scales.representatives(x, dy, 20, torch.tensor([place]))
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu, "takes_representatives", lambda x, dy: False)
+            wanted = scales.representatives(x, dy, 20, torch.tensor([place]))
+        assert found.x.dtype == found.dy.dtype == dtype
+        torch.testing.assert_close(found.share, wanted.share, rtol=1e-5 if dtype == torch.float32 else 3e-3, atol=0)
+        assert (found.rows == wanted.rows).float().mean() > (0.99 if dtype == torch.float32 else 0.8)
+        for rows, whole in ((found.x, x), (found.dy, dy)):
+            exact = torch.nn.functional.normalize(whole[found.rows].double(), dim=1)
+            assert_close(rows, exact, 1e-6 if dtype == torch.float32 else 4e-3)
+    nothing = scales.representatives(x, dy * 0, 4, torch.tensor([0.5]))
+    assert nothing.share == 0
+    assert all(t.isfinite().all() for t in nothing[:2])
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("group_size", [16, 128, 640])
+def test_a_tile_of_the_gradient_stays_in_cache(bits, group_size):
+    """bfloat16 in C++: an odd number of tokens, columns that fill no panel, groups longer than a tile."""
+    weight = make_layer(640, 432, bits, group_size, offsets=True, negative_scales=True).quantized
+    if cpu.why_not_multiply(weight, torch.bfloat16):
+        pytest.skip("this CPU multiplies otherwise")
+    x, dy = torch.randn(37, 640).bfloat16(), torch.randn(37, 432).bfloat16()
+    found = scales.factor_gradient(x, dy, weight)
+    along = reference.dequantize(weight._replace(offsets=None)) * (x.double().t() @ dy.double())
+    assert_close(found, along.unflatten(0, (-1, group_size)).sum(1), 1e-5)
+    assert not scales.factor_gradient(x[:0], dy[:0], weight).any()
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("with_offsets", [False, True])
+@pytest.mark.parametrize("with_delta", [False, True])
+def test_trained_scales_in_cpp(scale_dtype, with_offsets, with_delta):
+    layer = make_layer(512, 544, 4, 32, offsets=with_offsets)
+    weight = layer.quantized._replace(scales=layer.scales.to(scale_dtype))
+    assert cpu.why_not_fill(weight, torch.float32) is None
+    lora = delta(*(t.detach() for t in adapter_for(layer, 4)), 0.5) if with_delta else None
+    d, c = (t.detach() for t in scale_factors_for(layer, 4))
+    found, left = scales.in_steps(weight, lora, d, c)
+    wanted, _ = scales.in_steps(weight._replace(scales=weight.scales.double()), lora, d.double(), c.double())
+    assert left is None
+    assert_close(found.scales, wanted.scales, 1e-6)
+    assert (found.offsets is None) == (not with_offsets and not with_delta)
+    if found.offsets is not None:
+        assert_close(found.offsets, wanted.offsets.double(), 1e-6)
+
+
 @pytest.mark.parametrize("tokens", [40, 3])
 def test_one_token_in_four_for_d_and_c_alone(tokens):
     """dx, dA and dB are those of all tokens; D and C get what the same draw gives again."""

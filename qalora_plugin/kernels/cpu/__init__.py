@@ -1,10 +1,10 @@
 """Kernels for CPUs in C++, compiled at the first use (a few seconds, cached on disk).
 
-``fill.cpp`` unpacks a weight into a dense one in one pass where plain torch makes some fifty; ``scales.cpp`` sums up
-the gradient of trained scales likewise. ``matmul.cpp`` multiplies without a dense weight, as fast as oneDNN multiplies
-with one; ``pooled.cpp`` is what an adapter adds. These two need bfloat16 instructions (AVX512-BF16: AMD since Zen 4,
-Intel's Cooper Lake and successors); where there is AMX, torch multiplies. Without a C++ compiler :mod:`..planes` does
-the work.
+``fill.cpp`` unpacks a weight into a dense one in one pass where plain torch makes some fifty; ``scales.cpp`` makes
+trained scales, and sums up their gradient, of the tokens that ``representatives.cpp`` chooses. ``matmul.cpp``
+multiplies without a dense weight, as fast as oneDNN multiplies with one; ``pooled.cpp`` is what an adapter adds. These
+two need bfloat16 instructions (AVX512-BF16: AMD since Zen 4, Intel's Cooper Lake and successors); where there is AMX,
+torch multiplies. Without a C++ compiler :mod:`..planes` does the work.
 """
 
 import ctypes
@@ -118,6 +118,59 @@ def factor_gradient(along: Tensor, weight: GroupwiseWeight, gradient: Tensor) ->
     _compiled().qalora_factor_gradient(
         ctypes.byref(problem), along.data_ptr(), along.dtype == torch.bfloat16, gradient.data_ptr()
     )
+
+
+def factor_gradient_of(x: Tensor, dy: Tensor, weight: GroupwiseWeight) -> Tensor:
+    """The same of ``along = xᵀ·dy``, bfloat16 ``[T, K]`` and ``[T, N]``, which is never written; where :func:`matmul`
+    runs. float32 ``[G, N]``."""
+    dy, tokens = dy.contiguous(), len(x)
+    x_t = x.new_zeros(x.shape[1], tokens + tokens % 2)  # the kernel takes tokens in pairs
+    x_t[:, :tokens] = x.t()
+    gradient = dy.new_empty(weight.groups, weight.out_features, dtype=torch.float32)
+    problem = _Problem(weight, None)
+    _compiled().qalora_factor_gradient_of(
+        ctypes.byref(problem), x_t.data_ptr(), dy.data_ptr(), tokens, gradient.data_ptr()
+    )
+    return gradient
+
+
+def in_steps(
+    weight: GroupwiseWeight, delta: OffsetDelta | None, d: Tensor, c: Tensor
+) -> tuple[GroupwiseWeight, OffsetDelta | None]:
+    """The weight with scales that D ``[G, R]`` and C ``[R, N]`` change, and what ``delta`` adds in units of them."""
+    d, c = d.float().contiguous(), c.float().contiguous()
+    scales = torch.empty(weight.scales.shape)
+    offsets = None if delta is None else torch.empty(weight.scales.shape)
+    problem = _Problem(weight, delta)
+    _compiled().qalora_in_steps(
+        ctypes.byref(problem), d.data_ptr(), c.data_ptr(), len(c), scales.data_ptr(),
+        None if offsets is None else offsets.data_ptr(),
+    )  # fmt: skip
+    return weight._replace(scales=scales, offsets=weight.offsets if offsets is None else offsets), None
+
+
+def takes_representatives(x: Tensor, dy: Tensor) -> bool:
+    """Whether :func:`representatives` is for ``[T, K]`` and ``[T, N]``, of layers that are worth compiling for."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == dy.dtype
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and len(x) == len(dy)
+        and x.shape[1] * dy.shape[1] >= SMALLEST
+        and library() is not None
+    )
+
+
+def representatives(x: Tensor, dy: Tensor, count: int, place: float) -> tuple[Tensor, Tensor, float, Tensor]:
+    """:func:`qalora_plugin.kernels.scales.representatives`: rows of x and dy, their share and their numbers."""
+    x, dy, share = x.contiguous(), dy.contiguous(), ctypes.c_double()
+    some_x, some_dy = x.new_empty(count, x.shape[1]), dy.new_empty(count, dy.shape[1])
+    rows = torch.empty(count, dtype=torch.int64)
+    _compiled().qalora_representatives(
+        x.data_ptr(), dy.data_ptr(), x.dtype == torch.bfloat16, len(x), x.shape[1], dy.shape[1], count, place,
+        some_x.data_ptr(), some_dy.data_ptr(), rows.data_ptr(), ctypes.byref(share), torch.get_num_threads(),
+    )  # fmt: skip
+    return some_x, some_dy, share.value, rows
 
 
 def adds_offsets() -> bool:

@@ -27,11 +27,14 @@ from qalora_plugin.core.private_cache import private_folder
 
 logger = logging.getLogger(__name__)
 
-_P, _N, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_P, _N, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_double
 _ARGUMENTS = {
     "qalora_bfloat16": (),
     "qalora_fill": (_P, _P, _I),
     "qalora_factor_gradient": (_P, _P, _I, _P),
+    "qalora_in_steps": (_P, _P, _P, _N, _P, _P),
+    "qalora_representatives": (_P, _P, _I, _N, _N, _N, _N, _D, _P, _P, _P, _P, _I),
+    "qalora_factor_gradient_of": (_P, _P, _P, _N, _P),
     "qalora_matmul": (_P, _P, _N, _P),
     "qalora_matmul_transposed": (_P, _P, _N, _P),
     "qalora_pool": (_P, _N, _N, _N, _P, _I),
@@ -60,7 +63,7 @@ def library() -> ctypes.CDLL | None:
         )
         return None
     for name, arguments in _ARGUMENTS.items():
-        if function := getattr(compiled, name, None):  # without bfloat16 instructions only the first three are there
+        if function := getattr(compiled, name, None):  # some need bfloat16 instructions
             function.argtypes = arguments
     return compiled
 

@@ -4,25 +4,15 @@
 // B's strip does from group to group; then every word is read once and every weight written once. Strips run along N,
 // the contiguous direction of words and weights alike, so that the compiler vectorises them.
 
-#include "problem.h"
-
 #include <algorithm>
-#include <cstring>
+
+#include "bfloat16.h"
+#include "problem.h"
 
 namespace {
 
 constexpr int64_t STRIP = 1024;  // columns of a task
 constexpr int64_t GROUPS = 4;    // groups of a task
-
-// float32 → bfloat16, to nearest even; a NaN whose set bits are all in the lower half would become infinity, but
-// arithmetic makes none.
-inline void store(float value, uint16_t* out) {
-    uint32_t word;
-    std::memcpy(&word, &value, 4);
-    *out = static_cast<uint16_t>((word + 0x7FFF + ((word >> 16) & 1)) >> 16);
-}
-
-inline void store(float value, float* out) { *out = value; }
 
 // One group of one strip: words [words, width] → out [words·32/b, width], both with rows of n.
 template <int BITS, typename Out>
@@ -32,7 +22,7 @@ inline void fill_group(const int32_t* qweight, const float* scale, const float* 
         for (int bit = 0; bit < 32; bit += BITS, out += n) {
             for (int64_t i = 0; i < width; ++i) {
                 const uint32_t code = (static_cast<uint32_t>(qweight[i]) >> bit) & ((1u << BITS) - 1);
-                store(static_cast<float>(static_cast<int32_t>(code)) * scale[i] + shift[i], out + i);
+                write(static_cast<float>(static_cast<int32_t>(code)) * scale[i] + shift[i], out + i);
             }
         }
     }

@@ -98,7 +98,7 @@ inline void multiply_panel(const uint16_t* a, int64_t rows, int64_t depth, const
     alignas(64) float sums[BLOCK * COLUMNS];
     for (int64_t block = 0; block < rows; block += BLOCK) {
         const int64_t height = std::min(BLOCK, rows - block);
-        for (int64_t k = 0; k < depth; k += DEPTH) {
+        for (int64_t k = 0; k == 0 || k < depth; k += DEPTH) {  // once for no depth, which sums up to zeros
             const int64_t pairs = std::min(DEPTH, depth - k) / 2;
             for (int64_t i = 0; i < height; i += ROWS) {
                 multiply_rows(std::min(ROWS, height - i), a + (block + i) * depth + k, depth, panel + k / 2 * COLUMNS,
@@ -120,6 +120,22 @@ inline __m512i paired(__m512i halves) {
     alignas(64) static constexpr uint16_t ORDER[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     return _mm512_permutexvar_epi16(_mm512_load_si512(ORDER), halves);
+}
+
+// The panel of 64 columns, from `first` on, of rows [count, n]; an odd last row is paired with zeros.
+inline uint32_t* panel_of_rows(const uint16_t* rows, int64_t count, int64_t n, int64_t first) {
+    const int64_t pairs = (count + 1) / 2;
+    uint32_t* panel = panel_of(pairs);
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+        const uint16_t *even = rows + 2 * pair * n + first, *odd = even + n;
+        for (int64_t i = 0; i < COLUMNS; i += 16) {
+            const __mmask16 mask = lanes(n - first - i);
+            const __m256i upper = 2 * pair + 1 < count ? _mm256_maskz_loadu_epi16(mask, odd + i) : __m256i{};
+            const __m512i lower = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(mask, even + i));
+            _mm512_store_si512(panel + pair * COLUMNS + i, paired(_mm512_inserti64x4(lower, upper, 1)));
+        }
+    }
+    return panel;
 }
 
 // Tasks of 64 columns times all rows, or a part of them where there are more threads than columns to go round.

@@ -51,16 +51,7 @@ extern "C" void qalora_offset_gradient(const uint16_t* pooled_t, const uint16_t*
                                        int64_t n, float* out, int32_t threads) {
     const int64_t pairs = (tokens + 1) / 2;
     for_each_block(n, groups, threads, [&](int64_t first, int64_t row, int64_t rows) {
-        uint32_t* panel = panel_of(pairs);
-        for (int64_t pair = 0; pair < pairs; ++pair) {
-            const uint16_t *even = dy + 2 * pair * n + first, *odd = even + n;
-            for (int64_t i = 0; i < COLUMNS; i += 16) {
-                const __mmask16 mask = lanes(n - first - i);
-                const __m256i upper = 2 * pair + 1 < tokens ? _mm256_maskz_loadu_epi16(mask, odd + i) : __m256i{};
-                const __m512i lower = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(mask, even + i));
-                _mm512_store_si512(panel + pair * COLUMNS + i, paired(_mm512_inserti64x4(lower, upper, 1)));
-            }
-        }
+        const uint32_t* panel = panel_of_rows(dy, tokens, n, first);
         multiply_panel(pooled_t + row * 2 * pairs, rows, 2 * pairs, panel, out + row * n + first, n,
                        std::min(COLUMNS, n - first));
     });

@@ -32,9 +32,8 @@ inline std::vector<float> transposed_b(const Problem& p) {
     return b;
 }
 
-// scale and shift of the columns [first, first + width) of a group.
-inline void group_terms(const Problem& p, const float* b, int64_t group, int64_t first, int64_t width, float* scale,
-                        float* shift) {
+// Scales of the columns [first, first + width) of a group.
+inline void load_scales(const Problem& p, int64_t group, int64_t first, int64_t width, float* scale) {
     const int64_t start = group * p.n + first;
     if (p.half_scales) {
         const auto* half = static_cast<const _Float16*>(p.scales) + start;
@@ -43,6 +42,13 @@ inline void group_terms(const Problem& p, const float* b, int64_t group, int64_t
         const auto* full = static_cast<const float*>(p.scales) + start;
         for (int64_t i = 0; i < width; ++i) scale[i] = full[i];
     }
+}
+
+// scale and shift of the columns [first, first + width) of a group.
+inline void group_terms(const Problem& p, const float* b, int64_t group, int64_t first, int64_t width, float* scale,
+                        float* shift) {
+    const int64_t start = group * p.n + first;
+    load_scales(p, group, first, width, scale);
     for (int64_t i = 0; i < width; ++i) shift[i] = -scale[i] * static_cast<float>(p.zeros[start + i]);
     if (p.offsets) {
         for (int64_t i = 0; i < width; ++i) shift[i] += p.offsets[start + i];
