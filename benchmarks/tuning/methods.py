@@ -113,7 +113,7 @@ def build_scales(job: Job, places: Places) -> nn.Module:
 
 
 def build_scales_all_tokens(job: Job, places: Places) -> nn.Module:
-    """The scales' gradient of every token, not of every eighth."""
+    """The scales' gradient of every token, not of every fourth."""
     scales.GRADIENT_EVERY = 1
     return _ours(job, places, scales=True)
 

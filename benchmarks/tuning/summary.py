@@ -28,7 +28,7 @@ LABELS = {
     "scale-units": "offsets and scales, gradient of all tokens (trial)",
     "weight-units": "offsets in weight units, scales × 3 (trial)",
     "alike": "offsets and scales, one token in four, taken alike (trial)",
-    "in-four": "offsets and scales, one token in four, by share (trial)",
+    "in-eight": "offsets and scales, one token in eight (trial)",
     "scales": "**offsets and scales**",
     "scales-all-tokens": "the same, gradient of all tokens",
     "scales-calibrated": "**offsets and scales, calibrated start**",

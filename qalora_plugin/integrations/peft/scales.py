@@ -20,7 +20,7 @@ from qalora_plugin.checkpoint.adapter_config import WISHES, Ratios
 from qalora_plugin.core.delta import ScaleDelta
 from qalora_plugin.layers.sharding import StackedFactors, factor
 
-GRADIENT_EVERY = 8  # tokens
+GRADIENT_EVERY = 4  # tokens
 
 
 class _Stretched(torch.autograd.Function):
