@@ -21,6 +21,7 @@ from qalora_plugin.formats.fusion import dense_modules, unservable
 from qalora_plugin.formats.opened import QuantizedCheckpoint, base_format
 from qalora_plugin.integrations.axolotl.args import QALoraBlock, read_block, refuse_unmergeable
 from qalora_plugin.integrations.axolotl.calibrated_start import check_init
+from qalora_plugin.integrations.axolotl.sharding import check_deepspeed
 from qalora_plugin.integrations.transformers.loading import config_overrides, trainable
 from qalora_plugin.kernels.hardware import emulates
 
@@ -46,6 +47,7 @@ def check_axolotl(cfg: dict[str, Any], other_adapters: dict[str, list[str]] | No
         )
     options = read_block(cfg.get("qalora"))
     refuse_unmergeable(cfg)
+    check_deepspeed(cfg)
     _check_places(cfg, options)
     modules = check_base(cfg["base_model"], cfg.get("revision_of_model"))
     if cfg.get("lora_model_dir"):
@@ -64,12 +66,14 @@ def check_axolotl(cfg: dict[str, Any], other_adapters: dict[str, list[str]] | No
             f"{fused_loss} multiplies by lm_head's dense weight itself, but {cfg['base_model']} quantises lm_head. "
             f"Set {fused_loss}: false, or use a base whose lm_head is dense (GPTQ's default)."
         )
-    if (cfg.get("context_parallel_size") or 1) > 1:
-        LOG.warning(
-            "context_parallel_size: %s is not tested with adapter: qalora. (Each linear works token by token, so "
-            "splitting sequences should change nothing.)",
-            cfg["context_parallel_size"],
-        )
+    for key in ("context_parallel_size", "sequence_parallel_degree"):  # the second is the first one's older name
+        if (cfg.get(key) or 1) > 1:
+            LOG.warning(
+                "%s: %s is not tested with adapter: qalora. (Each linear works token by token, so splitting sequences "
+                "should change nothing.)",
+                key,
+                cfg[key],
+            )
     if cfg.get("bf16") is True and not torch.accelerator.is_available() and emulates(torch.bfloat16):
         LOG.warning(
             "bf16: true, but this CPU only emulates bfloat16, up to 75 times slower than float32. Set bf16: false."

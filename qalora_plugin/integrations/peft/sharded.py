@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import distribute_tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import deepspeed_config
 
 from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.core.unsupported import refuse_deepspeed
 from qalora_plugin.integrations.peft.adapter import QALoraLayer
 from qalora_plugin.integrations.transformers.loading import is_launched_with
 from qalora_plugin.layers.linear import QuantLinear
@@ -41,6 +43,8 @@ def make_shardable(model: PreTrainedModel) -> None:
     Ranks that leave the weights to rank 0 hold a model on the meta device. What nobody will send them is made here:
     buffers that are in no file, and memory for the factors, by whose addresses accelerate knows the optimizer's.
     """
+    if settings := deepspeed_config():
+        refuse_deepspeed(settings, "the DeepSpeed config")
     # Of the dense parameters, and so of mixed precision.
     dtype = cast(nn.Embedding, model.get_input_embeddings()).weight.dtype
     for module in model.modules():
