@@ -104,7 +104,7 @@ def refuse_deepspeed(settings: Mapping[str, Any], where: str) -> None:
         QALoraError: names the key, why it is refused, and what to do.
     """
     for name, why in _DEEPSPEED:
-        row = _Refusal(why, (name,), allowed=(1,))
+        row = _Refusal(why, (name,), allowed=(1,) if name.endswith("size") else ())  # (True is 1)
         for key, _ in _asked_for(row, row.axolotl, settings):
             raise QALoraError(f"{where}: {key} cannot be combined with QA-LoRA: {why}. Remove {key}.")
 
