@@ -1,5 +1,7 @@
 """Bases and adapters whose experts do not fit, and what a merge says of those that vLLM cannot serve."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -7,7 +9,9 @@ from support.experts import copied, save_random
 
 from qalora_plugin import load_base, merge
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
+from qalora_plugin.commands.inspecting import inspect
 from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.integrations.axolotl.preflight import check_axolotl
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +52,25 @@ def unknown_name(tensors):
         tensors[f"model.layers.0.mlp.experts.0.router.{part}"] = tensors[f"{EXPERT.format(0)}.{part}"].clone()
 
 
+def a_layer_without(tensors):
+    for name in [name for name in tensors if name.startswith("model.layers.1.mlp.experts.")]:
+        del tensors[name]
+
+
+def without_router(tensors):
+    del tensors["model.layers.1.mlp.gate.weight"]
+
+
+def router_of_three(tensors):
+    tensors["model.layers.1.mlp.gate.weight"] = tensors["model.layers.1.mlp.gate.weight"][:3].clone()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (a_layer_without, r"model.layers.1.mlp.experts.* at random"),
+        (without_router, r"model.layers.1.mlp.gate.* at random"),
+        (router_of_three, r"holds model.layers.1.mlp.gate.weight as 3×64, but Qwen3MoeForCausalLM has 4×64"),
         (missing, r"1 of 4 experts of model.layers.0.mlp.experts lack .*experts.2.up_proj is missing"),
         (left_dense, r"experts.2.up_proj is left dense\): a layer's experts must be quantized all, or none"),
         (one_too_many, r"quantizes model.layers.0.mlp.experts.4.up_proj, but model.layers.0.mlp.experts has 4 experts"),
@@ -63,8 +83,13 @@ def test_a_base_that_does_not_fit_is_refused(qwen, tmp_path, change, message):
     tensors = load_file(qwen / "model.safetensors")
     change(tensors)
     base = copied(qwen, tmp_path / "base", tensors, **({"group_size": None} if change is another_group_size else {}))
-    with pytest.raises(QALoraError, match=message):
-        load_base(base)
+    config = {"base_model": str(base), "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
+    for refuse in (load_base, lambda folder: check_axolotl(config | {"output_dir": str(tmp_path / "out")})):
+        with pytest.raises(QALoraError, match=message):
+            refuse(base)
+    why = inspect(base).why_not
+    assert why
+    assert re.search(message, why)
 
 
 def test_experts_that_compute_something_else_are_refused(qwen, monkeypatch):
