@@ -1,5 +1,6 @@
 """Bases and adapters whose experts do not fit, and what a merge says of those that vLLM cannot serve."""
 
+import json
 import re
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from support.experts import copied, save_random
 
-from qalora_plugin import load_base, merge
+from qalora_plugin import load_adapter, load_base, merge
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
 from qalora_plugin.commands.inspecting import inspect
 from qalora_plugin.core.errors import QALoraError
@@ -127,6 +128,54 @@ def test_a_merge_says_beforehand_that_vllm_has_no_place_for_biases(gpt_oss, tmp_
     adapter = save_random(load_base(gpt_oss), tmp_path / "adapter", target_modules=["q_proj"])
     merge(gpt_oss, adapter, tmp_path / "merged", progress=False)
     assert "vLLM cannot serve quantized experts that have biases, as model.layers.0.mlp.experts.0." in caplog.text
+
+
+UP = "base_model.model.model.layers.0.mlp.experts.up_proj.lora_{}.weight"
+
+
+def no_up_proj(tensors):
+    for part in "AB":
+        del tensors[UP.format(part)]
+
+
+def three_experts(tensors):
+    for part in "AB":
+        tensors[UP.format(part)] = tensors[UP.format(part)][:3].clone()
+
+
+def one_a(tensors):
+    tensors[UP.format("A")] = tensors[UP.format("A")][0].clone()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (no_up_proj, "holds the adapters of 13 modules, but 14 were trained"),
+        (three_experts, r"adapts 3 experts as .*experts.2.w3, but the base has .*experts.3.w3, too"),
+        (one_a, "are not those of a layer's experts"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_an_adapter_of_a_part_is_neither_merged_nor_loaded(mixtral, adapter, tmp_path, change, message):
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    change(tensors)
+    part = copied(adapter, tmp_path / "adapter", tensors, "adapter_model.safetensors")
+    for refuse in (
+        lambda: merge(mixtral, part, tmp_path / "merged", progress=False),
+        lambda: load_adapter(load_base(mixtral), part),
+    ):
+        with pytest.raises(QALoraError, match=message):
+            refuse()
+
+
+def test_one_a_for_all_is_as_the_config_says(adapter, tmp_path):
+    part = copied(
+        adapter, tmp_path / "adapter", load_file(adapter / "adapter_model.safetensors"), "adapter_model.safetensors"
+    )
+    config = json.loads((part / "adapter_config.json").read_text())
+    (part / "adapter_config.json").write_text(json.dumps(config | {"shared_a": True}))
+    with pytest.raises(QALoraError, match="are not those of a layer's experts"):
+        AdapterFolder.open(part)
 
 
 @pytest.mark.parametrize("shape", [(10**9, 0, 2), (3, 128, 4), (4, 128, 4, 1)])
