@@ -20,6 +20,8 @@ from qalora_plugin.integrations.peft.sharded import (
     full_adapter,
     is_to_be_sharded,
     make_shardable,
+    refuse_fsdp1,
+    require_one_adapter,
     require_one_base,
 )
 from qalora_plugin.layers.summary import training_dtype, training_summary
@@ -79,6 +81,12 @@ class QALoraMergeCallback(TrainerCallback):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Only now is it known everywhere that the Trainer's own arguments ask for FSDP."""
         model = kwargs["model"]
+        if args.fsdp and isinstance(args.fsdp_config, dict) and str(args.fsdp_config.get("version", 2)) != "2":
+            refuse_fsdp1()
+        config: Any = getattr(model, "peft_config", {}).get("default")
+        if (bound := getattr(config, "qalora", None)) is not None:
+            require_one_base(bound["base_fingerprint"])
+            require_one_adapter(config)
         if is_to_be_sharded() and hasattr(model, "get_base_model"):
             make_shardable(model.get_base_model())
             self._say_how(model, args, state)
