@@ -78,6 +78,19 @@ def test_two_engines_at_once_are_refused():
         refuse_unmergeable(GOOD | {"fsdp_version": 2, "fsdp_config": "full_shard"})
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"fsdp_config": {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 100}}, "Set TRANSFORMER_BASED_WRAP"),
+        ({"fsdp_config": LAYERS, "optimizer": "adafactor"}, "optimizer: adafactor cannot be combined with fsdp_config"),
+    ],
+    ids=str,
+)
+def test_what_fsdp2_would_stop_at_later_is_refused(keys, message):
+    with pytest.raises(QALoraError, match=message):
+        refuse_unmergeable(GOOD | {"fsdp_version": 2} | keys)
+
+
 ZERO3 = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
 
 

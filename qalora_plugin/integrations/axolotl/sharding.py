@@ -8,6 +8,7 @@ from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.unsupported import refuse_deepspeed
 
 _DTYPES = {"bf16": ("bf16", "bfloat16"), "fp16": ("fp16", "float16")}  # the keys that ask for each
+_WHOLE_PARAMETERS = ("adafactor",)  # transformers 5.16: mixes tensors with DTensors
 
 
 def loaded_for(cfg: dict[str, Any]) -> str:
@@ -44,6 +45,16 @@ def check_fsdp(cfg: dict[str, Any]) -> None:
         raise QALoraError(
             f"fsdp_config is for FSDP{version} (fsdp_version: {cfg.get('fsdp_version')}), which flattens what "
             "trains together with what does not, and saves where the merge goes. Set fsdp_version: 2."
+        )
+    if "SIZE_BASED_WRAP" in (fsdp.get("auto_wrap_policy"), fsdp.get("fsdp_auto_wrap_policy")):
+        raise QALoraError(
+            "fsdp_config.auto_wrap_policy is SIZE_BASED_WRAP, which would also wrap the containers that PEFT keeps an "
+            "adapter in, and FSDP2 cannot. Set TRANSFORMER_BASED_WRAP and transformer_layer_cls_to_wrap."
+        )
+    if cfg.get("optimizer") in _WHOLE_PARAMETERS:
+        raise QALoraError(
+            f"optimizer: {cfg['optimizer']} cannot be combined with fsdp_config: it computes with whole parameters. "
+            "Use adamw_torch, or DeepSpeed instead of FSDP."
         )
     policy = fsdp.get("mixed_precision_policy") or fsdp.get("fsdp_mixed_precision_policy")
     if policy and policy != loaded_for(cfg):
