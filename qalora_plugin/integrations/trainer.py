@@ -70,7 +70,9 @@ class QALoraMergeCallback(TrainerCallback):
 
     def _require_base(self, trained_on: str) -> None:
         source = QuantizedCheckpoint.open(self.base, self.merge_kwargs.get("revision"))
-        if reason := unservable(source.specs, dense_modules(source.files.tensors)):
+        if reason := unservable(
+            source.specs, dense_modules(source.files.tensors), source.files.config.get("model_type")
+        ):
             logger.warning("%s: %s", self.base, reason)
         if (found := source.fingerprint(trained_on)) != trained_on:
             raise QALoraError(

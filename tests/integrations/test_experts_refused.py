@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from qalora_plugin import load_adapter, load_base, merge
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
 from qalora_plugin.commands.inspecting import inspect
 from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.formats.fusion import unservable
+from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.integrations.axolotl.preflight import check_axolotl
 
 
@@ -128,6 +131,21 @@ def test_a_merge_says_beforehand_that_vllm_has_no_place_for_biases(gpt_oss, tmp_
     adapter = save_random(load_base(gpt_oss), tmp_path / "adapter", target_modules=["q_proj"])
     merge(gpt_oss, adapter, tmp_path / "merged", progress=False)
     assert "vLLM cannot serve quantized experts that have biases, as model.layers.0.mlp.experts.0." in caplog.text
+
+
+def test_a_merge_says_beforehand_what_else_vllm_cannot_serve(mixtral, adapter, tmp_path, caplog):
+    """Gate and up of other widths, by their older names, too; and classes of vLLM's own."""
+    specs = QuantizedCheckpoint.open(mixtral).specs
+    assert unservable(specs, model_type="mixtral") is None
+    assert "experts of deepseek_v4 by a class of its own" in unservable(specs, model_type="deepseek_v4")
+    first = "model.layers.0.block_sparse_moe.experts.0.w1"
+    wider = {name: replace(spec, bits=8) if name == first else spec for name, spec in specs.items()}
+    assert "vLLM runs w1, w3 as one layer" in unservable(wider)
+    config = json.loads((mixtral / "config.json").read_text())
+    folder = copied(mixtral, tmp_path / "base", load_file(mixtral / "model.safetensors"))
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "minimax_m3_vl"}))
+    merge(folder, adapter, tmp_path / "merged", progress=False)
+    assert "vLLM computes the experts of minimax_m3_vl by a class of its own" in caplog.text
 
 
 UP = "base_model.model.model.layers.0.mlp.experts.up_proj.lora_{}.weight"

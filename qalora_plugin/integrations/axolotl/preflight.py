@@ -225,7 +225,7 @@ def check_base(base: str, revision: str | None = None) -> dict[str, GroupwiseSpe
         return None
     source = QuantizedCheckpoint.open(base)
     source.check_values()
-    if reason := unservable(source.specs, dense_modules(source.files.tensors)):
+    if reason := unservable(source.specs, dense_modules(source.files.tensors), source.files.config.get("model_type")):
         LOG.warning("%s: %s", base, reason)
     return source.specs
 
