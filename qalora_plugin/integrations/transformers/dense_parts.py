@@ -73,8 +73,10 @@ def refuse_missing(model: "PreTrainedModel", folder: object) -> None:
 
 
 def dense_shapes(model: "PreTrainedModel") -> dict[str, torch.Size]:
-    """The shape of every dense tensor of a model, by name. Call while the model is built."""
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+    """The shape of every dense tensor of a model, by name, but of what is tied to another, as whose the class need not
+    make it (Ovis2's head). Call while the model is built."""
+    tied = model.all_tied_weights_keys
+    return {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def require_shapes(model: "PreTrainedModel", shapes: dict[str, torch.Size], folder: object) -> None:

@@ -72,5 +72,5 @@ def _require_dense_parts(model: "PreTrainedModel", base: QuantizedCheckpoint, fo
                 "checkpoint again."
             )
     for key, place in places.items():
-        if not place.converted and place.name in state:
+        if not place.converted and place.name in state and place.name not in model.all_tied_weights_keys:
             require_shape(model, place.name, base.files.tensors[key].shape, state[place.name].shape, base.folder)
