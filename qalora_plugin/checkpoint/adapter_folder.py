@@ -22,6 +22,7 @@ from qalora_plugin.core.weight import GroupwiseSpec
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_TYPE = "QALORA"
+LINEARS = "linears"  # in the config: of how many modules an adapter is, so that none is left out of it unseen
 _MOST_EXPERTS = 1 << 13  # of a layer
 _FLOATS = ("F16", "BF16", "F32", "F64")
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[ABCD])\.weight")
@@ -114,6 +115,11 @@ class AdapterFolder:
                 f"{folder / WEIGHTS_NAME} holds trained scales of {stray}, but {CONFIG_NAME} does not say so. They do "
                 "not belong together: save the adapter again."
             )
+        if (recorded := config.get(LINEARS)) not in (None, len(found)):
+            raise QALoraError(
+                f"{folder / WEIGHTS_NAME} holds the adapters of {len(found)} modules, but {short(recorded)} were "
+                "trained. It is incomplete or was edited: save it again."
+            )
         check_config_patterns(config, sorted(found), folder / CONFIG_NAME)
         prefixes = config["qalora"].get("names") or {}
         if not isinstance(prefixes, dict) or not all(isinstance(part, str) for part in prefixes.values()):
@@ -123,7 +129,8 @@ class AdapterFolder:
         linears = 0
         for module in sorted(found):
             shapes = {part: tensors[f"base_model.model.{module}.lora_{part}.weight"].shape for part in wanted}
-            names = _stored_names(stored_name(module, prefixes), shapes, folder / WEIGHTS_NAME)
+            shared_a = bool(config.get("shared_a"))
+            names = _stored_names(stored_name(module, prefixes), shapes, shared_a, folder / WEIGHTS_NAME)
             keys |= dict.fromkeys(names, module)
             experts |= {name: number for name, number in names.items() if number is not None}
             linears += len(names)
@@ -193,6 +200,14 @@ class AdapterFolder:
             spec = base_modules.get(name)
             if spec is None:
                 raise QALoraError(f"{self.folder} adapts {name}, which the base does not quantise. Use its own base.")
+            if (number := self.experts.get(name)) is not None:
+                parent, _, leaf = name.rpartition(".")
+                another = f"{parent.rpartition('.')[0]}.{number + 1}.{leaf}"
+                if another in base_modules and another not in self.keys:
+                    raise QALoraError(
+                        f"{self.folder} adapts {number + 1} experts as {name}, but the base has {another}, too. The "
+                        "adapter is another base's, or was edited: use its own base."
+                    )
             rank = self.rank(name)
             shapes = {"A": (rank, spec.groups), "B": (spec.out_features, rank)}
             if self.has_scales:
@@ -256,16 +271,20 @@ def _parts(config: dict) -> str:
     return "ABCD" if config["qalora"].get("scales") else "AB"
 
 
-def _stored_names(name: str, shapes: dict[str, tuple[int, ...]], path: Path) -> dict[str, int | None]:
+def _stored_names(name: str, shapes: dict[str, tuple[int, ...]], shared_a: bool, path: Path) -> dict[str, int | None]:
     """The linears on disk that a module's factors are for, and which expert each is: one, unless B is stacked.
 
     Args:
-        shapes: of A, B and, where scales were trained, D and C. A alone may be one for all experts.
+        shapes: of A, B and, where scales were trained, D and C. shared_a: A is one for all experts.
     """
     if len(shapes["B"]) < 3:
         return {name: None}
-    experts, stacks = shapes["B"][0], [shape for part, shape in shapes.items() if part != "A" or len(shape) != 2]
-    if experts > _MOST_EXPERTS or any(len(shape) != 3 or shape[0] != experts or 0 in shape for shape in stacks):
+    experts, stacks = shapes["B"][0], [shape for part, shape in shapes.items() if part != "A" or not shared_a]
+    if (
+        (shared_a and len(shapes["A"]) != 2)
+        or experts > _MOST_EXPERTS
+        or any(len(shape) != 3 or shape[0] != experts or 0 in shape for shape in stacks)
+    ):
         found = ", ".join(f"{part} {shape}" for part, shape in shapes.items())
         raise QALoraError(
             f"{path}: {found} of {name} are not those of a layer's experts. The adapter is damaged or was edited: save "

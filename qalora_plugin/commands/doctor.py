@@ -155,7 +155,7 @@ def _kinds_of(path: str | Path) -> tuple[list[LayerKind], list[str]]:
         key = (kind.bits, kind.group_size, symmetric, act_order)
         if key not in largest or spec.in_features * spec.out_features > largest[key][0]:
             largest[key] = (spec.in_features * spec.out_features, kind)
-    reason = unservable(source.specs, dense_modules(source.files.tensors))
+    reason = unservable(source.specs, dense_modules(source.files.tensors), source.files.config.get("model_type"))
     return [kind for _, kind in largest.values()], [reason] if reason else []
 
 

@@ -84,6 +84,10 @@ def inspect(path: str | Path, rank: int = 16) -> InspectReport:
     try:
         source = QuantizedCheckpoint.of(checkpoint)
         source.check_values()
+        if any(".experts." in name for name in source.specs):
+            from qalora_plugin.integrations.transformers.outline import outline  # imports transformers: some seconds
+
+            outline(source)
     except QALoraError as error:
         why_not = str(error)
     report: dict[str, Any] = {

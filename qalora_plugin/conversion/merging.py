@@ -103,7 +103,7 @@ def merge(
     source, opened = QuantizedCheckpoint.open(base, revision), AdapterFolder.open(adapter)
     files = source.files
     shards = {file: identity(files.folder / file) for file in files.files}
-    if reason := unservable(source.specs, dense_modules(files.tensors)):
+    if reason := unservable(source.specs, dense_modules(files.tensors), files.config.get("model_type")):
         logger.warning("%s: %s", base, reason)
     with ThreadPoolExecutor(1) as worker:
         hashing = worker.submit(source.fingerprint)

@@ -85,6 +85,29 @@ _TABLE = (
     ),
 )  # fmt: skip
 
+_DEEPSPEED = (
+    ("zero_optimization.zero_quantized_weights", "it quantizes what ranks send each other, which packed words are"),
+    ("zero_optimization.zero_quantized_nontrainable_weights", "it quantizes what is frozen, which packed words are"),
+    ("compression_training", "it prunes or quantizes weights, and the base's are packed"),
+    ("tensor_parallel.autotp_size", "packed weights cannot be split over ranks while training"),
+    ("tensor_parallel.tp_size", "packed weights cannot be split over ranks while training"),
+)
+
+
+def refuse_deepspeed(settings: Mapping[str, Any], where: str) -> None:
+    """Refuse what of a DeepSpeed config would change or split packed words.
+
+    Args:
+        where: the config's path, for the error.
+
+    Raises:
+        QALoraError: names the key, why it is refused, and what to do.
+    """
+    for name, why in _DEEPSPEED:
+        row = _Refusal(why, (name,), allowed=(1,) if name.endswith("size") else ())  # (True is 1)
+        for key, _ in _asked_for(row, row.axolotl, settings):
+            raise QALoraError(f"{where}: {key} cannot be combined with QA-LoRA: {why}. Remove {key}.")
+
 
 def refuse_axolotl_keys(cfg: Mapping[str, Any]) -> None:
     """Refuse what of the table a raw Axolotl config asks for.

@@ -49,6 +49,8 @@ class VerifyReport:
     offset_dtype: str
     base_bytes: int
     merged_new_bytes: int
+    config_differences: tuple[str, ...] = ()
+    """Values in config.json that are not the base's."""
     router_choices: int = 0
     """Of experts, in a mixture-of-experts model: tokens times layers."""
     router_flips: int = 0
@@ -84,7 +86,7 @@ class VerifyReport:
                 f"{self.router_flips} of {self.router_choices} choices of experts differ where nothing is rounded: the "
                 "models do not compute the same"
             )
-        return found
+        return found + [f"config.json has {difference}: merge again" for difference in self.config_differences]
 
     @property
     def passed(self) -> bool:

@@ -3,7 +3,8 @@
 Storing the offsets rounds them, and that is all that a right merge changes. So what is judged is what rounding cannot
 do:
 
-1. a base tensor that is not the base's, bit for bit;
+1. a base tensor that is not the base's, bit for bit, a tensor that neither has, or another value in config.json (which
+   the few tokens below need not show: a limit of positions);
 2. an offset, or a change of a scale, that is not its definition, rounded once: off by more than half a unit in the last
    place of what it is stored in. (Each by itself: a wrong factor, a swapped linear, one wrong number cannot hide behind
    a large adapter. The sum of scale and change is taken in float64: that it is float32 later, as s·(1 + D·C) was in
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
 from qalora_plugin.checkpoint.folder import Checkpoint
+from qalora_plugin.checkpoint.json_files import short
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 from qalora_plugin.core.reference import (
     adapter_offsets,
@@ -42,9 +44,10 @@ from qalora_plugin.eval.logits import compare_logits
 from qalora_plugin.eval.report import VerifyReport
 from qalora_plugin.eval.tokens import default_texts, load_tokenizer, tokenize
 from qalora_plugin.formats.opened import QuantizedCheckpoint
-from qalora_plugin.formats.qalora import FACTORS, MERGED_PARTS, OFFSETS, SCALES, QALora
+from qalora_plugin.formats.qalora import FACTORS, MERGED_PARTS, OFFSETS, SCALES, WEIGHTS_KEY, QALora
 
 _NOISE = 2.0**-48  # of float64 sums, relative
+_SAVED_ANEW = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", WEIGHTS_KEY)
 _COLUMNS = 512  # output columns of a weight that are compared at a time
 
 
@@ -85,6 +88,9 @@ def verify(
     parts = (*OFFSETS, SCALES[1]) if opened.has_scales else OFFSETS
     changed = {f"{module}.{part}" for module in opened.modules for part in parts}
     kept = [name for name in sorted(source.files.tensors) if name not in changed]
+    known = {*source.files.tensors, *(name for name in files.tensors if name.endswith(MERGED_PARTS))}
+    if stray := sorted(files.tensors.keys() - known):
+        raise QALoraError(f"{files.folder} holds {stray[0]}, which the base does not, and no merge adds. Merge again.")
     if not sequences:
         sequences = tokenize(load_tokenizer(result.folder), texts or default_texts(), max_tokens)
     identical, sha256 = _compare_tensors(source.files, files, kept, progress)
@@ -104,8 +110,23 @@ def verify(
         offset_dtype=files.quantization["offset_dtype"],
         base_bytes=source.files.nbytes,
         merged_new_bytes=sum(offsets),
+        config_differences=_config_differences(source.files.config, files.config),
         **weights,
         **logits,
+    )
+
+
+def _config_differences(base: dict[str, Any], merged: dict[str, Any]) -> tuple[str, ...]:
+    """Plain values of config.json that both have and that differ. (transformers adds to it when it saves a model;
+    special tokens are the training run's.)"""
+    return tuple(
+        f"{key}: {short(merged[key])}, the base's {short(value)}"
+        for key, value in base.items()
+        if key in merged
+        and key not in _SAVED_ANEW
+        and not key.endswith("_token_id")
+        and not isinstance(value, dict)
+        and merged[key] != value
     )
 
 

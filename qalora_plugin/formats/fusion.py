@@ -7,20 +7,29 @@ from collections.abc import Iterable
 from qalora_plugin.core.weight import GroupwiseSpec
 
 _EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+_OWN_EXPERTS = ("deepseek_v4", "minimax_m3_vl", "minimax_m3_vl_text")  # model types; read in vLLM 0.32
 
 
-def unservable(modules: dict[str, GroupwiseSpec], dense: Iterable[str] = ()) -> str | None:
-    """Why vLLM cannot serve such a checkpoint; None if it can, as far as fused layers and experts' biases go.
+def unservable(
+    modules: dict[str, GroupwiseSpec], dense: Iterable[str] = (), model_type: str | None = None
+) -> str | None:
+    """Why vLLM cannot serve such a checkpoint; None if it can, as far as fused layers and experts go.
 
     Args:
         modules: the quantised linears. dense: names of the modules that have a dense weight.
+        model_type: by config.json.
     """
     dense = set(dense)
     if biased := next((name for name, spec in modules.items() if spec.bias_dtype and _EXPERT.search(name)), None):
         return (
             f"vLLM cannot serve quantized experts that have biases, as {biased} has. It trains and merges; serve the "
             "result with transformers."
+        )
+    if model_type in _OWN_EXPERTS and (expert := next(filter(_EXPERT.search, modules), None)):
+        return (
+            f"vLLM computes the experts of {model_type} by a class of its own, which takes none that are quantized as "
+            f"{expert} is. It trains and merges; serve the result with transformers."
         )
     for name in modules:
         parent, _, leaf = name.rpartition(".")

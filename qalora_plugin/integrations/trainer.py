@@ -20,6 +20,8 @@ from qalora_plugin.integrations.peft.sharded import (
     full_adapter,
     is_to_be_sharded,
     make_shardable,
+    refuse_fsdp1,
+    require_one_adapter,
     require_one_base,
 )
 from qalora_plugin.layers.summary import training_dtype, training_summary
@@ -68,7 +70,9 @@ class QALoraMergeCallback(TrainerCallback):
 
     def _require_base(self, trained_on: str) -> None:
         source = QuantizedCheckpoint.open(self.base, self.merge_kwargs.get("revision"))
-        if reason := unservable(source.specs, dense_modules(source.files.tensors)):
+        if reason := unservable(
+            source.specs, dense_modules(source.files.tensors), source.files.config.get("model_type")
+        ):
             logger.warning("%s: %s", self.base, reason)
         if (found := source.fingerprint(trained_on)) != trained_on:
             raise QALoraError(
@@ -79,6 +83,12 @@ class QALoraMergeCallback(TrainerCallback):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Only now is it known everywhere that the Trainer's own arguments ask for FSDP."""
         model = kwargs["model"]
+        if args.fsdp and isinstance(args.fsdp_config, dict) and str(args.fsdp_config.get("version", 2)) != "2":
+            refuse_fsdp1()
+        config: Any = getattr(model, "peft_config", {}).get("default")
+        if (bound := getattr(config, "qalora", None)) is not None:
+            require_one_base(bound["base_fingerprint"])
+            require_one_adapter(config)
         if is_to_be_sharded() and hasattr(model, "get_base_model"):
             make_shardable(model.get_base_model())
             self._say_how(model, args, state)

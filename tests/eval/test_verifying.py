@@ -179,6 +179,27 @@ def test_a_merged_config_that_computes_something_else(base, adapter, merged, tmp
     assert "where nothing is rounded" in report.failures[0]
 
 
+def test_a_merged_config_that_a_few_tokens_do_not_show(base, adapter, merged, tmp_path):
+    folder = shutil.copytree(merged, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    changed = {"eos_token_id": 7, "max_position_embeddings": 128, "transformers_version": "5.99", "new_key": True}
+    (folder / "config.json").write_text(json.dumps(config | changed))
+    (failure,) = check(base, adapter, folder).failures
+    assert failure == "config.json has max_position_embeddings: 128, the base's 256: merge again"
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.bias"])
+def test_a_tensor_that_no_merge_adds(base, adapter, merged, tmp_path, name):
+    """Loaders differ in which of two weights they take."""
+    folder = shutil.copytree(merged, tmp_path / "m")
+    edit(folder, "model-00001-of-00001.safetensors", lambda tensors: tensors.update({name: torch.zeros(128)}))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"][name] = "model-00001-of-00001.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(QALoraError, match=rf"holds {name}, which the base does not, and no merge adds"):
+        check(base, adapter, folder)
+
+
 def test_training_that_scales_otherwise_than_the_merge(base, adapter, merged, monkeypatch):
     """The logits of base + adapter are those of the trained path, by PEFT's own scaling."""
     from peft.tuners.lora.layer import LoraLayer

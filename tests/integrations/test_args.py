@@ -89,42 +89,6 @@ def test_preference_training_from_an_adapter():
     refuse_unmergeable(config | {"rl": "dpo", "merge_lora": True})
 
 
-LAYERS = {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}
-
-
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"fsdp_config": LAYERS},
-        {"fsdp_version": 1, "fsdp_config": LAYERS},
-        {"fsdp_config": LAYERS | {"version": 1}},
-        {"fsdp_config": LAYERS | {"fsdp_version": 1}},
-    ],
-)
-def test_fsdp1_is_refused(keys):
-    with pytest.raises(QALoraError, match=r"fsdp_config is for FSDP1 .* Set fsdp_version: 2"):
-        refuse_unmergeable(GOOD | keys)
-
-
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"fsdp_version": 2, "fsdp_config": LAYERS},
-        {"fsdp_config": LAYERS | {"fsdp_version": 2}},
-        {"fsdp_version": 2, "fsdp_config": LAYERS | {"mixed_precision_policy": "bf16"}, "bf16": True},
-        {"deepspeed": "zero3.json"},
-    ],
-)
-def test_sharding_is_accepted(keys):
-    refuse_unmergeable(GOOD | keys)
-
-
-def test_mixed_precision_that_casts_packed_weights_is_refused():
-    keys = {"fsdp_version": 2, "fsdp_config": LAYERS | {"mixed_precision_policy": "fp16"}, "bf16": True}
-    with pytest.raises(QALoraError, match=r"mixed_precision_policy is fp16, .* loaded for bf16.* set it to bf16"):
-        refuse_unmergeable(GOOD | keys)
-
-
 @pytest.mark.parametrize("key", ["tensor_parallel_size", "expert_parallel_size"])
 def test_splitting_linears_or_experts_is_refused(key):
     with pytest.raises(QALoraError, match=f"{key}: 2 cannot be combined with adapter: qalora"):

@@ -176,3 +176,21 @@ def test_bad_options_of_the_callback_are_refused_at_once(base):
         QALoraMergeCallback(base, offset_dtype="int8")
     with pytest.raises(TypeError, match="ofset_dtype"):
         QALoraMergeCallback(base, ofset_dtype="float32")
+
+
+def test_fsdp1_is_refused_when_the_trainer_is_made(base, monkeypatch):
+    """The Trainer itself makes an FSDP engine on GPUs alone."""
+    from types import SimpleNamespace
+
+    from qalora_plugin.integrations.peft import sharded
+
+    model = add_adapter(load_base(base), r=2, target_modules=["q_proj"])
+    arguments = SimpleNamespace(fsdp=True, fsdp_config={"version": 1}, bf16=False, fp16=False)
+    with pytest.raises(QALoraError, match=r"FSDP1 flattens .* Use FSDP2"):
+        QALoraMergeCallback(base).on_init_end(arguments, None, None, model=model)
+    arguments.fsdp_config = {"version": 2}
+    QALoraMergeCallback(base).on_init_end(arguments, None, None, model=model)
+    monkeypatch.setattr(sharded, "is_launched_with", lambda name: name == "ACCELERATE_USE_FSDP")
+    monkeypatch.setenv("FSDP_VERSION", "1")  # what `accelerate launch --use_fsdp` sets
+    with pytest.raises(QALoraError, match="FSDP1 flattens"):
+        add_adapter(load_base(base), r=2, target_modules=["q_proj"])

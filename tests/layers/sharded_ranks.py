@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from qalora_plugin import add_adapter, load_base
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.integrations.peft.adapter import QALoraLayer
-from qalora_plugin.integrations.peft.sharded import full_adapter, make_shardable, require_one_base
+from qalora_plugin.integrations.peft.sharded import full_adapter, make_shardable, require_one_adapter, require_one_base
 
 CASES = {
     "4 bits": ("plain", {}),
@@ -113,6 +113,11 @@ def main(bases: Path, results: Path) -> None:
     found["cast"] = refusal(lambda: step(cast, rank))
     own = load_base(bases / ("three" if rank else "plain")).hf_quantizer.base_fingerprint()
     found["other base"] = refusal(lambda: require_one_base(own))
+    config = build(bases / "plain").peft_config["default"]
+    found["same adapter"] = refusal(lambda: require_one_adapter(config, "digest"))
+    found["other saved adapter"] = refusal(lambda: require_one_adapter(config, f"digest {rank}"))
+    config.r += rank
+    found["other adapter"] = refusal(lambda: require_one_adapter(config))
     sharded = shard(build(bases / "plain"))
     found["read while sharded"] = refusal(lambda: next(m for m in sharded.modules() if hasattr(m, "held")).quantized)
     (results / f"rank{rank}.json").write_text(json.dumps(found))

@@ -44,3 +44,18 @@ def test_factored_offsets_are_multiplied_at_every_use(sharded):
         layer.make_shardable(torch.bfloat16)
     assert torch.equal(layer.quantized.offsets, beside + a @ b.float())
     assert_close(layer(x), x.double() @ weight, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_model_that_is_cast_keeps_its_scales(dtype):
+    """``model.half()`` and ``model.to(torch.bfloat16)`` are for what computes, not for what is stored."""
+    layer = make_layer(64, 32, 4, 32, act_order=True, bias=True, offsets=torch.float32)
+    before = {name: tensor.clone() for name, tensor in layer.named_buffers()}
+    weight = layer.dense_weight(torch.float64)
+    for cast in (lambda module: module.to(dtype), lambda module: module.type(dtype), lambda module: module.half()):
+        after = dict(cast(torch.nn.Sequential(layer)).named_buffers())
+        assert all(after[f"0.{name}"].dtype == tensor.dtype for name, tensor in before.items())
+        assert all(torch.equal(after[f"0.{name}"], tensor) for name, tensor in before.items())
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    bar = {torch.bfloat16: 2e-2, torch.float16: 2e-3}.get(dtype, 1e-5)
+    assert_close(layer(x), x.double() @ weight + layer.bias.double(), bar)

@@ -99,4 +99,7 @@ def test_every_rank_is_told(ranks):
     for found in ranks:
         assert "were cast from float32 to bfloat16" in found["cast"]
         assert "rank 1 loaded another base than rank 0" in found["other base"]
+        assert found["same adapter"] == "none"
+        assert "rank 1 trains another adapter than rank 0: r is " in found["other adapter"]
+        assert "the saved adapter is 'digest 1', there 'digest 0'" in found["other saved adapter"]
         assert "can be read only while the model runs" in found["read while sharded"]

@@ -10,6 +10,7 @@ from qalora_plugin.checkpoint.adapter_config import check_wishes
 from qalora_plugin.checkpoint.json_files import short
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.unsupported import refuse_axolotl_keys
+from qalora_plugin.integrations.axolotl.sharding import check_fsdp
 
 ADAPTER = "qalora"
 
@@ -162,7 +163,7 @@ def refuse_unmergeable(cfg: dict) -> None:
     """
     _check_types(cfg)
     refuse_axolotl_keys(cfg)
-    _check_sharding(cfg)
+    check_fsdp(cfg)
     if cfg.get("lora_model_dir") and cfg.get("rl") in _STARTS_FROM_THE_BASE and not cfg.get("merge_lora"):
         raise QALoraError(
             f"rl: {cfg['rl']} with lora_model_dir: Axolotl starts a new adapter there and ignores the given one. "
@@ -189,27 +190,6 @@ def _check_types(cfg: dict) -> None:
             continue
         if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
             raise QALoraError(f"{key} is {short(found)}, expected a list of names. Correct it.")
-
-
-def _check_sharding(cfg: dict) -> None:
-    """FSDP2 alone, and in the dtype that packed weights are seen in; the rest of both blocks is Axolotl's to check."""
-    fsdp = cfg.get("fsdp_config")
-    if not isinstance(fsdp, dict) or not fsdp:
-        return
-    versions = (cfg.get("fsdp_version"), fsdp.get("fsdp_version"), fsdp.get("version"))  # where Axolotl looks, in order
-    version = next((found for found in versions if found), 1)
-    if str(version) != "2":
-        raise QALoraError(
-            f"fsdp_config is for FSDP{version} (fsdp_version: {cfg.get('fsdp_version')}), which flattens what "
-            "trains together with what does not, and saves where the merge goes. Set fsdp_version: 2."
-        )
-    policy = fsdp.get("mixed_precision_policy") or fsdp.get("fsdp_mixed_precision_policy")
-    computes_in = next((key for key in ("bf16", "fp16") if cfg.get(key) not in (None, False)), None)
-    if policy and computes_in and policy != computes_in:
-        raise QALoraError(
-            f"fsdp_config.mixed_precision_policy is {policy}, but the base is loaded for {computes_in}: FSDP would "
-            f"cast the packed weights. Remove mixed_precision_policy, or set it to {computes_in}."
-        )
 
 
 def _check_ranges(cfg: dict) -> None:

@@ -82,20 +82,23 @@ class QALoraPlugin(BasePlugin):
         from axolotl.loaders.adapter import _build_peft_lora_config  # maps every lora_* and peft_* key
         from peft import get_peft_model
 
+        from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
         from qalora_plugin.integrations.peft.binding import bind_config
         from qalora_plugin.integrations.peft.loading import load_adapter
-        from qalora_plugin.integrations.peft.sharded import require_one_base
+        from qalora_plugin.integrations.peft.sharded import require_one_adapter, require_one_base
 
         quantizer: Any = model.hf_quantizer
         require_one_base(quantizer.base_fingerprint())
         if cfg.lora_model_dir and not config_only:
             peft_model: Any = load_adapter(model, cfg.lora_model_dir, is_trainable=not inference)
             config = peft_model.peft_config["default"]
+            require_one_adapter(config, AdapterFolder.open(cfg.lora_model_dir).digest())
         else:
             config = bind_config(
                 model, _build_peft_lora_config(model, cfg), cfg.qalora.scales, cfg.qalora.scales_lr_ratio
             )
             config.shared_a = cfg.qalora.shared_a
+            require_one_adapter(config)
             if config_only:
                 return None, config
             options = {"autocast_adapter_dtype": cfg.peft_autocast_adapter_dtype}

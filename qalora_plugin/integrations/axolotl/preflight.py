@@ -1,6 +1,7 @@
 """What Axolotl's config can be checked for before any long work: keys, base, and the place where the merge will go."""
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from qalora_plugin.formats.fusion import dense_modules, unservable
 from qalora_plugin.formats.opened import QuantizedCheckpoint, base_format
 from qalora_plugin.integrations.axolotl.args import QALoraBlock, read_block, refuse_unmergeable
 from qalora_plugin.integrations.axolotl.calibrated_start import check_init
+from qalora_plugin.integrations.axolotl.sharding import check_deepspeed
+from qalora_plugin.integrations.peft.target_names import FIELDS, LinearNames
 from qalora_plugin.integrations.transformers.loading import config_overrides, trainable
+from qalora_plugin.integrations.transformers.outline import outline
 from qalora_plugin.kernels.hardware import emulates
 
 LOG = logging.getLogger("axolotl.qalora")
@@ -46,8 +50,10 @@ def check_axolotl(cfg: dict[str, Any], other_adapters: dict[str, list[str]] | No
         )
     options = read_block(cfg.get("qalora"))
     refuse_unmergeable(cfg)
+    check_deepspeed(cfg)
     _check_places(cfg, options)
     modules = check_base(cfg["base_model"], cfg.get("revision_of_model"))
+    in_model = None if modules is None else _names_in_model(cfg["base_model"])
     if cfg.get("lora_model_dir"):
         adapter = AdapterFolder.open(cfg["lora_model_dir"])
         adapter.check_values()
@@ -55,21 +61,25 @@ def check_axolotl(cfg: dict[str, Any], other_adapters: dict[str, list[str]] | No
         if modules is not None:
             adapter.check_fits(modules)
     elif modules is not None:
-        check_targets(cfg, modules)
+        check_targets(cfg, modules, in_model)
     if options.init:
-        check_init(cfg, options, {} if modules is None or cfg.get("lora_model_dir") else targeted(cfg, modules))
+        check_init(
+            cfg, options, {} if modules is None or cfg.get("lora_model_dir") else targeted(cfg, modules, in_model)
+        )
     fused_loss = _fused_loss(cfg)
     if fused_loss and _quantises_head(cfg, modules):
         raise QALoraError(
             f"{fused_loss} multiplies by lm_head's dense weight itself, but {cfg['base_model']} quantises lm_head. "
             f"Set {fused_loss}: false, or use a base whose lm_head is dense (GPTQ's default)."
         )
-    if (cfg.get("context_parallel_size") or 1) > 1:
-        LOG.warning(
-            "context_parallel_size: %s is not tested with adapter: qalora. (Each linear works token by token, so "
-            "splitting sequences should change nothing.)",
-            cfg["context_parallel_size"],
-        )
+    for key in ("context_parallel_size", "sequence_parallel_degree"):  # the second is the first one's older name
+        if (cfg.get(key) or 1) > 1:
+            LOG.warning(
+                "%s: %s is not tested with adapter: qalora. (Each linear works token by token, so splitting sequences "
+                "should change nothing.)",
+                key,
+                cfg[key],
+            )
     if cfg.get("bf16") is True and not torch.accelerator.is_available() and emulates(torch.bfloat16):
         LOG.warning(
             "bf16: true, but this CPU only emulates bfloat16, up to 75 times slower than float32. Set bf16: false."
@@ -110,16 +120,21 @@ def _require_same_scales(adapter: AdapterFolder, options: QALoraBlock) -> None:
         )
 
 
-def check_targets(cfg: dict[str, Any], modules: dict[str, GroupwiseSpec]) -> None:
+def check_targets(cfg: dict[str, Any], modules: dict[str, GroupwiseSpec], names: LinearNames | None = None) -> None:
     """Refuse targets that match no quantised linear of the base, by PEFT's own rules; warn of those of several.
+
+    Args:
+        names: what they are called in the model, where that is known before it is loaded: with quantized experts.
 
     Raises:
         QALoraError: with the names that there are.
     """
     wanted = cfg.get("lora_target_modules") or []
-    patterns = {"target_modules": wanted, "exclude_modules": cfg.get("lora_exclude_modules")}
+    patterns = {field: cfg.get(f"lora_{field}") for field in FIELDS}
     check_config_patterns(patterns, list(modules), "the config")
-    if not targeted(cfg, modules):
+    if names is not None:
+        names.check({field: names.as_in_model(given) for field, given in patterns.items()}, "lora_")
+    if not targeted(cfg, modules, names):
         if isinstance(wanted, str) and any("language_model" in name.split(".") for name in modules):
             # A model with vision: names on disk may not be those in the model, which is known once it is loaded.
             LOG.warning("lora_target_modules: %s matches no name of the base's file", printable(wanted))
@@ -130,31 +145,37 @@ def check_targets(cfg: dict[str, Any], modules: dict[str, GroupwiseSpec]) -> Non
             f"linear of {cfg['base_model']}. Quantised there are: {', '.join(sorted(_leaves(modules)))}. Name some of "
             "these, or set lora_target_linear: true."
         )
-    for pattern in wanted if isinstance(wanted, list) else ():
-        if not any(name == pattern or name.endswith(f".{pattern}") for name in modules):
+    known = modules if names is None else names.stored
+    for pattern in wanted if isinstance(wanted, list) and names is None else ():
+        if not any(name == pattern or name.endswith(f".{pattern}") for name in known):
             LOG.warning(
                 "lora_target_modules: %s is no quantised linear of this base and gets no adapter", printable(pattern)
             )
     for key in ("lora_rank_pattern", "lora_alpha_pattern"):
-        for pattern in cfg.get(key) or ():
-            if not any(matching_pattern([pattern], name) for name in modules):
+        for pattern in (cfg.get(key) or ()) if names is None else names.as_in_model(cfg.get(key)) or ():
+            if not any(matching_pattern([pattern], name) for name in known):
                 LOG.warning("%s: %s matches no quantised linear of this base", key, printable(pattern))
 
 
-def targeted(cfg: dict[str, Any], modules: dict[str, GroupwiseSpec]) -> dict[str, GroupwiseSpec]:
-    """Those of the base's quantised linears that get an adapter, by PEFT's own rules."""
+def targeted(
+    cfg: dict[str, Any], modules: dict[str, GroupwiseSpec], names: LinearNames | None = None
+) -> dict[str, GroupwiseSpec]:
+    """Those of the base's quantised linears that get an adapter, by PEFT's own rules; ``names``: in the model."""
+    as_named = (lambda given: given) if names is None else names.as_in_model
     config = LoraConfig(
-        target_modules=cfg.get("lora_target_modules") or []
+        target_modules=as_named(cfg.get("lora_target_modules") or [])
         if not cfg.get("lora_target_linear")
-        else sorted(_leaves(modules)),
-        exclude_modules=cfg.get("lora_exclude_modules") or None,
+        else sorted(_leaves(modules if names is None else names.stored)),
+        exclude_modules=as_named(cfg.get("lora_exclude_modules") or None),
         layers_to_transform=cfg.get("peft_layers_to_transform"),
         layers_pattern=cfg.get("peft_layers_pattern"),
     )
-    return {name: spec for name, spec in modules.items() if check_target_module_exists(config, name)}
+    stored = {name: [name] for name in modules} if names is None else names.stored
+    found = [on_disk for name, on_disk in stored.items() if check_target_module_exists(config, name)]
+    return {name: modules[name] for on_disk in found for name in on_disk}
 
 
-def _leaves(modules: dict[str, GroupwiseSpec]) -> set[str]:
+def _leaves(modules: Iterable[str]) -> set[str]:
     return {name.rsplit(".", 1)[-1] for name in modules} - {"lm_head"} or {"lm_head"}
 
 
@@ -204,9 +225,18 @@ def check_base(base: str, revision: str | None = None) -> dict[str, GroupwiseSpe
         return None
     source = QuantizedCheckpoint.open(base)
     source.check_values()
-    if reason := unservable(source.specs, dense_modules(source.files.tensors)):
+    if reason := unservable(source.specs, dense_modules(source.files.tensors), source.files.config.get("model_type")):
         LOG.warning("%s: %s", base, reason)
     return source.specs
+
+
+def _names_in_model(base: str) -> LinearNames | None:
+    """Of a local base with quantized experts, which are held against the model by the way; None for others."""
+    outlined = outline(QuantizedCheckpoint.open(base))
+    if outlined is None:
+        return None
+    model, stored = outlined
+    return LinearNames(stored, (name for name, _ in model.named_modules()))
 
 
 def overrides_of_config(base: str, revision: str | None = None) -> dict[str, Any]:

@@ -40,12 +40,14 @@ class QALoraConfig(LoraConfig):
             checkpoint does, ``names``: prefixes in the model → prefixes on disk. Filled by :func:`bind_config`. Given
             by the user, if at all: ``scales`` (train step sizes, too) and ``scales_lr_ratio`` (:mod:`.scales`).
         shared_a: one A for all experts of a mixture-of-experts layer, instead of one each. Saves memory.
+        linears: how many modules have the adapter (experts of a layer are one a projection). Filled in.
     """
 
     qalora: dict[str, Any] | None = field(
         default=None, metadata={"help": "What the adapter was trained on: pooling, group size, base fingerprint."}
     )
     shared_a: bool = field(default=False, metadata={"help": "One A for all experts of a layer, instead of one each."})
+    linears: int | None = field(default=None, metadata={"help": "How many modules have the adapter. Filled in."})
 
     def __post_init__(self) -> None:
         if self.qalora is not None:

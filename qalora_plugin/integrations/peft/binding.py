@@ -23,7 +23,9 @@ from qalora_plugin.checkpoint.folder import Checkpoint
 from qalora_plugin.checkpoint.module_names import shorten
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.integrations.peft.adapter import QALoraConfig, QALoraLayer
+from qalora_plugin.integrations.peft.target_names import FIELDS, LinearNames
 from qalora_plugin.integrations.transformers.naming import destinations
+from qalora_plugin.layers.experts import QuantExpertLinear, QuantExperts
 from qalora_plugin.layers.linear import QuantLinear, ReadableQuantLinear
 
 logger = logging.getLogger(__name__)
@@ -61,8 +63,11 @@ def bind_config(
     bound = QALoraConfig(**fields)
     if not bound.target_modules:
         raise QALoraError("no target_modules are given. Pass target_modules='all-linear', or names of linears.")
-    _name_as_in_model(bound, quantizer.names)
+    names = _linear_names(model, quantizer.names, layers)
+    for field in FIELDS:
+        setattr(bound, field, names.as_in_model(getattr(bound, field)))
     check_config_patterns(vars(bound), list(layers), "the adapter's config")  # what no merge would read later
+    names.check(vars(bound))
     targets = _restrict_to_quantized(model, bound, layers)
     group_sizes = {layers[name].group_size for name in targets}
     bound.qalora = {
@@ -76,8 +81,8 @@ def bind_config(
         ratio = float(wishes.get("scales_lr_ratio", SCALES_LR_RATIO))
         ratios = {"offsets_lr_ratio": OFFSETS_LR_RATIO, "scales_lr_ratio": ratio}
         bound.qalora |= {"format_version": SCALES_FORMAT, "scales": True, **ratios}
-    if names := shorten({name: quantizer.names[name] for name in targets}):
-        bound.qalora["names"] = names
+    if prefixes := shorten({name: quantizer.names[name] for name in targets}):
+        bound.qalora["names"] = prefixes
     return bound
 
 
@@ -96,14 +101,13 @@ def require_new_base(model: nn.Module) -> None:
         )
 
 
-def _name_as_in_model(config: QALoraConfig, names: dict[str, str]) -> None:
-    """Take last names on disk for those in the model: Mixtral's experts are ``w1`` there, here ``gate_proj``."""
-    leaves = {stored.rpartition(".")[2]: name.rpartition(".")[2] for name, stored in names.items()}
-    known = {name.rpartition(".")[2] for name in names}
-    for field in ("target_modules", "exclude_modules"):
-        wanted = getattr(config, field)
-        if wanted and not isinstance(wanted, str):
-            setattr(config, field, {name if name in known else leaves.get(name, name) for name in wanted})
+def _linear_names(model: PreTrainedModel, names: dict[str, str], layers: dict[str, QuantLinear]) -> LinearNames:
+    stored = {}
+    for name, layer in layers.items():
+        parent, _, leaf = names[name].rpartition(".")
+        experts = range(layer.experts) if isinstance(layer, QuantExpertLinear) else ()
+        stored[name] = [f"{parent}.{i}.{leaf}" for i in experts] or [names[name]]
+    return LinearNames(stored, (name for name, _ in model.named_modules()))
 
 
 def _require_own_embeddings(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
@@ -129,12 +133,13 @@ def _restrict_to_quantized(model: PreTrainedModel, config: QALoraConfig, layers:
     matched = {
         name
         for name, module in model.named_modules()
-        if name and (every or isinstance(module, (*_DENSE_LAYERS, QuantLinear)))
+        if name and (every or isinstance(module, (*_DENSE_LAYERS, QuantLinear, QuantExperts)))
         and check_target_module_exists(config, name)
     }  # fmt: skip
     barred = {name for name in layers if name in matched and _is_barred(config, model, name, layers[name])}
     quantised = [name for name in layers if name in matched - barred]
-    dense = matched - set(layers)
+    holders = {name for name in matched if isinstance(model.get_submodule(name), QuantExperts)}  # of what is matched
+    dense = matched - set(layers) - holders
     if not quantised:
         found = sorted(dense) or sorted(barred)
         raise QALoraError(
@@ -142,7 +147,7 @@ def _restrict_to_quantized(model: PreTrainedModel, config: QALoraConfig, layers:
             f"(they match {', '.join(found[:3]) or 'nothing'}). Quantised here are: "
             f"{', '.join(sorted({name.rsplit('.', 1)[-1] for name in layers}))}."
         )
-    excluded = sorted(dense | barred)
+    excluded = sorted(dense | barred | holders)
     if excluded and isinstance(config.exclude_modules, str):
         raise QALoraError(
             f"the targets also match layers that cannot have an adapter ({', '.join(excluded[:3])}). "

@@ -4,6 +4,7 @@ accelerate, torch and DeepSpeed do the sharding; they find parameters that they 
 (:mod:`qalora_plugin.layers.sharding`).
 """
 
+import os
 from collections import UserDict
 from collections.abc import Iterator
 from functools import wraps
@@ -12,18 +13,22 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import distribute_tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import deepspeed_config
 
+from qalora_plugin.checkpoint.json_files import short
 from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.core.unsupported import refuse_deepspeed
 from qalora_plugin.integrations.peft.adapter import QALoraLayer
 from qalora_plugin.integrations.transformers.loading import is_launched_with
 from qalora_plugin.layers.linear import QuantLinear
 from qalora_plugin.layers.sharding import make_factor_shardable
 
+_OF_A_RANK = ("base_model_name_or_path", "qalora", "runtime_config")  # a path, what another check compares
 _WRAPPED = "_checkpoint_wrapped_module."
 
 
@@ -41,6 +46,10 @@ def make_shardable(model: PreTrainedModel) -> None:
     Ranks that leave the weights to rank 0 hold a model on the meta device. What nobody will send them is made here:
     buffers that are in no file, and memory for the factors, by whose addresses accelerate knows the optimizer's.
     """
+    if is_launched_with("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION") == "1":
+        refuse_fsdp1()
+    if settings := deepspeed_config():
+        refuse_deepspeed(settings, "the DeepSpeed config")
     # Of the dense parameters, and so of mixed precision.
     dtype = cast(nn.Embedding, model.get_input_embeddings()).weight.dtype
     for module in model.modules():
@@ -52,6 +61,13 @@ def make_shardable(model: PreTrainedModel) -> None:
                     make_factor_shardable(held)
     _fill_buffers(model)
     _forget_what_was_sent()
+
+
+def refuse_fsdp1() -> None:
+    raise QALoraError(
+        "FSDP1 flattens what trains together with what does not. Use FSDP2: fsdp_config={'version': 2, …} of "
+        "TrainingArguments, or accelerate launch --fsdp_version 2."
+    )
 
 
 class _Drained(UserDict):
@@ -101,15 +117,40 @@ def require_one_base(fingerprint: str) -> None:
     Raises:
         QALoraError: names the ranks that differ from the first.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, fingerprint)
+    found = _of_all_ranks(fingerprint)
     if others := [rank for rank, other in enumerate(found) if other != found[0]]:
         raise QALoraError(
             f"rank {others[0]} loaded another base than rank 0 ({found[others[0]]}, {found[0]}; "
             f"{len(others)} of {len(found)} ranks differ). Give every node the same checkpoint."
         )
+
+
+def require_one_adapter(config: PeftConfig, trained_before: str | None = None) -> None:
+    """Refuse to train where ranks have different adapters, whose parts would not fit together, or would be mixed.
+    Every rank calls it, before anything is shared out, and every rank is told.
+
+    Args:
+        trained_before: digest of the saved adapter that training goes on from.
+
+    Raises:
+        QALoraError: names the first rank that differs, and in what.
+    """
+    mine = {key: value for key, value in config.to_dict().items() if key not in _OF_A_RANK}
+    found = _of_all_ranks(mine | {"the saved adapter": trained_before})
+    for rank, other in enumerate(found):
+        if key := next((key for key, value in found[0].items() if other.get(key) != value), None):
+            raise QALoraError(
+                f"rank {rank} trains another adapter than rank 0: {key} is {short(other.get(key))}, there "
+                f"{short(found[0][key])}. Give every rank the same settings and saved adapter."
+            )
+
+
+def _of_all_ranks(mine: Any) -> list[Any]:
+    if not (dist.is_available() and dist.is_initialized()):
+        return [mine]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found
 
 
 def remove_checkpointing(model: nn.Module) -> None:

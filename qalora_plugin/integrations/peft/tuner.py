@@ -40,6 +40,9 @@ class QALoraModel(LoraModel):
         if layers and is_first:
             config = self.peft_config[adapter_name]
             require_adapters(model, {name for name in layers if check_target_module_exists(config, name)})
+        if isinstance(config := self.peft_config[adapter_name], QALoraConfig):
+            adapted = (module for module in model.modules() if isinstance(module, QALoraLayer))
+            config.linears = sum(adapter_name in layer.lora_A for layer in adapted)
         if layers and is_to_be_sharded():
             make_shardable(cast(PreTrainedModel, model))
         # DDP broadcasts every buffer at every forward, but the packed weights never change. It looks for this on what

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.layers.linear import QuantLinear
 
 if TYPE_CHECKING:
@@ -51,3 +52,50 @@ def add_stand_in(linear: QuantLinear) -> None:
 
 def remove_stand_in(linear: QuantLinear) -> None:
     del linear.weight
+
+
+def refuse_missing(model: "PreTrainedModel", folder: object) -> None:
+    """Have the loader of ``model`` stop where the checkpoint lacks a tensor: it would fill it at random (a router, all
+    experts of a layer), each rank for itself, and only report it."""
+    adjust = model._adjust_missing_and_unexpected_keys
+
+    def require_none(loading_info: Any) -> None:
+        del model._adjust_missing_and_unexpected_keys
+        adjust(loading_info)  # without what is tied, and what the class expects to be missing
+        if missing := sorted(loading_info.missing_keys):
+            raise QALoraError(
+                f"{folder} lacks {len(missing)} tensors of {type(model).__name__}, {missing[0]} first, neither "
+                "quantised nor dense: they would be made up at random. Download or copy the checkpoint again; if it is "
+                "whole, its config.json is another model's."
+            )
+
+    model._adjust_missing_and_unexpected_keys = require_none  # type: ignore[method-assign]  # for one load
+
+
+def dense_shapes(model: "PreTrainedModel") -> dict[str, torch.Size]:
+    """The shape of every dense tensor of a model, by name, but of what is tied to another, as whose the class need not
+    make it (Ovis2's head). Call while the model is built."""
+    tied = model.all_tied_weights_keys
+    return {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def require_shapes(model: "PreTrainedModel", shapes: dict[str, torch.Size], folder: object) -> None:
+    """:func:`require_shape` of every dense tensor of a model that is loaded."""
+    for name, tensor in model.state_dict().items():
+        require_shape(model, name, tensor.shape, shapes.get(name, tensor.shape), folder)
+
+
+def require_shape(
+    model: "PreTrainedModel", name: str, stored: tuple[int, ...], wanted: tuple[int, ...], folder: object
+) -> None:
+    """Refuse a dense tensor of another shape than the model has: of a quantised model transformers takes any.
+
+    Raises:
+        QALoraError: a router of fewer experts, say, would never route to the others.
+    """
+    if tuple(stored) != tuple(wanted):
+        found, expected = ("×".join(map(str, shape)) for shape in (stored, wanted))
+        raise QALoraError(
+            f"{folder} holds {name} as {found}, but {type(model).__name__} has {expected} by config.json. They do not "
+            "belong together: download or copy the checkpoint again."
+        )

@@ -32,7 +32,10 @@ from qalora_plugin.formats.qalora import WEIGHTS_KEY, QALora
 from qalora_plugin.integrations.transformers.dense_parts import (
     add_stand_in,
     dense_dtypes,
+    dense_shapes,
+    refuse_missing,
     remove_stand_in,
+    require_shapes,
     restore_dtypes,
 )
 from qalora_plugin.integrations.transformers.naming import destinations
@@ -84,7 +87,8 @@ class QALoraHfQuantizer(HfQuantizer):
         placed = {spec.name for projection in self._experts.values() for spec in projection.specs}
         self._linears = place_linears(model, self.opened, found, placed)
         self.names = self._linears | {name: projection.stored for name, projection in self._experts.items()}
-        self._model, self._dtypes = model, dense_dtypes(model)
+        self._model, self._dtypes, self._shapes = model, dense_dtypes(model), dense_shapes(model)
+        refuse_missing(model, self.checkpoint.folder)
         for name in self._linears:
             add_stand_in(cast(QuantLinear, model.get_submodule(name)))
 
@@ -100,6 +104,7 @@ class QALoraHfQuantizer(HfQuantizer):
         return super().update_weight_conversions(weight_conversions)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
+        require_shapes(model, self._shapes, self.checkpoint.folder)
         restore_dtypes(model, self._dtypes)
         for name, stored in self._linears.items():
             layer = cast(QuantLinear, model.get_submodule(name))
@@ -111,7 +116,7 @@ class QALoraHfQuantizer(HfQuantizer):
         for name in self.names:
             layer = cast(QuantLinear, model.get_submodule(name))
             layer.base_fingerprint = self.base_fingerprint
-        del self._model, self._dtypes
+        del self._model, self._dtypes, self._shapes
         if find_spec("peft"):
             from qalora_plugin.integrations.peft import tuner  # noqa: F401 (PEFT, and so TRL, then puts our adapters on this model)
         return model

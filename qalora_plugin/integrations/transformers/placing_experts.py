@@ -55,6 +55,11 @@ class Projection:
         return f"{self.specs[0].name.rsplit('.', 2)[0]}.{self.leaf}"
 
 
+def has_experts(checkpoint: QuantizedCheckpoint) -> bool:
+    """Whether any of its quantized linears is one of several experts by its name."""
+    return any(_NAME.fullmatch(name) for name in checkpoint.specs)
+
+
 def place_experts(
     model: "PreTrainedModel", checkpoint: QuantizedCheckpoint, found: dict[str, Destination]
 ) -> dict[str, Projection]:

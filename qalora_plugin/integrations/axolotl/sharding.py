@@ -1,0 +1,89 @@
+"""``fsdp_config`` and ``deepspeed`` of an Axolotl config: what would share nothing out, or destroy packed words."""
+
+from pathlib import Path
+from typing import Any
+
+from qalora_plugin.checkpoint.json_files import read_json, short
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.core.unsupported import refuse_deepspeed
+
+_DTYPES = {"bf16": ("bf16", "bfloat16"), "fp16": ("fp16", "float16")}  # the keys that ask for each
+_WHOLE_PARAMETERS = ("adafactor",)  # transformers 5.16: mixes tensors with DTensors
+
+
+def loaded_for(cfg: dict[str, Any]) -> str:
+    """The dtype that Axolotl loads the base in, by the key that says so, as far as the config alone tells."""
+    found = (dtype for dtype, keys in _DTYPES.items() if any(cfg.get(key) not in (None, False) for key in keys))
+    return next(found, "fp32")
+
+
+def check_fsdp(cfg: dict[str, Any]) -> None:
+    """FSDP2 alone, and in the dtype that packed weights are seen in; the rest of ``fsdp_config`` is Axolotl's to check.
+
+    Raises:
+        QALoraError: names the key, why it is refused, and what to do.
+    """
+    fsdp = cfg.get("fsdp_config")
+    if not fsdp:
+        if cfg.get("fsdp_version"):
+            raise QALoraError(
+                f"fsdp_version is {short(cfg['fsdp_version'])}, but there is no fsdp_config, without which Axolotl "
+                "shares nothing out: every rank would hold the whole base. Add fsdp_config (docs/sharding.md), or "
+                "remove fsdp_version."
+            )
+        return
+    if not isinstance(fsdp, dict):
+        raise QALoraError(f"fsdp_config is {short(fsdp)}, expected a block of keys. Correct it (docs/sharding.md).")
+    if cfg.get("deepspeed"):
+        raise QALoraError(
+            f"both fsdp_config and deepspeed ({short(cfg['deepspeed'])}) are set, but one of them alone shares out a "
+            "model. Remove one."
+        )
+    versions = (cfg.get("fsdp_version"), fsdp.get("fsdp_version"), fsdp.get("version"))  # where Axolotl looks, in order
+    version = next((found for found in versions if found), 1)
+    if str(version) != "2":
+        raise QALoraError(
+            f"fsdp_config is for FSDP{version} (fsdp_version: {cfg.get('fsdp_version')}), which flattens what "
+            "trains together with what does not, and saves where the merge goes. Set fsdp_version: 2."
+        )
+    if "SIZE_BASED_WRAP" in (fsdp.get("auto_wrap_policy"), fsdp.get("fsdp_auto_wrap_policy")):
+        raise QALoraError(
+            "fsdp_config.auto_wrap_policy is SIZE_BASED_WRAP, which would also wrap the containers that PEFT keeps an "
+            "adapter in, and FSDP2 cannot. Set TRANSFORMER_BASED_WRAP and transformer_layer_cls_to_wrap."
+        )
+    if cfg.get("optimizer") in _WHOLE_PARAMETERS:
+        raise QALoraError(
+            f"optimizer: {cfg['optimizer']} cannot be combined with fsdp_config: it computes with whole parameters. "
+            "Use adamw_torch, or DeepSpeed instead of FSDP."
+        )
+    policy = fsdp.get("mixed_precision_policy") or fsdp.get("fsdp_mixed_precision_policy")
+    if policy and policy != loaded_for(cfg):
+        raise QALoraError(
+            f"fsdp_config.mixed_precision_policy is {policy}, but the base is loaded for {loaded_for(cfg)}: "
+            f"FSDP would cast the packed weights. Remove mixed_precision_policy, or set it to {loaded_for(cfg)}."
+        )
+
+
+def check_deepspeed(cfg: dict[str, Any]) -> None:
+    """What of a DeepSpeed config would quantize, cast or split packed words.
+
+    Raises:
+        QALoraError: names the key, why it is refused, and what to do; or the file cannot be read.
+    """
+    given = cfg.get("deepspeed")
+    if not given:
+        return
+    if isinstance(given, str) and not Path(given).is_file():
+        raise QALoraError(f"deepspeed: there is no file {given}. Give the path of a DeepSpeed config (zero3.json).")
+    settings = read_json(Path(given)) if isinstance(given, str) else given
+    if not isinstance(settings, dict):
+        raise QALoraError(f"deepspeed is {short(given)}, expected the path of a DeepSpeed config. Correct it.")
+    where = given if isinstance(given, str) else "deepspeed"
+    refuse_deepspeed(settings, where)
+    for dtype in _DTYPES:
+        block = settings.get(dtype)
+        if isinstance(block, dict) and block.get("enabled") is True and loaded_for(cfg) != dtype:
+            raise QALoraError(
+                f"{where}: {dtype}.enabled is true, but the base is loaded for {loaded_for(cfg)}: DeepSpeed would cast "
+                f'the packed weights. Set it to "auto", or set {dtype}: true beside it.'
+            )

@@ -1,0 +1,101 @@
+"""Names in an adapter's config, held against those in the model. On disk linears may be named otherwise, above all
+experts: there each is a linear, in the model all of a layer are one module a projection. A name that the disk alone
+knows would be passed over without a word, and what it was to train, or to leave alone, would not or would.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from qalora_plugin.checkpoint.adapter_folder import matching_pattern
+from qalora_plugin.core.errors import QALoraError, printable
+
+FIELDS = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
+
+
+class LinearNames:
+    """Of the packed linears of a model.
+
+    Args:
+        stored: names in the model → names on disk, one, or those of all experts.
+        modules: names of all modules of the model.
+    """
+
+    def __init__(self, stored: dict[str, list[str]], modules: Iterable[str]):
+        self.stored = stored
+        holders = {name[:end] for name in stored for end, letter in enumerate(name) if letter == "."}
+        self._known = {name for name in modules if name not in holders} | stored.keys()
+
+    def as_in_model(self, wanted: Any) -> Any:
+        """Names, or a dict by names, with names on disk (``w1``, ``experts.w1``) taken for those in the model."""
+        if not wanted or isinstance(wanted, str):
+            return wanted
+        if isinstance(wanted, dict):
+            return {name: value for given, value in wanted.items() for name in self._of(given)}
+        return type(wanted)(name for given in wanted for name in self._of(given))
+
+    def _of(self, given: str) -> list[str]:
+        if any(_ends(name, given) for name in self._known):
+            return [given]
+        parts, found = given.count(".") + 1, set()
+        for name, on_disk in self.stored.items():
+            parent, _, leaf = on_disk[0].rpartition(".")
+            shared = f"{parent.rpartition('.')[0]}.{leaf}" if len(on_disk) > 1 else on_disk[0]
+            if shared == given:
+                found.add(name)
+            elif _ends(shared, given):
+                found.add(".".join(name.split(".")[-parts:]))
+        return sorted(found) or [given]
+
+    def check(self, config: dict[str, Any], prefix: str = "") -> None:
+        """Refuse patterns that only names on disk match and, where there are experts, names of nothing.
+
+        Args:
+            config: with :data:`FIELDS`, named as in the model where :meth:`as_in_model` can. prefix: of these fields.
+
+        Raises:
+            QALoraError: names the field, the pattern, and what it is in the model.
+        """
+        for field in FIELDS:
+            given = config.get(field) or ()
+            if given == "all-linear":
+                continue
+            for pattern in [given] if isinstance(given, str) else given:
+                matches = _matcher(field, isinstance(given, str))
+                self._require_more_than_on_disk(f"{prefix}{field}", pattern, matches)
+                if field in FIELDS[:2] and not isinstance(given, str):
+                    self._require_known(f"{prefix}{field}", pattern)
+
+    def _require_more_than_on_disk(self, field: str, pattern: str, matches: Callable[[str, str], Any]) -> None:
+        for name, on_disk in self.stored.items():
+            other = next((other for other in on_disk if other != name and matches(pattern, other)), None)
+            if other and not matches(pattern, name):
+                together = f", together with the other {len(on_disk) - 1} experts" if len(on_disk) > 1 else ""
+                raise QALoraError(
+                    f"{field}: {printable(pattern)} is for {other} on disk, which is {name} in the model{together}, "
+                    f"and would be passed over. Name {name.rpartition('.')[2]}, or the whole name in the model."
+                )
+
+    def _require_known(self, field: str, pattern: str) -> None:
+        """Where no linear is an expert an unknown name is a warning's matter."""
+        if any(len(names) > 1 for names in self.stored.values()) and not any(
+            _ends(name, pattern) for name in self._known
+        ):
+            leaves = ", ".join(sorted({name.rpartition(".")[2] for name in self.stored}))
+            raise QALoraError(
+                f"{field}: no linear of this base is named {printable(pattern)}. Quantised are: {leaves}. Name some of "
+                "these; for parts of the model, as its experts, give one pattern instead of a list: '.*experts.*'."
+            )
+
+
+def _ends(name: str, given: str) -> bool:
+    return name == given or name.endswith(f".{given}")
+
+
+def _matcher(field: str, is_pattern: bool) -> Callable[[str, str], Any]:
+    """PEFT's rule for a field: whether a pattern of it matches a name."""
+    if field.endswith("_pattern"):
+        return lambda pattern, name: matching_pattern([pattern], name) is not None
+    if not is_pattern:
+        return lambda pattern, name: _ends(name, pattern)
+    return re.fullmatch

@@ -1,0 +1,134 @@
+"""``fsdp_config`` and ``deepspeed``: what is refused before any long work."""
+
+import json
+
+import pytest
+
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.core.unsupported import refuse_deepspeed
+from qalora_plugin.integrations.axolotl.args import refuse_unmergeable
+from qalora_plugin.integrations.axolotl.sharding import check_deepspeed
+
+GOOD = {"base_model": "./base", "adapter": "qalora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
+LAYERS = {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"fsdp_config": LAYERS},
+        {"fsdp_version": 1, "fsdp_config": LAYERS},
+        {"fsdp_config": LAYERS | {"version": 1}},
+        {"fsdp_config": LAYERS | {"fsdp_version": 1}},
+    ],
+)
+def test_fsdp1_is_refused(keys):
+    with pytest.raises(QALoraError, match=r"fsdp_config is for FSDP1 .* Set fsdp_version: 2"):
+        refuse_unmergeable(GOOD | keys)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"fsdp_version": 2, "fsdp_config": LAYERS},
+        {"fsdp_config": LAYERS | {"fsdp_version": 2}},
+        {"fsdp_version": 2, "fsdp_config": LAYERS | {"mixed_precision_policy": "bf16"}, "bf16": True},
+        {"deepspeed": "zero3.json"},
+    ],
+)
+def test_sharding_is_accepted(keys):
+    refuse_unmergeable(GOOD | keys)
+
+
+def test_mixed_precision_that_casts_packed_weights_is_refused():
+    keys = {"fsdp_version": 2, "fsdp_config": LAYERS | {"mixed_precision_policy": "fp16"}, "bf16": True}
+    with pytest.raises(QALoraError, match=r"mixed_precision_policy is fp16, .* loaded for bf16.* set it to bf16"):
+        refuse_unmergeable(GOOD | keys)
+
+
+@pytest.mark.parametrize(
+    ("policy", "keys", "dtype"),
+    [
+        ("bf16", {}, "fp32"),
+        ("fp32", {"bf16": "auto"}, "bf16"),
+        ("fp16", {"bfloat16": True}, "bf16"),
+        ("bf16", {"bf16": False, "fp16": True}, "fp16"),
+        ({"param_dtype": "float16"}, {"bf16": True}, "bf16"),
+    ],
+)
+def test_a_policy_is_held_against_every_key_that_names_a_dtype(policy, keys, dtype):
+    fsdp = {"fsdp_version": 2, "fsdp_config": LAYERS | {"mixed_precision_policy": policy}}
+    with pytest.raises(QALoraError, match=f"but the base is loaded for {dtype}: FSDP would cast"):
+        refuse_unmergeable(GOOD | fsdp | keys)
+
+
+@pytest.mark.parametrize("keys", [{"fsdp_version": 2}, {"fsdp_version": 2, "fsdp_config": {}}])
+def test_a_version_that_shares_nothing_out_is_refused(keys):
+    with pytest.raises(
+        QALoraError, match=r"fsdp_version is 2, but there is no fsdp_config.* would hold the whole base"
+    ):
+        refuse_unmergeable(GOOD | keys)
+
+
+def test_two_engines_at_once_are_refused():
+    keys = {"fsdp_version": 2, "fsdp_config": LAYERS, "deepspeed": "zero3.json"}
+    with pytest.raises(QALoraError, match=r"both fsdp_config and deepspeed \('zero3.json'\) are set"):
+        refuse_unmergeable(GOOD | keys)
+    with pytest.raises(QALoraError, match="fsdp_config is 'full_shard', expected a block of keys"):
+        refuse_unmergeable(GOOD | {"fsdp_version": 2, "fsdp_config": "full_shard"})
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"fsdp_config": {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 100}}, "Set TRANSFORMER_BASED_WRAP"),
+        ({"fsdp_config": LAYERS, "optimizer": "adafactor"}, "optimizer: adafactor cannot be combined with fsdp_config"),
+    ],
+    ids=str,
+)
+def test_what_fsdp2_would_stop_at_later_is_refused(keys, message):
+    with pytest.raises(QALoraError, match=message):
+        refuse_unmergeable(GOOD | {"fsdp_version": 2} | keys)
+
+
+ZERO3 = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
+            "zero_quantized_weights cannot .* Remove",
+        ),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_nontrainable_weights": True}}, "quantizes what is frozen"),
+        ({"compression_training": {"weight_quantization": {}}}, "compression_training cannot .* base's are packed"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size cannot .* be split over ranks"),
+        ({"bf16": {"enabled": True}}, r"bf16.enabled is true, but the base is loaded for fp32: .* set bf16: true"),
+        ({"fp16": {"enabled": True}}, r"fp16.enabled is true, but the base is loaded for fp32"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("in_file", [True, False])
+def test_what_deepspeed_would_do_to_packed_words_is_refused(tmp_path, changes, message, in_file):
+    settings: object = ZERO3 | changes
+    if in_file:
+        (tmp_path / "zero.json").write_text(json.dumps(settings))
+        settings = str(tmp_path / "zero.json")
+    with pytest.raises(QALoraError, match=message):
+        check_deepspeed({"deepspeed": settings})
+
+
+def test_a_deepspeed_config_is_there_and_one(tmp_path):
+    path = tmp_path / "zero.json"
+    with pytest.raises(QALoraError, match=r"there is no file .*zero\.json"):
+        check_deepspeed({"deepspeed": str(path)})
+    path.write_text("[3]")
+    with pytest.raises(QALoraError, match="expected a JSON object"):
+        check_deepspeed({"deepspeed": str(path)})
+    with pytest.raises(QALoraError, match="deepspeed is 3, expected the path"):
+        check_deepspeed({"deepspeed": 3})
+    for good in (ZERO3, ZERO3 | {"tensor_parallel": {"autotp_size": 1}}, ZERO3 | {"bf16": {"enabled": True}}):
+        path.write_text(json.dumps(good))
+        check_deepspeed({"deepspeed": str(path), "bf16": True})
+    refuse_deepspeed(ZERO3, "zero.json")

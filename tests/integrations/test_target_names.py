@@ -1,0 +1,84 @@
+"""Names of experts in a config: those in the model, those on disk, and those of nothing."""
+
+import logging
+
+import pytest
+import torch
+
+from qalora_plugin import add_adapter, load_base
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.integrations.axolotl.preflight import check_axolotl
+from qalora_plugin.integrations.peft.adapter import QALoraLayer
+
+FIELDS = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
+
+
+def by_axolotl(base, options, folder):
+    config = {f"lora_{name}": value for name, value in options.items()}
+    if options["target_modules"] == "all-linear":
+        config |= {"lora_target_modules": None, "lora_target_linear": True}
+    check_axolotl({"base_model": str(base), "lora_r": 4, "lora_alpha": 8, "output_dir": str(folder / "out"), **config})
+
+
+def by_peft(base, options):
+    return add_adapter(load_base(base, dtype=torch.float32), r=4, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "projections"),
+    [
+        ({"target_modules": ["gate_proj"]}, {"gate_proj"}),
+        ({"target_modules": ["w1", "up_proj"]}, {"gate_proj", "up_proj"}),
+        ({"target_modules": ["q_proj", "experts.w1"]}, {"gate_proj"}),
+        ({"target_modules": ["block_sparse_moe.experts.w2"]}, {"down_proj"}),
+        ({"target_modules": ".*experts.*"}, {"gate_proj", "up_proj", "down_proj"}),
+        ({"target_modules": "all-linear", "exclude_modules": ["w1", "experts.w3"]}, {"down_proj"}),
+        ({"target_modules": "all-linear", "exclude_modules": ".*experts.*"}, set()),
+    ],
+    ids=str,
+)
+def test_both_names_of_experts_are_understood(mixtral, tmp_path, caplog, options, projections):
+    with caplog.at_level(logging.WARNING):
+        by_axolotl(mixtral, options, tmp_path)
+    assert "no quantised linear" not in caplog.text
+    found = [name for name, module in by_peft(mixtral, options).named_modules() if isinstance(module, QALoraLayer)]
+    assert {name.rpartition(".")[2] for name in found if "experts" in name} == projections
+
+
+def test_a_rank_by_the_name_on_disk(mixtral):
+    model = by_peft(mixtral, {"target_modules": "all-linear", "rank_pattern": {"w1": 2}, "alpha_pattern": {"w2": 5}})
+    experts = model.base_model.model.model.layers[0].mlp.experts
+    assert (experts.gate_proj.r["default"], experts.up_proj.r["default"]) == (2, 4)
+    assert experts.down_proj.scaling["default"] == 5 / 4
+
+
+ALL = {"target_modules": "all-linear"}
+ONE, NOTHING = (
+    r"is for .*experts\.\d\..* on disk, which is .*experts\.\w+ in the model",
+    "no linear of this base is named",
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["q_proj", "experts.2.w3"]}, ONE),
+        ({"target_modules": r".*(q_proj|experts\.2\.w3)"}, ONE),
+        ({"target_modules": r".*\.(q_proj|w1)"}, ONE),
+        (ALL | {"exclude_modules": ["experts.1.w3"]}, ONE),
+        (ALL | {"exclude_modules": r".*\.w1"}, ONE),
+        (ALL | {"rank_pattern": {r"experts\.3\.w1": 2}}, ONE),
+        (ALL | {"alpha_pattern": {"experts.3.w1": 2}}, ONE),
+        ({"target_modules": ["q_proj", "w9"]}, NOTHING),
+        ({"target_modules": ["q_proj", "experts"]}, NOTHING),
+        ({"target_modules": ["q_proj", "experts.99.w1"]}, NOTHING),
+        (ALL | {"exclude_modules": ["experts"]}, NOTHING),
+        (ALL | {"exclude_modules": ["w9"]}, NOTHING),
+    ],
+    ids=str,
+)
+def test_what_would_be_passed_over_is_refused(mixtral, tmp_path, options, message):
+    (field,) = (name for name in FIELDS if options.get(name, "all-linear") != "all-linear")
+    for refuse in (lambda: by_axolotl(mixtral, options, tmp_path), lambda: by_peft(mixtral, options)):
+        with pytest.raises(QALoraError, match=rf"{field}: .*{message}"):
+            refuse()
