@@ -88,7 +88,6 @@ _TABLE = (
 _DEEPSPEED = (
     ("zero_optimization.zero_quantized_weights", "it quantizes what ranks send each other, which packed words are"),
     ("zero_optimization.zero_quantized_nontrainable_weights", "it quantizes what is frozen, which packed words are"),
-    ("compression_training", "it prunes or quantizes weights, and the base's are packed"),
     ("tensor_parallel.autotp_size", "packed weights cannot be split over ranks while training"),
     ("tensor_parallel.tp_size", "packed weights cannot be split over ranks while training"),
 )
@@ -107,6 +106,18 @@ def refuse_deepspeed(settings: Mapping[str, Any], where: str) -> None:
         row = _Refusal(why, (name,), allowed=(1,) if name.endswith("size") else ())  # (True is 1)
         for key, _ in _asked_for(row, row.axolotl, settings):
             raise QALoraError(f"{where}: {key} cannot be combined with QA-LoRA: {why}. Remove {key}.")
+    if _is_enabled(settings.get("compression_training")):
+        raise QALoraError(
+            f"{where}: compression_training cannot be combined with QA-LoRA: it prunes or quantizes weights, and the "
+            "base's are packed. Remove compression_training."
+        )
+
+
+def _is_enabled(block: Any) -> bool:
+    """Whether anything inside is ``enabled``."""
+    if not isinstance(block, Mapping):
+        return False
+    return bool(block.get("enabled")) or any(_is_enabled(inner) for inner in block.values())
 
 
 def refuse_axolotl_keys(cfg: Mapping[str, Any]) -> None:

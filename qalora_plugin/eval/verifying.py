@@ -20,12 +20,14 @@ difference, so its agreement says nothing that the difference does not.)
 """
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import track
 from torch import Tensor
+from transformers import AutoConfig
 
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
 from qalora_plugin.checkpoint.folder import Checkpoint
@@ -45,6 +47,8 @@ from qalora_plugin.eval.report import VerifyReport
 from qalora_plugin.eval.tokens import default_texts, load_tokenizer, tokenize
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.formats.qalora import FACTORS, MERGED_PARTS, OFFSETS, SCALES, WEIGHTS_KEY, QALora
+
+logger = logging.getLogger(__name__)
 
 _NOISE = 2.0**-48  # of float64 sums, relative
 _SAVED_ANEW = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", WEIGHTS_KEY)
@@ -110,23 +114,36 @@ def verify(
         offset_dtype=files.quantization["offset_dtype"],
         base_bytes=source.files.nbytes,
         merged_new_bytes=sum(offsets),
-        config_differences=_config_differences(source.files.config, files.config),
+        config_differences=_config_differences(source.files, files),
         **weights,
         **logits,
     )
 
 
-def _config_differences(base: dict[str, Any], merged: dict[str, Any]) -> tuple[str, ...]:
-    """Plain values of config.json that both have and that differ. (transformers adds to it when it saves a model;
-    special tokens are the training run's.)"""
-    return tuple(
-        f"{key}: {short(merged[key])}, the base's {short(value)}"
+def _config_differences(source: Checkpoint, result: Checkpoint) -> tuple[str, ...]:
+    """Plain values of config.json that both have and that differ, as transformers reads them: a model that it saved has
+    them filled in. (Special tokens are the training run's.)"""
+    base, merged = source.config, result.config
+    differ = [
+        key
         for key, value in base.items()
         if key in merged
         and key not in _SAVED_ANEW
         and not key.endswith("_token_id")
         and not isinstance(value, dict)
         and merged[key] != value
+    ]
+    if differ:
+        try:
+            read = [AutoConfig.from_pretrained(one.folder, trust_remote_code=False) for one in (source, result)]
+        except Exception as error:  # a class of the checkpoint's own: compared as they are written
+            logger.debug("config.json of %s: %s", result.folder, error)
+        else:
+            base, merged = (config.to_dict() for config in read)
+    return tuple(
+        f"{key}: {short(merged.get(key))}, the base's {short(base.get(key))}"
+        for key in differ
+        if merged.get(key) != base.get(key)
     )
 
 

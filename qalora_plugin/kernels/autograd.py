@@ -100,7 +100,7 @@ def _forward(
         y = choose(changed, x.dtype, x.numel() // x.shape[-1]).forward(x, changed, delta)
         # After y: allocated before it, what is kept would break up the free memory that y fits into.
         pooled = choose(weight, x.dtype).pool(x, weight) if keep_pooled else x.new_empty(0)
-        return y, pooled, torch.rand(1 if samples else 0)
+        return y, pooled, torch.rand(1 if samples else 0, dtype=torch.float32, device="cpu")
 
 
 def _backward(
@@ -163,7 +163,8 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     groups, out_features = tensors[2].shape
     pooled = x.new_empty(*x.shape[:-1], groups) if keep_pooled else x.new_empty(0)
-    return x.new_empty(*x.shape[:-1], out_features), pooled, torch.empty(1 if samples else 0)
+    place = torch.empty(1 if samples else 0, dtype=torch.float32, device="cpu")
+    return x.new_empty(*x.shape[:-1], out_features), pooled, place
 
 
 @_backward_op.register_fake

@@ -4,8 +4,8 @@
     backward   dx[s] = dy[s]·w'_eᵀ           dA_e, dB_e through P(x)ᵀ·dy over the slots of e
 
 Scales train as those of a linear do. Only ``P(x)`` is kept between the two (with trained scales also x), and no dense
-weight is ever written: the kernels (:mod:`.triton.grouped`) unpack
-in registers. The loop over experts that all else takes needs some six launches an expert, and waits for their counts.
+weight is ever written: the kernels (:mod:`.triton.grouped`) unpack in registers. The loop over experts that all else
+takes needs some six launches an expert, and waits for their counts.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -97,7 +97,8 @@ class _GroupedLinear(torch.autograd.Function):
         if any(ctx.needs_input_grad[1:3]):
             pooled = pool(x, weight) if weight.group_order is None else grouped.pool(x, weight, tiles)
         wants_scales = any(ctx.needs_input_grad[4:6])
-        place = torch.rand(1) if wants_scales and every > 1 else None  # as for a linear
+        samples = wants_scales and every > 1
+        place = torch.rand(1, dtype=torch.float32, device="cpu") if samples else None  # as for a linear
         ctx.save_for_backward(pooled, place, x if wants_scales else None, lora_a, lora_b, d, c)
         ctx.scaling, ctx.every, ctx.weight, ctx.tiles, ctx.rows = scaling, every, weight, tiles, len(x)
         return y
@@ -110,20 +111,21 @@ class _GroupedLinear(torch.autograd.Function):
         pooled, place, x, lora_a, lora_b, d, c = ctx.saved_tensors
         wants_dx, wants_a, wants_b = ctx.needs_input_grad[:3]
         dx = da = db = dd = dc = None
-        if wants_dx:
-            changed = _changed(ctx.weight, lora_a, lora_b, ctx.scaling, d, c)
-            dx = _by_row(grouped.multiply_t(dy, *changed, ctx.tiles), ctx.rows)
-        if wants_a or wants_b:
-            gradient = grouped.outer(pooled, dy, len(lora_b), ctx.tiles) * ctx.scaling
-            gradient = gradient if d is None else gradient * ctx.weight.scales
-            if wants_a:
-                da = lora_b.float().mT @ gradient.mT
-                da = (da if lora_a.ndim == 3 else da.sum(0)).to(lora_a.dtype)
-            if wants_b:
-                db = (gradient.mT @ lora_a.float().mT).to(lora_b.dtype)
-        if x is not None:
-            dd, dc = ScaleDelta(d, c).gradients(_of_scales(x, dy, ctx.weight, ctx.tiles, place, ctx.every))
-            dd, dc = dd.to(d.dtype), dc.to(c.dtype)
+        with torch.autocast(dy.device.type, enabled=False):
+            if wants_dx:
+                changed = _changed(ctx.weight, lora_a, lora_b, ctx.scaling, d, c)
+                dx = _by_row(grouped.multiply_t(dy, *changed, ctx.tiles), ctx.rows)
+            if wants_a or wants_b:
+                gradient = grouped.outer(pooled, dy, len(lora_b), ctx.tiles) * ctx.scaling
+                gradient = gradient if d is None else gradient * ctx.weight.scales
+                if wants_a:
+                    da = lora_b.float().mT @ gradient.mT
+                    da = (da if lora_a.ndim == 3 else da.sum(0)).to(lora_a.dtype)
+                if wants_b:
+                    db = (gradient.mT @ lora_a.float().mT).to(lora_b.dtype)
+            if x is not None:
+                dd, dc = ScaleDelta(d, c).gradients(_of_scales(x, dy, ctx.weight, ctx.tiles, place, ctx.every))
+                dd, dc = dd.to(d.dtype), dc.to(c.dtype)
         return dx, da, db, None, dd, dc, None, None, None
 
 

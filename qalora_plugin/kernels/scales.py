@@ -66,7 +66,7 @@ def representatives(x: Tensor, dy: Tensor, count: int, place: Tensor) -> Represe
     """
     if cpu.takes_representatives(x, dy):
         x, dy, whole, rows = cpu.representatives(x, dy, count, place.item())
-        return Representatives(x, dy, torch.tensor(whole, dtype=torch.float32), rows)
+        return Representatives(x, dy, x.new_tensor(whole, dtype=torch.float32), rows)
     total, each = torch.promote_types(dy.dtype, torch.float32), len(dy) // len(x)
     x_norm, dy_norm = _norms(x), _norms(dy)
     by_token = x_norm if each == 1 else x_norm.repeat_interleave(each)

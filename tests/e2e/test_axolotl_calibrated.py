@@ -26,6 +26,9 @@ def options(folders, **changes):
     return {"init": "calibrated", "init_model": str(folders[1]), "init_dataset": str(folders[2]), **changes}
 
 
+ZERO2 = {"zero_optimization": {"stage": 2}}
+
+
 @pytest.mark.parametrize(
     ("changes", "block", "message"),
     [
@@ -33,7 +36,7 @@ def options(folders, **changes):
         ({}, {"init_model": "/nowhere"}, "the folder /nowhere does not exist"),
         ({}, {"init_dataset": "/nowhere/text.jsonl"}, "the text file /nowhere/text.jsonl does not exist"),
         ({"rl": "dpo"}, {}, "rl: dpo, whose reference is the base without an adapter"),
-        ({"deepspeed": "zero2.json"}, {}, "needs whole layers, and deepspeed shares them out over ranks"),
+        ({"deepspeed": ZERO2}, {}, "needs whole layers, and deepspeed shares them out over ranks"),
         (
             {"fsdp_version": 2, "fsdp_config": {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}}, {},
             "needs whole layers, and fsdp_config shares them",

@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.fabricate import make_adapter
+from transformers import AutoConfig
 
+from qalora_plugin.checkpoint.folder import Checkpoint
 from qalora_plugin.conversion.merging import merge
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.eval import logits, verifying
@@ -214,6 +216,23 @@ def test_training_that_scales_otherwise_than_the_merge(base, adapter, merged, mo
     monkeypatch.setattr(logits, "exact_values", lambda model: {})
     report = check(base, adapter, merged)
     assert not report.passed
+
+
+def test_a_config_that_transformers_saved_anew_is_the_same(base, adapter, merged, tmp_path):
+    """It fills in what was null, or left out; another value is another value."""
+    folder = shutil.copytree(merged, tmp_path / "anew")
+    config = json.loads((folder / "config.json").read_text())
+    filled = AutoConfig.from_pretrained(folder).to_dict() | {"quantization_config": config["quantization_config"]}
+    source = shutil.copytree(base, tmp_path / "base")
+    stated = json.loads((source / "config.json").read_text()) | {"head_dim": None, "num_key_value_heads": None}
+    kept = json.loads((base / "config.json").read_text())
+    heads = {"num_key_value_heads": filled["num_attention_heads"]}
+    for changes, passes in ((heads, True), (heads | {"max_position_embeddings": 7}, False)):
+        (source / "config.json").write_text(json.dumps(stated))
+        (folder / "config.json").write_text(json.dumps(filled | changes))
+        found = verifying._config_differences(Checkpoint.open(source), Checkpoint.open(folder))
+        assert (found == ()) == passes, found
+    assert found == (f"max_position_embeddings: 7, the base's {kept['max_position_embeddings']}",)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

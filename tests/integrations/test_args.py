@@ -121,14 +121,13 @@ def test_a_calibrated_start_needs_its_inputs():
         {"scales": True, "scales_lr_ratio": True},
         INIT | {"init_samples": True},
         {"verify_tokens": True},
-        {"verify_tokens": "2048"},
     ],
 )
-def test_a_number_is_no_boolean_and_no_text(block):
+def test_a_number_is_no_boolean(block):
     key = list(block)[-1]
-    with pytest.raises(QALoraError, match=rf"qalora\.{key} is (True|'2048'): .*Correct it"):
+    with pytest.raises(QALoraError, match=rf"qalora\.{key} is True: .*Correct it"):
         read_block(block)
-    assert read_block({"scales": True, "scales_lr_ratio": 1}).scales_lr_ratio == 1.0
+    assert read_block({"scales": True, "scales_lr_ratio": "1e-1"}).scales_lr_ratio == 0.1  # text, as PyYAML reads 1e-1
 
 
 @pytest.mark.parametrize("value", [True, float("inf"), float("nan"), 0])

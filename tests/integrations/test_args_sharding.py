@@ -7,7 +7,7 @@ import pytest
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.unsupported import refuse_deepspeed
 from qalora_plugin.integrations.axolotl.args import refuse_unmergeable
-from qalora_plugin.integrations.axolotl.sharding import check_deepspeed
+from qalora_plugin.integrations.axolotl.sharding import check_deepspeed, loaded_for
 
 GOOD = {"base_model": "./base", "adapter": "qalora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
 LAYERS = {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}
@@ -49,8 +49,8 @@ def test_mixed_precision_that_casts_packed_weights_is_refused():
 @pytest.mark.parametrize(
     ("policy", "keys", "dtype"),
     [
-        ("bf16", {}, "fp32"),
-        ("fp32", {"bf16": "auto"}, "bf16"),
+        ("bf16", {"bf16": False}, "fp32"),
+        ("fp32", {"bf16": True}, "bf16"),
         ("fp16", {"bfloat16": True}, "bf16"),
         ("bf16", {"bf16": False, "fp16": True}, "fp16"),
         ({"param_dtype": "float16"}, {"bf16": True}, "bf16"),
@@ -102,7 +102,10 @@ ZERO3 = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}, "fp16":
             "zero_quantized_weights cannot .* Remove",
         ),
         ({"zero_optimization": {"stage": 3, "zero_quantized_nontrainable_weights": True}}, "quantizes what is frozen"),
-        ({"compression_training": {"weight_quantization": {}}}, "compression_training cannot .* base's are packed"),
+        (
+            {"compression_training": {"weight_quantization": {"shared_parameters": {"enabled": True}}}},
+            "compression_training cannot .* base's are packed",
+        ),
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size cannot .* be split over ranks"),
         ({"bf16": {"enabled": True}}, r"bf16.enabled is true, but the base is loaded for fp32: .* set bf16: true"),
         ({"fp16": {"enabled": True}}, r"fp16.enabled is true, but the base is loaded for fp32"),
@@ -116,7 +119,7 @@ def test_what_deepspeed_would_do_to_packed_words_is_refused(tmp_path, changes, m
         (tmp_path / "zero.json").write_text(json.dumps(settings))
         settings = str(tmp_path / "zero.json")
     with pytest.raises(QALoraError, match=message):
-        check_deepspeed({"deepspeed": settings})
+        check_deepspeed({"deepspeed": settings, "bf16": False})
 
 
 def test_a_deepspeed_config_is_there_and_one(tmp_path):
@@ -132,3 +135,40 @@ def test_a_deepspeed_config_is_there_and_one(tmp_path):
         path.write_text(json.dumps(good))
         check_deepspeed({"deepspeed": str(path), "bf16": True})
     refuse_deepspeed(ZERO3, "zero.json")
+    unused = {"weight_quantization": {"shared_parameters": {"enabled": False}, "different_groups": {}}}
+    refuse_deepspeed(ZERO3 | {"compression_training": unused}, "zero.json")
+
+
+@pytest.mark.parametrize(
+    ("keys", "dtype"),
+    [
+        ({}, None),  # Axolotl's default is auto: what the GPU can do
+        ({"bf16": "auto"}, None),
+        ({"float16": True}, None),
+        ({"bf16": True}, "bf16"),
+        ({"bf16": True, "fp16": True}, "bf16"),
+        ({"bfloat16": True, "bf16": False}, "bf16"),
+        ({"bf16": "auto", "fp16": True}, "fp16"),
+        ({"fp16": True}, "fp16"),
+        ({"bf16": False, "float16": True}, "fp16"),
+        ({"bf16": False}, "fp32"),
+        ({"bf16": None, "fp16": False}, "fp32"),
+    ],
+    ids=str,
+)
+def test_the_dtype_is_the_one_that_axolotl_loads_in(keys, dtype):
+    """Where the machine decides, any mixed precision may be the right one."""
+    assert loaded_for(keys) == dtype
+    for policy in ("bf16", "fp16"):
+        config = GOOD | {"fsdp_version": 2, "fsdp_config": LAYERS | {"mixed_precision_policy": policy}} | keys
+        if dtype in (None, policy):
+            refuse_unmergeable(config)
+            check_deepspeed({"deepspeed": ZERO3 | {policy: {"enabled": True}}} | keys)
+        else:
+            with pytest.raises(QALoraError, match=f"mixed_precision_policy is {policy}, .* loaded for {dtype}"):
+                refuse_unmergeable(config)
+
+
+def test_axolotls_own_merge_command_drops_the_block_alone():
+    """``axolotl merge-lora`` sets ``fsdp_config: None`` and ``merge_lora: True``."""
+    refuse_unmergeable(GOOD | {"fsdp_version": 2, "fsdp_config": None, "merge_lora": True})

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.fabricate import make_base
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from qalora_plugin import load_base
@@ -118,3 +118,9 @@ def test_quantized_tensor_without_a_linear(base, tmp_path):
 def test_base_is_not_serialized_as_if_it_were_merged(base, tmp_path):
     with pytest.raises(ValueError, match="not serializable"):
         load_base(base).save_pretrained(tmp_path / "out")
+
+
+def test_a_class_with_a_head_of_its_own_loads_a_merged_model(merged):
+    """Its head is new, as transformers says; what the checkpoint's own class has is not to be missing."""
+    model = AutoModelForSequenceClassification.from_pretrained(merged, num_labels=3)
+    assert model.score.weight.shape[0] == 3

@@ -74,6 +74,7 @@ ONE, NOTHING = (
         ({"target_modules": ["q_proj", "experts.99.w1"]}, NOTHING),
         (ALL | {"exclude_modules": ["experts"]}, NOTHING),
         (ALL | {"exclude_modules": ["w9"]}, NOTHING),
+        ({"target_modules": ["q_proj", "gate_prj"]}, NOTHING),
     ],
     ids=str,
 )
@@ -82,3 +83,12 @@ def test_what_would_be_passed_over_is_refused(mixtral, tmp_path, options, messag
     for refuse in (lambda: by_axolotl(mixtral, options, tmp_path), lambda: by_peft(mixtral, options)):
         with pytest.raises(QALoraError, match=rf"{field}: .*{message}"):
             refuse()
+
+
+def test_names_in_lists_for_many_models_are_a_warnings_matter(mixtral, tmp_path, caplog):
+    options = {"target_modules": ["q_proj", "w1", "c_attn", "fc1"], "exclude_modules": ["lm_head", "vision_tower"]}
+    with caplog.at_level(logging.WARNING):
+        by_axolotl(mixtral, options, tmp_path)
+    assert "c_attn is no quantised linear of this base" in caplog.text
+    assert "w1 is no quantised linear" not in caplog.text
+    assert sum(isinstance(module, QALoraLayer) for module in by_peft(mixtral, options).modules()) == 4

@@ -171,6 +171,27 @@ def test_trained_scales_in_cpp(scale_dtype, with_offsets, with_delta):
         assert_close(found.offsets, wanted.offsets.double(), 1e-6)
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_is_nobodys_matter(default):
+    """C++ writes float32, whatever torch makes by default; and a draw is one."""
+    layer = make_layer(512, 544, 4, 32, offsets=True)
+    lora, (d, c) = delta(*adapter_for(layer, 4)), scale_factors_for(layer, 4)
+    x = torch.randn(40, 512, requires_grad=True)
+
+    def step():
+        torch.manual_seed(0)
+        y = layer(x, lora, ScaleDelta(d, c, 4))
+        return y, *torch.autograd.grad(y, (x, d, c, *lora[:2]), torch.ones_like(y))
+
+    wanted = step()
+    torch.set_default_dtype(default)
+    try:
+        found = step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
 @pytest.mark.parametrize("tokens", [40, 3])
 def test_one_token_in_four_for_d_and_c_alone(tokens):
     """dx, dA and dB are those of all tokens; D and C get what the same draw gives again."""

@@ -29,17 +29,25 @@ def instructions(kernel, arguments: dict, constants: dict, capability: int, warp
     Args:
         arguments: name → Triton type; all are taken to be multiples of 16. constants: name → value.
     """
+    with NamedTemporaryFile(suffix=".cubin") as cubin:
+        Path(cubin.name).write_bytes(_compiled(kernel, arguments, constants, capability, warps).asm["cubin"])
+        listing = subprocess.run([NVDISASM, "-c", cubin.name], capture_output=True, text=True, check=True).stdout
+    return re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", listing, re.MULTILINE)
+
+
+def shared_kilobytes(kernel, arguments: dict, constants: dict, capability: int, warps: int = 4) -> float:
+    """KiB of shared memory that a program of ``kernel`` takes."""
+    return _compiled(kernel, arguments, constants, capability, warps).metadata.shared / 1024
+
+
+def _compiled(kernel, arguments: dict, constants: dict, capability: int, warps: int):
     source = ASTSource(
         fn=kernel,
         signature=arguments | dict.fromkeys(constants, "constexpr"),
         constexprs=constants,
         attrs={(place,): MULTIPLE_OF_16 for place in range(len(arguments))},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-    with NamedTemporaryFile(suffix=".cubin") as cubin:
-        Path(cubin.name).write_bytes(compiled.asm["cubin"])
-        listing = subprocess.run([NVDISASM, "-c", cubin.name], capture_output=True, text=True, check=True).stdout
-    return re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", listing, re.MULTILINE)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
 
 
 def spills(names: list[str]) -> bool:

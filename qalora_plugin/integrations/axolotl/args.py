@@ -4,7 +4,7 @@ import difflib
 import math
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qalora_plugin.checkpoint.adapter_config import check_wishes
 from qalora_plugin.checkpoint.json_files import short
@@ -51,7 +51,6 @@ class QALoraBlock(BaseModel):
     )
     scales_lr_ratio: float | None = Field(
         default=None,
-        strict=True,
         description="How many times as fast scales learn as a LoRA would, with every optimizer; default 1. (Offsets "
         "learn three times as fast beside them.)",
     )
@@ -69,12 +68,16 @@ class QALoraBlock(BaseModel):
     init_samples: int | None = Field(
         default=None,
         gt=0,
-        strict=True,
         description="How many sequences of 512 tokens of it to calibrate on; default 128.",
     )
-    verify_tokens: int = Field(
-        default=2048, gt=0, strict=True, description="How many tokens of real data that comparison uses."
-    )
+    verify_tokens: int = Field(default=2048, gt=0, description="How many tokens of real data that comparison uses.")
+
+    @field_validator("scales_lr_ratio", "init_samples", "verify_tokens", mode="before")
+    @classmethod
+    def a_number(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # which pydantic takes for 1 or 0
+            raise ValueError("expected a number")
+        return value
 
     @model_validator(mode="after")
     def ratio_of_something(self) -> "QALoraBlock":
@@ -200,5 +203,5 @@ def _check_ranges(cfg: dict) -> None:
         ("lora_dropout", lambda value: 0 <= value < 1, "at least 0 and below 1, as 0.05 or 0"),
     ):
         value = cfg.get(key)
-        if isinstance(value, int | float) and (isinstance(value, bool) or math.isinf(value) or not is_good(value)):
+        if isinstance(value, int | float) and (isinstance(value, bool) or value == math.inf or not is_good(value)):
             raise QALoraError(f"{key} is {short(value)}, expected {expected}. Correct it.")

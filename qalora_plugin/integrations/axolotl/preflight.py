@@ -146,7 +146,7 @@ def check_targets(cfg: dict[str, Any], modules: dict[str, GroupwiseSpec], names:
             "these, or set lora_target_linear: true."
         )
     known = modules if names is None else names.stored
-    for pattern in wanted if isinstance(wanted, list) and names is None else ():
+    for pattern in (wanted if names is None else names.as_in_model(wanted)) if isinstance(wanted, list) else ():
         if not any(name == pattern or name.endswith(f".{pattern}") for name in known):
             LOG.warning(
                 "lora_target_modules: %s is no quantised linear of this base and gets no adapter", printable(pattern)

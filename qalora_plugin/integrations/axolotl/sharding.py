@@ -7,14 +7,19 @@ from qalora_plugin.checkpoint.json_files import read_json, short
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.unsupported import refuse_deepspeed
 
-_DTYPES = {"bf16": ("bf16", "bfloat16"), "fp16": ("fp16", "float16")}  # the keys that ask for each
+_DTYPES = ("bf16", "fp16")
 _WHOLE_PARAMETERS = ("adafactor",)  # transformers 5.16: mixes tensors with DTensors
 
 
-def loaded_for(cfg: dict[str, Any]) -> str:
-    """The dtype that Axolotl loads the base in, by the key that says so, as far as the config alone tells."""
-    found = (dtype for dtype, keys in _DTYPES.items() if any(cfg.get(key) not in (None, False) for key in keys))
-    return next(found, "fp32")
+def loaded_for(cfg: dict[str, Any]) -> str | None:
+    """The dtype that Axolotl 0.19 loads the base in (``resolve_dtype``), as ``bf16``, ``fp16`` or ``fp32``; None where
+    the machine decides: ``bf16`` is ``auto``, or not given, which is the same."""
+    bf16, fp16 = cfg.get("bf16", "auto"), cfg.get("fp16")
+    if cfg.get("bfloat16") or (bf16 and bf16 != "auto"):
+        return "bf16"
+    if bf16 == "auto":
+        return "fp16" if fp16 else None
+    return "fp16" if fp16 or cfg.get("float16") else "fp32"
 
 
 def check_fsdp(cfg: dict[str, Any]) -> None:
@@ -25,7 +30,7 @@ def check_fsdp(cfg: dict[str, Any]) -> None:
     """
     fsdp = cfg.get("fsdp_config")
     if not fsdp:
-        if cfg.get("fsdp_version"):
+        if cfg.get("fsdp_version") and not cfg.get("merge_lora"):  # a merge by Axolotl's command drops the block alone
             raise QALoraError(
                 f"fsdp_version is {short(cfg['fsdp_version'])}, but there is no fsdp_config, without which Axolotl "
                 "shares nothing out: every rank would hold the whole base. Add fsdp_config (docs/sharding.md), or "
@@ -57,10 +62,10 @@ def check_fsdp(cfg: dict[str, Any]) -> None:
             "Use adamw_torch, or DeepSpeed instead of FSDP."
         )
     policy = fsdp.get("mixed_precision_policy") or fsdp.get("fsdp_mixed_precision_policy")
-    if policy and policy != loaded_for(cfg):
+    if policy and (dtype := loaded_for(cfg)) not in (None, policy):
         raise QALoraError(
-            f"fsdp_config.mixed_precision_policy is {policy}, but the base is loaded for {loaded_for(cfg)}: "
-            f"FSDP would cast the packed weights. Remove mixed_precision_policy, or set it to {loaded_for(cfg)}."
+            f"fsdp_config.mixed_precision_policy is {policy}, but the base is loaded for {dtype}: FSDP would cast the "
+            f"packed weights. Remove mixed_precision_policy, or set it to {dtype}."
         )
 
 
@@ -82,7 +87,7 @@ def check_deepspeed(cfg: dict[str, Any]) -> None:
     refuse_deepspeed(settings, where)
     for dtype in _DTYPES:
         block = settings.get(dtype)
-        if isinstance(block, dict) and block.get("enabled") is True and loaded_for(cfg) != dtype:
+        if isinstance(block, dict) and block.get("enabled") is True and loaded_for(cfg) not in (None, dtype):
             raise QALoraError(
                 f"{where}: {dtype}.enabled is true, but the base is loaded for {loaded_for(cfg)}: DeepSpeed would cast "
                 f'the packed weights. Set it to "auto", or set {dtype}: true beside it.'

@@ -3,6 +3,7 @@ experts: there each is a linear, in the model all of a layer are one module a pr
 knows would be passed over without a word, and what it was to train, or to leave alone, would not or would.
 """
 
+import difflib
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from qalora_plugin.checkpoint.adapter_folder import matching_pattern
 from qalora_plugin.core.errors import QALoraError, printable
 
+_AN_EXPERT = re.compile(r"experts?(\.|_|$)|(^|\.)w\d+$")
 FIELDS = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
 
 
@@ -77,14 +79,16 @@ class LinearNames:
                 )
 
     def _require_known(self, field: str, pattern: str) -> None:
-        """Where no linear is an expert an unknown name is a warning's matter."""
-        if any(len(names) > 1 for names in self.stored.values()) and not any(
-            _ends(name, pattern) for name in self._known
-        ):
-            leaves = ", ".join(sorted({name.rpartition(".")[2] for name in self.stored}))
+        """Of a base with experts: an unknown name that means one, or is misspelt, is refused; others, as in lists for
+        many models, are a warning's matter."""
+        if all(len(names) == 1 for names in self.stored.values()) or any(_ends(name, pattern) for name in self._known):
+            return
+        leaves = sorted({name.rpartition(".")[2] for name in self.stored})
+        if _AN_EXPERT.search(pattern) or difflib.get_close_matches(pattern.rpartition(".")[2], leaves, n=1, cutoff=0.8):
             raise QALoraError(
-                f"{field}: no linear of this base is named {printable(pattern)}. Quantised are: {leaves}. Name some of "
-                "these; for parts of the model, as its experts, give one pattern instead of a list: '.*experts.*'."
+                f"{field}: no linear of this base is named {printable(pattern)}. Quantised are: {', '.join(leaves)}. "
+                "Name some of these; for parts of the model, as its experts, give one pattern instead of a list: "
+                "'.*experts.*'."
             )
 
 

@@ -56,13 +56,16 @@ def remove_stand_in(linear: QuantLinear) -> None:
 
 def refuse_missing(model: "PreTrainedModel", folder: object) -> None:
     """Have the loader of ``model`` stop where the checkpoint lacks a tensor: it would fill it at random (a router, all
-    experts of a layer), each rank for itself, and only report it."""
+    experts of a layer), each rank for itself, and only report it. (The head of a class that is not the checkpoint's,
+    for classification say, is new, and transformers says so.)"""
     adjust = model._adjust_missing_and_unexpected_keys
+    is_its_own = type(model).__name__ in (model.config.architectures or ())
+    expected = "" if is_its_own else f"{model.base_model_prefix}."
 
     def require_none(loading_info: Any) -> None:
         del model._adjust_missing_and_unexpected_keys
         adjust(loading_info)  # without what is tied, and what the class expects to be missing
-        if missing := sorted(loading_info.missing_keys):
+        if missing := sorted(name for name in loading_info.missing_keys if name.startswith(expected)):
             raise QALoraError(
                 f"{folder} lacks {len(missing)} tensors of {type(model).__name__}, {missing[0]} first, neither "
                 "quantised nor dense: they would be made up at random. Download or copy the checkpoint again; if it is "

@@ -35,7 +35,7 @@ def outline(base: QuantizedCheckpoint) -> "tuple[PreTrainedModel, dict[str, list
     if not has_experts(base):
         return None
     try:
-        config = AutoConfig.from_pretrained(base.folder)
+        config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):

@@ -139,8 +139,8 @@ def in_steps(
 ) -> tuple[GroupwiseWeight, OffsetDelta | None]:
     """The weight with scales that D ``[G, R]`` and C ``[R, N]`` change, and what ``delta`` adds in units of them."""
     d, c = d.float().contiguous(), c.float().contiguous()
-    scales = torch.empty(weight.scales.shape)
-    offsets = None if delta is None else torch.empty(weight.scales.shape)
+    scales = weight.scales.new_empty(weight.scales.shape, dtype=torch.float32)
+    offsets = None if delta is None else torch.empty_like(scales)
     problem = _Problem(weight, delta)
     _compiled().qalora_in_steps(
         ctypes.byref(problem), d.data_ptr(), c.data_ptr(), len(c), scales.data_ptr(),
@@ -165,7 +165,7 @@ def representatives(x: Tensor, dy: Tensor, count: int, place: float) -> tuple[Te
     """:func:`qalora_plugin.kernels.scales.representatives`: rows of x and dy, their share and their numbers."""
     x, dy, share = x.contiguous(), dy.contiguous(), ctypes.c_double()
     some_x, some_dy = x.new_empty(count, x.shape[1]), dy.new_empty(count, dy.shape[1])
-    rows = torch.empty(count, dtype=torch.int64)
+    rows = x.new_empty(count, dtype=torch.int64)
     _compiled().qalora_representatives(
         x.data_ptr(), dy.data_ptr(), x.dtype == torch.bfloat16, len(x), x.shape[1], dy.shape[1], count, place,
         some_x.data_ptr(), some_dy.data_ptr(), rows.data_ptr(), ctypes.byref(share), torch.get_num_threads(),

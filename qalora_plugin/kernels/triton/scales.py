@@ -19,7 +19,7 @@ from qalora_plugin.kernels.triton.grouped import Tiles, ends_of, tensors_of
 from qalora_plugin.kernels.triton.grouped_kernels import slots_of, weights_of
 
 ROWS, COLUMNS, WARPS = 128, 128, 8  # of a tile: large ones, for what limits this is how often x and dy are read
-TOKENS = 64  # of a step
+TOKEN_BYTES = 128  # of a column in a step: more would outgrow the shared memory of consumer GPUs
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -73,7 +73,7 @@ def factor_gradient(x: Tensor, dy: Tensor, weight: GroupwiseWeight, tiles: Tiles
     with torch.cuda.device_of(x):  # Triton launches on the current device, whichever its tensors are on
         factor_gradient_kernel[(triton.cdiv(k, ROWS), triton.cdiv(n, COLUMNS), experts)](
             x.contiguous(), dy.contiguous(), out, slots, ends, *tensors_of(weight, None), len(x), k, n,
-            weight.group_size, STACKED=stacked, TOKENS=TOKENS if tiles is None else tiles.block,
+            weight.group_size, STACKED=stacked, TOKENS=tokens_of(x.element_size(), tiles),
             **constants(weight.bits, weight.group_size), num_warps=WARPS,
         )  # fmt: skip
     out = out.unflatten(1, (groups, -1)).sum(2) if part < weight.group_size else out
@@ -84,6 +84,12 @@ def constants(bits: int, group_size: int) -> dict[str, int]:
     """Of the kernel, but those of its tokens."""
     blocks = {"PERIODS": ROWS // codes_per_period(bits), "COLUMNS": COLUMNS, "PART": part_of(group_size)}
     return layout_constants(bits) | blocks
+
+
+def tokens_of(itemsize: int, tiles: Tiles | None = None) -> int:
+    """Of a step, of so many bytes a number; a tile of :class:`Tiles` is several steps, or one."""
+    most = TOKEN_BYTES // itemsize
+    return most if tiles is None else min(tiles.block, most)
 
 
 def part_of(group_size: int) -> int:
