@@ -98,3 +98,14 @@ def test_autocast_rounds_tokens_and_not_what_an_adapter_is(train_scales):
     assert torch.equal(found[1], wanted[1])
     assert torch.equal(found[0].scales, wanted[0].scales)
     assert_close(y, run.layer(run.tokens.half().float(), run.tiles, OffsetDelta(a, b, SCALING), scales), 2e-3)
+
+
+def test_gradients_inside_autocast_are_those_outside():
+    """``loss.backward()`` may run under it, which would multiply them in 16 bits."""
+    run, parts = Run(), factors()
+    x, a, b, d, c = (part.clone().requires_grad_() for part in (run.tokens, *parts))
+    y, found = run.layer(x, run.tiles, OffsetDelta(a, b, SCALING), ScaleDelta(d, c)), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.float16, enabled=enabled):
+            found.append(torch.autograd.grad(y, (x, a, b, d, c), run.grad, retain_graph=True))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
