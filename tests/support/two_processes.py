@@ -15,6 +15,7 @@ _SETTINGS = {
     "micro_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 4, "save_steps": 2, "val_set_size": None,
     "eval_steps": None, "gradient_checkpointing": False, "optimizer": "adamw_torch", "adam_epsilon": 1e-3,
     "learning_rate": 0.005, "lr_scheduler": "constant", "qalora": {"verify": False},
+    "dataloader_num_workers": 0,  # none is forked beside the threads of gloo: one in some hundreds hung in fork()
 }  # fmt: skip
 FSDP2 = {
     "full": {"state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": True},
