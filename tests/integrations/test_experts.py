@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from support.experts import copied, save_random
+from support.experts import copied, loss_and_gradients, save_random
 from transformers import AutoModelForCausalLM
 
 from qalora_plugin import add_adapter, load_adapter, load_base, merge, verify
@@ -118,17 +118,11 @@ def test_one_kernel_for_all_experts_trains_as_one_by_one(mixtral, adapter, monke
     if active == 2:
         model.load_adapter(adapter, "again", is_trainable=True)
         model.base_model.set_adapter(["default", "again"])
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert len(trained) == active * 28
-
-    def gradients():
-        loss = model(IDS, labels=IDS).loss
-        return loss, *torch.autograd.grad(loss, trained)
-
-    one_by_one = gradients()
+    one_by_one = loss_and_gradients(model, IDS)
+    assert len(one_by_one) == 1 + active * 28
     monkeypatch.setattr(grouped, "takes", lambda x: True)
     monkeypatch.setattr(QuantExpertLinear, "expert", None)  # which the other way asks for
-    for ours, theirs in zip(gradients(), one_by_one, strict=True):
+    for ours, theirs in zip(loss_and_gradients(model, IDS), one_by_one, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 

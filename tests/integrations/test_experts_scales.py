@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.experts import loss_and_gradients
 from support.layers import assert_close
 from transformers import AutoModelForCausalLM
 
@@ -111,16 +112,10 @@ def test_one_kernel_for_all_experts_trains_as_one_by_one(mixtral, adapter, monke
     if dropout:
         for layer in expert_layers(model):
             layer.lora_dropout["default"] = torch.nn.Dropout(dropout).eval()  # another path, the same result
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-    def gradients():
-        loss = model(IDS, labels=IDS).loss
-        return loss, *torch.autograd.grad(loss, trained)
-
-    one_by_one = gradients()
+    one_by_one = loss_and_gradients(model, IDS)
     monkeypatch.setattr(grouped, "takes", lambda x: True)
     monkeypatch.setattr(QuantExpertLinear, "expert", None)  # which the other way asks for
-    for ours, theirs in zip(gradients(), one_by_one, strict=True):
+    for ours, theirs in zip(loss_and_gradients(model, IDS), one_by_one, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 

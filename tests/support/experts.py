@@ -29,3 +29,9 @@ def copied(source, folder, tensors, weights="model.safetensors", **quantization)
         config["quantization_config"] |= quantization
         (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def loss_and_gradients(model, ids):
+    """The loss of a model on ``ids`` and the gradient of every parameter that trains."""
+    loss = model(ids, labels=ids).loss
+    return loss, *torch.autograd.grad(loss, [parameter for parameter in model.parameters() if parameter.requires_grad])

@@ -66,9 +66,7 @@ class QALoraBlock(BaseModel):
         default=None, description="Calibration text: a .txt or .jsonl file, or a dataset id of the Hub."
     )
     init_samples: int | None = Field(
-        default=None,
-        gt=0,
-        description="How many sequences of 512 tokens of it to calibrate on; default 128.",
+        default=None, gt=0, description="How many sequences of 512 tokens of it to calibrate on; default 128."
     )
     verify_tokens: int = Field(default=2048, gt=0, description="How many tokens of real data that comparison uses.")
 
