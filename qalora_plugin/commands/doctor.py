@@ -16,7 +16,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from qalora_plugin.core.weight import GroupwiseSpec
-from qalora_plugin.formats.fusion import dense_modules, unservable
 from qalora_plugin.formats.gptq import is_act_order
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.kernels.select import example_weight, training_kernel
@@ -155,7 +154,7 @@ def _kinds_of(path: str | Path) -> tuple[list[LayerKind], list[str]]:
         key = (kind.bits, kind.group_size, symmetric, act_order)
         if key not in largest or spec.in_features * spec.out_features > largest[key][0]:
             largest[key] = (spec.in_features * spec.out_features, kind)
-    reason = unservable(source.specs, dense_modules(source.files.tensors), source.files.config.get("model_type"))
+    reason = source.why_not_servable()
     return [kind for _, kind in largest.values()], [reason] if reason else []
 
 

@@ -28,7 +28,6 @@ from qalora_plugin.conversion.strength import PICTURE_NAME, picture, strengths
 from qalora_plugin.conversion.writer import ShardWriter, write_config, write_index
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 from qalora_plugin.core.weight import GroupwiseSpec
-from qalora_plugin.formats.fusion import dense_modules, unservable
 from qalora_plugin.formats.gptq import MERGED
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.formats.provenance import provenance
@@ -103,7 +102,7 @@ def merge(
     source, opened = QuantizedCheckpoint.open(base, revision), AdapterFolder.open(adapter)
     files = source.files
     shards = {file: identity(files.folder / file) for file in files.files}
-    if reason := unservable(source.specs, dense_modules(files.tensors), files.config.get("model_type")):
+    if reason := source.why_not_servable():
         logger.warning("%s: %s", base, reason)
     with ThreadPoolExecutor(1) as worker:
         hashing = worker.submit(source.fingerprint)

@@ -13,6 +13,7 @@ from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.weight import GroupwiseSpec, GroupwiseWeight
 from qalora_plugin.formats.autoround import AutoRound
 from qalora_plugin.formats.base import CheckpointFormat
+from qalora_plugin.formats.fusion import dense_modules, unservable
 from qalora_plugin.formats.gptq import Gptq, column_groups, is_act_order
 from qalora_plugin.formats.qalora import FACTORS, QALora
 
@@ -98,6 +99,10 @@ class QuantizedCheckpoint:
     def act_order(self) -> bool:
         """Whether any linear's columns were quantized out of order."""
         return any(is_act_order(spec, self.files.array) for spec in self.specs.values())
+
+    def why_not_servable(self) -> str | None:
+        """See :func:`~qalora_plugin.formats.fusion.unservable`."""
+        return unservable(self.specs, dense_modules(self.files.tensors), self.files.config.get("model_type"))
 
     def fingerprint(self, like: str | None = None) -> str:
         """See :func:`~qalora_plugin.checkpoint.fingerprint.fingerprint`.

@@ -12,7 +12,6 @@ from qalora_plugin.conversion.merging import merge
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.eval.proof import prove
 from qalora_plugin.eval.tokens import sample_dataset
-from qalora_plugin.formats.fusion import dense_modules, unservable
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.formats.qalora import require_offset_dtype
 from qalora_plugin.integrations.peft.sharded import (
@@ -70,9 +69,7 @@ class QALoraMergeCallback(TrainerCallback):
 
     def _require_base(self, trained_on: str) -> None:
         source = QuantizedCheckpoint.open(self.base, self.merge_kwargs.get("revision"))
-        if reason := unservable(
-            source.specs, dense_modules(source.files.tensors), source.files.config.get("model_type")
-        ):
+        if reason := source.why_not_servable():
             logger.warning("%s: %s", self.base, reason)
         if (found := source.fingerprint(trained_on)) != trained_on:
             raise QALoraError(

@@ -18,7 +18,6 @@ from qalora_plugin.checkpoint.json_files import read_json
 from qalora_plugin.checkpoint.places import absolute, is_inside, require_outside, require_writable
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line, printable
 from qalora_plugin.core.weight import GroupwiseSpec
-from qalora_plugin.formats.fusion import dense_modules, unservable
 from qalora_plugin.formats.opened import QuantizedCheckpoint, base_format
 from qalora_plugin.integrations.axolotl.args import QALoraBlock, read_block, refuse_unmergeable
 from qalora_plugin.integrations.axolotl.calibrated_start import check_init
@@ -225,7 +224,7 @@ def check_base(base: str, revision: str | None = None) -> dict[str, GroupwiseSpe
         return None
     source = QuantizedCheckpoint.open(base)
     source.check_values()
-    if reason := unservable(source.specs, dense_modules(source.files.tensors), source.files.config.get("model_type")):
+    if reason := source.why_not_servable():
         LOG.warning("%s: %s", base, reason)
     return source.specs
 
