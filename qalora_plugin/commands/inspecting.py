@@ -84,6 +84,7 @@ def inspect(path: str | Path, rank: int = 16) -> InspectReport:
     try:
         source = QuantizedCheckpoint.of(checkpoint)
         source.check_values()
+        source.check_dense_values()
         if any(".experts." in name for name in source.specs):
             from qalora_plugin.integrations.transformers.outline import outline  # imports transformers: some seconds
 

@@ -24,7 +24,10 @@ class _Refusal(NamedTuple):
     instead: str = ""
 
 
-_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+_KERNELS = (
+    "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel", "dsv4_fp8_lora_kernel",
+    "dsv4_shared_mlp_lora_kernel",
+)  # fmt: skip
 _TABLE = (
     # what a LoRA would do otherwise
     _Refusal("the fused LoRA kernels would bypass the pooling", _KERNELS),
@@ -61,7 +64,16 @@ _TABLE = (
     _Refusal("LoftQ rewrites the base weight, which stays packed", ("peft",)),
     _Refusal("it merges into the base while training, which stays packed", ("relora",)),
     _Refusal("random weights have no quantised base to be merged into", ("reinit_weights",)),
-    _Refusal("the base is quantised already", ("qat",)),
+    _Refusal(
+        "the base is quantised already",
+        ("qat", "quantize_moe_experts", "nonexpert_quantization", "gemma4_nf4_nonexpert", "gemma4_fp8_nonexpert"),
+    ),
+    _Refusal("it prunes or quantises the base while training, which stays packed", ("llmcompressor",)),
+    _Refusal(
+        "it would compute the adapter's factors in 8 bits, and a merge is exact",
+        ("fp8", "fp8_enable_fsdp_float8_all_gather"),
+        instead="Set bf16: true.",
+    ),
     _Refusal(
         "the base is GPTQ already; bitsandbytes would quantise it twice", ("load_in_4bit", "load_in_8bit")
     ),
@@ -91,6 +103,23 @@ _DEEPSPEED = (
     ("tensor_parallel.autotp_size", "packed weights cannot be split over ranks while training"),
     ("tensor_parallel.tp_size", "packed weights cannot be split over ranks while training"),
 )
+
+
+# transformers 5.16's Adafactor and bitsandbytes 0.49 compute with whole tensors, and FSDP2 hands them parts (DTensors).
+_NOT_WITH_FSDP2 = ("adafactor", "ademamix", "lion_8bit", "lion_32bit", "paged_", "rmsprop_bnb")
+
+
+def refuse_optimizer_of_fsdp2(name: str, key: str) -> None:
+    """Refuse an optimizer that would fail at the first step; ``key``: the option that names it.
+
+    Raises:
+        QALoraError: names it, and what to use.
+    """
+    if name.startswith(_NOT_WITH_FSDP2):
+        raise QALoraError(
+            f"{key}: {name} cannot be combined with FSDP2: it computes with whole parameters. Use adamw_torch "
+            "(adamw_torch_8bit needs less memory), or DeepSpeed instead of FSDP."
+        )
 
 
 def refuse_deepspeed(settings: Mapping[str, Any], where: str) -> None:

@@ -163,6 +163,11 @@ class Gptq:
         def fail(problem: str) -> QALoraError:
             return QALoraError(f"{where}: {name}: {problem} The checkpoint is damaged or not in GPTQ layout.")
 
+        if f"{name}.weight" in tensors:
+            raise QALoraError(
+                f"{where} holds {name} twice, quantized and dense ({name}.weight): nothing says which is meant. Remove "
+                "one, or download the checkpoint again."
+            )
         parts = {part: tensors.get(f"{name}.{part}") for part in _PARTS}
         qweight, qzeros, scales = _checked(parts, fail)
         groups, out_features = scales.shape

@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from qalora_plugin.checkpoint.places import absolute, is_inside, require_outside, require_place
 from qalora_plugin.conversion.merging import merge
 from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.core.unsupported import refuse_optimizer_of_fsdp2
 from qalora_plugin.eval.proof import prove
 from qalora_plugin.eval.tokens import sample_dataset
 from qalora_plugin.formats.opened import QuantizedCheckpoint
@@ -82,6 +83,8 @@ class QALoraMergeCallback(TrainerCallback):
         model = kwargs["model"]
         if args.fsdp and isinstance(args.fsdp_config, dict) and str(args.fsdp_config.get("version", 2)) != "2":
             refuse_fsdp1()
+        if args.fsdp:
+            refuse_optimizer_of_fsdp2(str(getattr(args.optim, "value", args.optim)), "optim")
         config: Any = getattr(model, "peft_config", {}).get("default")
         if (bound := getattr(config, "qalora", None)) is not None:
             require_one_base(bound["base_fingerprint"])

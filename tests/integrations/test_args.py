@@ -48,13 +48,20 @@ def test_other_adapters_are_left_alone():
         "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel", "peft_use_dora", "load_in_4bit",
         "load_in_8bit", "lora_modules_to_save", "lora_target_parameters", "peft_layer_replication",
         "peft_trainable_token_indices", "unfrozen_parameters", "qat", "fsdp", "lora_fan_in_fan_out",
-        "fix_untrained_tokens", "reward_model", "process_reward_model",
+        "fix_untrained_tokens", "reward_model", "process_reward_model", "llmcompressor", "quantize_moe_experts",
+        "nonexpert_quantization", "dsv4_fp8_lora_kernel",
     ],
 )  # fmt: skip
 def test_refused_keys(key):
     with pytest.raises(QALoraError, match=f"{key} cannot be combined with adapter: qalora: .* Remove {key}"):
         refuse_unmergeable(GOOD | {key: True})
     refuse_unmergeable(GOOD | {key: False})
+
+
+@pytest.mark.parametrize("key", ["fp8", "fp8_enable_fsdp_float8_all_gather"])
+def test_factors_in_8_bits(key):
+    with pytest.raises(QALoraError, match=f"{key} cannot be .* factors in 8 bits.* Set bf16: true"):
+        refuse_unmergeable(GOOD | {key: True})
 
 
 def test_loftq_and_pissa():

@@ -82,7 +82,8 @@ def test_two_engines_at_once_are_refused():
     ("keys", "message"),
     [
         ({"fsdp_config": {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 100}}, "Set TRANSFORMER_BASED_WRAP"),
-        ({"fsdp_config": LAYERS, "optimizer": "adafactor"}, "optimizer: adafactor cannot be combined with fsdp_config"),
+        ({"fsdp_config": LAYERS, "optimizer": "adafactor"}, "optimizer: adafactor cannot be combined with FSDP2"),
+        ({"fsdp_config": LAYERS, "optimizer": "paged_adamw_32bit"}, "optimizer: paged_adamw_32bit cannot be combined"),
     ],
     ids=str,
 )

@@ -69,12 +69,22 @@ def router_of_three(tensors):
     tensors["model.layers.1.mlp.gate.weight"] = tensors["model.layers.1.mlp.gate.weight"][:3].clone()
 
 
+def router_of_nan(tensors):
+    tensors["model.layers.1.mlp.gate.weight"][2, 5] = float("nan")
+
+
+def both(tensors):
+    tensors[f"{EXPERT.format(2)}.weight"] = torch.zeros(64, 64, dtype=torch.float16)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (a_layer_without, r"model.layers.1.mlp.experts.* at random"),
         (without_router, r"model.layers.1.mlp.gate.* at random"),
         (router_of_three, r"holds model.layers.1.mlp.gate.weight as 3×64, but Qwen3MoeForCausalLM has 4×64"),
+        (router_of_nan, r"model.layers.1.mlp.gate.weight holds NaN or Inf"),
+        (both, r"holds model.layers.0.mlp.experts.2.up_proj twice, quantized and dense"),
         (missing, r"1 of 4 experts of model.layers.0.mlp.experts lack .*experts.2.up_proj is missing"),
         (left_dense, r"experts.2.up_proj is left dense\): a layer's experts must be quantized all, or none"),
         (one_too_many, r"quantizes model.layers.0.mlp.experts.4.up_proj, but model.layers.0.mlp.experts has 4 experts"),
@@ -94,6 +104,13 @@ def test_a_base_that_does_not_fit_is_refused(qwen, tmp_path, change, message):
     why = inspect(base).why_not
     assert why
     assert re.search(message, why)
+
+
+@pytest.mark.parametrize("key", ["expert_backend", "experts_implementation", "use_scattermoe", "use_sonicmoe"])
+def test_kernels_for_dense_experts_have_no_effect(qwen, tmp_path, caplog, key):
+    config = {"base_model": str(qwen), "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True, key: "scattermoe"}
+    check_axolotl(config | {"output_dir": str(tmp_path / "out")})
+    assert f"{key} has no effect on this base: its experts are packed" in caplog.text
 
 
 def test_experts_that_compute_something_else_are_refused(qwen, monkeypatch):

@@ -178,17 +178,20 @@ def test_bad_options_of_the_callback_are_refused_at_once(base):
         QALoraMergeCallback(base, ofset_dtype="float32")
 
 
-def test_fsdp1_is_refused_when_the_trainer_is_made(base, monkeypatch):
+def test_what_fsdp_cannot_do_is_refused_when_the_trainer_is_made(base, monkeypatch):
     """The Trainer itself makes an FSDP engine on GPUs alone."""
     from types import SimpleNamespace
 
     from qalora_plugin.integrations.peft import sharded
 
     model = add_adapter(load_base(base), r=2, target_modules=["q_proj"])
-    arguments = SimpleNamespace(fsdp=True, fsdp_config={"version": 1}, bf16=False, fp16=False)
+    arguments = SimpleNamespace(fsdp=True, fsdp_config={"version": 1}, bf16=False, fp16=False, optim="lion_32bit")
     with pytest.raises(QALoraError, match=r"FSDP1 flattens .* Use FSDP2"):
         QALoraMergeCallback(base).on_init_end(arguments, None, None, model=model)
     arguments.fsdp_config = {"version": 2}
+    with pytest.raises(QALoraError, match="optim: lion_32bit cannot be combined with FSDP2"):
+        QALoraMergeCallback(base).on_init_end(arguments, None, None, model=model)
+    arguments.optim = "adamw_torch"
     QALoraMergeCallback(base).on_init_end(arguments, None, None, model=model)
     monkeypatch.setattr(sharded, "is_launched_with", lambda name: name == "ACCELERATE_USE_FSDP")
     monkeypatch.setenv("FSDP_VERSION", "1")  # what `accelerate launch --use_fsdp` sets

@@ -103,3 +103,7 @@ def test_every_rank_is_told(ranks):
         assert "rank 1 trains another adapter than rank 0: r is " in found["other adapter"]
         assert "the saved adapter is 'digest 1', there 'digest 0'" in found["other saved adapter"]
         assert "can be read only while the model runs" in found["read while sharded"]
+
+
+def test_who_waits_for_a_rank_that_has_ended_is_told(ranks):
+    assert "another rank ended while rank 0 waited for it" in ranks[0]["alone"]

@@ -29,6 +29,7 @@ from qalora_plugin.kernels.hardware import emulates
 
 LOG = logging.getLogger("axolotl.qalora")
 AXOLOTLS_OUTPUT_DIR = "./model-out"
+_EXPERTS_KERNELS = ("expert_backend", "experts_implementation", "use_scattermoe", "use_sonicmoe")
 _NARROWING = ("lora_exclude_modules", "peft_layers_to_transform", "peft_layers_pattern")
 
 
@@ -71,6 +72,9 @@ def check_axolotl(cfg: dict[str, Any], other_adapters: dict[str, list[str]] | No
             f"{fused_loss} multiplies by lm_head's dense weight itself, but {cfg['base_model']} quantises lm_head. "
             f"Set {fused_loss}: false, or use a base whose lm_head is dense (GPTQ's default)."
         )
+    for key in _EXPERTS_KERNELS if in_model else ():
+        if cfg.get(key):
+            LOG.warning("%s has no effect on this base: its experts are packed, and have kernels of their own", key)
     for key in ("context_parallel_size", "sequence_parallel_degree"):  # the second is the first one's older name
         if (cfg.get(key) or 1) > 1:
             LOG.warning(
@@ -224,6 +228,7 @@ def check_base(base: str, revision: str | None = None) -> dict[str, GroupwiseSpe
         return None
     source = QuantizedCheckpoint.open(base)
     source.check_values()
+    source.check_dense_values()
     if reason := source.why_not_servable():
         LOG.warning("%s: %s", base, reason)
     return source.specs

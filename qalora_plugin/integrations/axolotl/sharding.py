@@ -5,10 +5,9 @@ from typing import Any
 
 from qalora_plugin.checkpoint.json_files import read_json, short
 from qalora_plugin.core.errors import QALoraError
-from qalora_plugin.core.unsupported import refuse_deepspeed
+from qalora_plugin.core.unsupported import refuse_deepspeed, refuse_optimizer_of_fsdp2
 
 _DTYPES = ("bf16", "fp16")
-_WHOLE_PARAMETERS = ("adafactor",)  # transformers 5.16: mixes tensors with DTensors
 
 
 def loaded_for(cfg: dict[str, Any]) -> str | None:
@@ -56,11 +55,7 @@ def check_fsdp(cfg: dict[str, Any]) -> None:
             "fsdp_config.auto_wrap_policy is SIZE_BASED_WRAP, which would also wrap the containers that PEFT keeps an "
             "adapter in, and FSDP2 cannot. Set TRANSFORMER_BASED_WRAP and transformer_layer_cls_to_wrap."
         )
-    if cfg.get("optimizer") in _WHOLE_PARAMETERS:
-        raise QALoraError(
-            f"optimizer: {cfg['optimizer']} cannot be combined with fsdp_config: it computes with whole parameters. "
-            "Use adamw_torch, or DeepSpeed instead of FSDP."
-        )
+    refuse_optimizer_of_fsdp2(str(cfg.get("optimizer")), "optimizer")
     policy = fsdp.get("mixed_precision_policy") or fsdp.get("fsdp_mixed_precision_policy")
     if policy and (dtype := loaded_for(cfg)) not in (None, policy):
         raise QALoraError(

@@ -149,7 +149,13 @@ def _of_all_ranks(mine: Any) -> list[Any]:
     if not (dist.is_available() and dist.is_initialized()):
         return [mine]
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
+    try:
+        dist.all_gather_object(found, mine)
+    except RuntimeError as error:  # its connection is gone
+        raise QALoraError(
+            f"another rank ended while rank {dist.get_rank()} waited for it: it could not load its base or its "
+            "adapter. Its own message, in its own log, says why."
+        ) from error
     return found
 
 

@@ -81,6 +81,7 @@ class QALoraHfQuantizer(HfQuantizer):
             )
         self.opened = QuantizedCheckpoint.open(_folder(checkpoint_files))
         self.opened.check_values()
+        self.opened.check_dense_values()
         self.checkpoint = self.opened.files
         found = destinations(model, [f"{name}.weight" for name in self.opened.specs])
         self._experts = place_experts(model, self.opened, found)
