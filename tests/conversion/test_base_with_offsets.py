@@ -243,8 +243,8 @@ def test_a_lora_over_such_a_base(offset_base, part, tmp_path):
 
 def test_axolotl_takes_it(offset_base, merged):
     for folder in (offset_base, merged):
-        specs = check_base(str(folder))
-        assert len(specs) == 14
+        opened = check_base(str(folder))
+        assert len(opened.specs) == 14
         check_axolotl({"base_model": str(folder), "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True})
 
 

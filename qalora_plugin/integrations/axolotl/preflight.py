@@ -52,8 +52,9 @@ def check_axolotl(cfg: dict[str, Any], other_adapters: dict[str, list[str]] | No
     refuse_unmergeable(cfg)
     check_deepspeed(cfg)
     _check_places(cfg, options)
-    modules = check_base(cfg["base_model"], cfg.get("revision_of_model"))
-    in_model = None if modules is None else _names_in_model(cfg["base_model"])
+    base = check_base(cfg["base_model"], cfg.get("revision_of_model"))
+    modules = None if base is None else base.specs
+    in_model = None if base is None else _names_in_model(base)
     if cfg.get("lora_model_dir"):
         adapter = AdapterFolder.open(cfg["lora_model_dir"])
         adapter.check_values()
@@ -210,11 +211,11 @@ def merge_dir(cfg: Any) -> Path:
     return absolute(cfg.qalora.merge_dir or Path(cfg.output_dir) / "merged")
 
 
-def check_base(base: str, revision: str | None = None) -> dict[str, GroupwiseSpec] | None:
-    """A local base in full (headers, shapes, scales); of a Hub id only its config, without its weights.
+def check_base(base: str, revision: str | None = None) -> QuantizedCheckpoint | None:
+    """A local base in full (headers, shapes, values); of a Hub id only its config, without its weights.
 
     Returns:
-        The quantised linears; None for a Hub id.
+        None for a Hub id.
     """
     if not (expanded(base).exists() or base.startswith(("/", ".", "~"))):
         found_there = _hub_quantization(base, revision)
@@ -231,12 +232,12 @@ def check_base(base: str, revision: str | None = None) -> dict[str, GroupwiseSpe
     source.check_dense_values()
     if reason := source.why_not_servable():
         LOG.warning("%s: %s", base, reason)
-    return source.specs
+    return source
 
 
-def _names_in_model(base: str) -> LinearNames | None:
-    """Of a local base with quantized experts, which are held against the model by the way; None for others."""
-    outlined = outline(QuantizedCheckpoint.open(base))
+def _names_in_model(base: QuantizedCheckpoint) -> LinearNames | None:
+    """Of a base with quantized experts, which are held against the model by the way; None for others."""
+    outlined = outline(base)
     if outlined is None:
         return None
     model, stored = outlined
