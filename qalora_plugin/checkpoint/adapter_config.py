@@ -103,11 +103,23 @@ def check_config(config: dict, path: Path) -> None:
         check(name, config.get(name), isinstance(config.get(name), kind | None), expected)
     recorded = (config.get("qalora") or {}).get("base_fingerprint")
     check("qalora.base_fingerprint", recorded, isinstance(recorded, str | None), "a string")
-    ranks = {"r": config.get("r"), **_named("rank_pattern", config)}
-    for name, rank in ranks.items():
+    check_numbers(config, path, "Save the adapter again")
+
+
+def check_numbers(config: dict, what: object, remedy: str) -> None:
+    """Refuse ranks and alphas with which nothing would be trained, or NaN: of a ``LoraConfig`` or a stored one."""
+
+    def check(name: str, value: Any, right: bool, expected: str) -> None:
+        if not right:
+            raise QALoraError(f"{what}: {name} is {short(value)}, expected {expected}. {remedy}.")
+
+    for name, rank in {"r": config.get("r"), **_named("rank_pattern", config)}.items():
         check(name, rank, type(rank) is int and rank > 0, "a positive integer")
     for name, alpha in {"lora_alpha": config.get("lora_alpha"), **_named("alpha_pattern", config)}.items():
-        check(name, alpha, type(alpha) in (int, float) and abs(alpha) < _LARGEST_ALPHA, "a finite number")
+        is_number = type(alpha) in (int, float)
+        check(name, alpha, is_number and 0 < abs(alpha) < _LARGEST_ALPHA, "a finite number other than 0")
+    dropout = config.get("lora_dropout", 0.0)
+    check("lora_dropout", dropout, type(dropout) in (int, float) and 0 <= dropout < 1, "at least 0 and below 1")
 
 
 def _named(field: str, config: dict) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.folding import factor, fold, fold_workers, squared_norm
 from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.opened import QuantizedCheckpoint
-from qalora_plugin.formats.qalora import AUTO, FACTORED, FACTORS, OFFSET_FORMS
+from qalora_plugin.formats.qalora import AUTO, FACTORED, FACTORS, require_offset_form
 from qalora_plugin.formats.served_bits import dtype_bits, offset_bits
 
+_SAMPLED_GROUPS = 8  # of each linear, to tell how much float16 would lose
 _SMALL = 1e-4  # mean square roots below this may suffer in float16, which loses digits below 6e-5
 _TOO_LARGE = {"float16": "Use offset_dtype float32", "float32": "The training diverged"}
 
@@ -47,8 +48,7 @@ def merged_specs(base: QuantizedCheckpoint, adapter: AdapterFolder, dtype: str, 
     Raises:
         QALoraError: there is no such form, or factors cannot be had.
     """
-    if form not in OFFSET_FORMS:
-        raise QALoraError(f"offsets is {form!r}, expected one of {', '.join(OFFSET_FORMS)}.")
+    require_offset_form(form)
     specs = dict(base.specs)
     for name in adapter.modules:
         specs[name] = merged_spec(base.specs[name], adapter.rank(name), dtype, form, adapter.has_scales)
@@ -76,6 +76,34 @@ def merged_spec(spec: GroupwiseSpec, rank: int, dtype: str, form: str = AUTO, sc
         return dense
     smaller = offset_bits(factored) < offset_bits(dense)
     return factored if form == FACTORED or (form == AUTO and smaller) else dense
+
+
+def share_lost(base: QuantizedCheckpoint, adapter: AdapterFolder, dtype: str, form: str = AUTO) -> float:
+    """What ``dtype`` would round of all that an adapter adds, in the Euclidean norm, the larger of offsets and changes
+    of scales: estimated from a few groups of every linear.
+
+    Below 6e-5 float16 has fewer digits, and changes of scales may be that small. (Factors are brought to the order of
+    1, so those are not counted.)
+    """
+    wanted, lost = [0.0, 0.0], [0.0, 0.0]
+    for name in adapter.modules:
+        if merged_spec(base.specs[name], adapter.rank(name), dtype, form, adapter.has_scales).offset_rank:
+            continue
+        a, b = adapter.factors(name)
+        rows = np.unique(np.linspace(0, a.shape[1] - 1, _SAMPLED_GROUPS).astype(int))
+        products = [adapter.scaling(name) * a.T[rows].astype(np.float64) @ b.T.astype(np.float64)]
+        if (factors := adapter.scale_factors(name)) is not None:
+            d, c = factors
+            scales = base.scales(name)[0][rows]
+            products = [products[0] * scales, d[rows] @ c * scales]
+        for part, exact in enumerate(products):
+            with np.errstate(over="ignore"):
+                rounded = exact.astype(np.float32).astype(dtype)
+            rounded = np.where(np.isfinite(rounded), rounded, exact)  # too large: refused when it is merged
+            weight = a.shape[1] / len(rows)
+            wanted[part] += weight * float(np.square(exact).sum())
+            lost[part] += weight * float(np.square(exact - rounded).sum())
+    return max((one / all_of_it if all_of_it else 0.0) for one, all_of_it in zip(lost, wanted, strict=True)) ** 0.5
 
 
 def added_bytes(spec: GroupwiseSpec) -> int:

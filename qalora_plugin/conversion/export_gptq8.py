@@ -22,7 +22,8 @@ from qalora_plugin.conversion.writer import write_model
 from qalora_plugin.core.errors import os_errors_in_one_line, printable
 from qalora_plugin.core.weight import GroupwiseWeight
 from qalora_plugin.formats.base import Unsupported
-from qalora_plugin.formats.gptq import V1, Gptq
+from qalora_plugin.formats.gptq import Gptq
+from qalora_plugin.formats.gptq_zeros import V1
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.formats.qalora import WEIGHTS_KEY
 

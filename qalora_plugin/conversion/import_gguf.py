@@ -31,7 +31,8 @@ from qalora_plugin.formats.gguf.groupwise import to_groupwise
 from qalora_plugin.formats.gguf.placing import FLOATS, Placed, place_tensors
 from qalora_plugin.formats.gguf.reading import GgufFile
 from qalora_plugin.formats.gguf.tokenizer import load_tokenizer, rebuild_tokenizer
-from qalora_plugin.formats.gptq import V2, Gptq
+from qalora_plugin.formats.gptq import Gptq
+from qalora_plugin.formats.gptq_zeros import V2
 from qalora_plugin.formats.qalora import QALora
 
 if TYPE_CHECKING:

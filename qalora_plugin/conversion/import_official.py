@@ -21,7 +21,7 @@ from qalora_plugin.checkpoint.places import require_place
 from qalora_plugin.conversion.import_adapter import ImportedAdapter, import_adapter
 from qalora_plugin.conversion.writer import Array, write_model
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
-from qalora_plugin.formats.gptq import V2
+from qalora_plugin.formats.gptq_zeros import V2
 from qalora_plugin.formats.lora_folder import to_safetensors
 from qalora_plugin.formats.official import OFFICIAL, OfficialMerge, tell_reading
 from qalora_plugin.formats.opened import QuantizedCheckpoint

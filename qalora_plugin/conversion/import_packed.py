@@ -26,7 +26,8 @@ from qalora_plugin.formats.awq import Awq
 from qalora_plugin.formats.base import CheckpointFormat, Unsupported
 from qalora_plugin.formats.compressed_tensors import CompressedTensors
 from qalora_plugin.formats.fusion import dense_modules, unservable
-from qalora_plugin.formats.gptq import V2, Gptq
+from qalora_plugin.formats.gptq import Gptq
+from qalora_plugin.formats.gptq_zeros import V2
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -22,7 +22,7 @@ from qalora_plugin.checkpoint.fingerprint import Identity, identity, is_sampled,
 from qalora_plugin.checkpoint.folder import SINGLE_NAME, Checkpoint
 from qalora_plugin.checkpoint.json_files import read_json
 from qalora_plugin.checkpoint.places import require_place
-from qalora_plugin.conversion.added import added, added_bytes, merged_specs
+from qalora_plugin.conversion.added import added, added_bytes, merged_specs, share_lost
 from qalora_plugin.conversion.card import model_card
 from qalora_plugin.conversion.strength import PICTURE_NAME, picture, strengths
 from qalora_plugin.conversion.writer import ShardWriter, write_config, write_index
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 64 << 20
 MOST_LOST = 1e-3  # of what the adapter adds, in the Euclidean norm; float16 rounds to 2e-4
+_MOST_ESTIMATED = MOST_LOST / 2  # from a sample
 _KEPT_KEYS = (
     "bits",
     "group_size",
@@ -89,7 +90,8 @@ def merge(
         adapter: folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
         out: the new folder; complete or absent, whatever happens.
         offset_dtype: ``"float16"`` (error 0.03 % of the adapter's own contribution) or ``"float32"``, of offsets and
-            changes of scales; default: float16, and float32 where the base has any already.
+            changes of scales; default: float16, and float32 where the base has any already, or the adapter is too small
+            for float16.
         copy: copy the base's shards even where they could be hard-linked.
         offsets: ``"auto"``, which factors the offsets of every linear where that takes fewer bytes; ``"dense"``, which
             versions of this package before format_version 3 can read; or ``"factored"``.
@@ -112,7 +114,7 @@ def merge(
     opened.require_base(source.fingerprint(recorded) if is_sampled(recorded) else base_fingerprint, base)
     opened.check_fits(source.specs)
 
-    offset_dtype = offset_dtype or default_offset_dtype(source)
+    offset_dtype = offset_dtype or default_offset_dtype(source, opened, offsets)
     specs = merged_specs(source, opened, offset_dtype, offsets)
     new_bytes = sum(map(added_bytes, specs.values()))
     kept = _kept_files(files)
@@ -150,11 +152,12 @@ def merge(
     return MergeResult(out, len(opened.modules), new_bytes, linked, factored, served)
 
 
-def default_offset_dtype(base: QuantizedCheckpoint) -> str:
+def default_offset_dtype(base: QuantizedCheckpoint, adapter: AdapterFolder, form: str = AUTO) -> str:
     """float16, or float32 where the base has offsets or changed scales already: rounding those could outweigh what the
-    adapter adds."""
+    adapter adds; or where the adapter is so small that float16 would lose more of it than ``qalora verify`` lets pass.
+    """
     changed = any(spec.offset_dtype or spec.scales_delta_dtype for spec in base.specs.values())
-    return "float32" if changed else "float16"
+    return "float32" if changed or share_lost(base, adapter, "float16", form) > _MOST_ESTIMATED else "float16"
 
 
 def _kept_files(files: Checkpoint) -> dict[str, str]:
@@ -201,7 +204,7 @@ def is_merge_of(
         return False
     source = QuantizedCheckpoint.open(base, revision)
     return (
-        recorded.get("offset_dtype") == (offset_dtype or default_offset_dtype(source))
+        recorded.get("offset_dtype") == (offset_dtype or default_offset_dtype(source, AdapterFolder.open(adapter)))
         and recorded.get("base_fingerprint") == source.fingerprint()
         and Checkpoint.open(folder).method == QALora.method
     )

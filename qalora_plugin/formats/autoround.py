@@ -11,7 +11,8 @@ from typing import Any
 from qalora_plugin.checkpoint.json_files import short
 from qalora_plugin.core.words import SUPPORTED_BITS
 from qalora_plugin.formats.base import Unsupported
-from qalora_plugin.formats.gptq import V1, V2, Gptq
+from qalora_plugin.formats.gptq import Gptq
+from qalora_plugin.formats.gptq_zeros import V1, V2
 
 _OTHERWISE = (
     "Export it from AutoRound with format auto_gptq, or make a GPTQ checkpoint of the original 16-bit model: "

@@ -24,7 +24,8 @@ from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.weight import GroupwiseSpec, GroupwiseWeight
 from qalora_plugin.core.words import SUPPORTED_BITS
 from qalora_plugin.formats.base import Headers
-from qalora_plugin.formats.gptq import V2, Gptq, is_act_order
+from qalora_plugin.formats.gptq import Gptq, is_act_order
+from qalora_plugin.formats.gptq_zeros import V2
 from qalora_plugin.formats.lora_folder import PooledLora
 
 if TYPE_CHECKING:

@@ -137,6 +137,12 @@ def _version_of(names: Iterable[str]) -> tuple[int, str]:
     return max(needed.items())
 
 
+def require_offset_form(form: object) -> None:
+    """Refuse a form of offsets that there is not."""
+    if form not in OFFSET_FORMS:
+        raise QALoraError(f"offsets is {form!r}, expected one of {', '.join(OFFSET_FORMS)}.")
+
+
 def require_offset_dtype(name: str | None) -> None:
     """Refuse what offsets cannot be stored as; None leaves the choice to the merge."""
     if name not in (None, *OFFSET_DTYPES):

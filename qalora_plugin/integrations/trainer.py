@@ -8,13 +8,15 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qalora_plugin.checkpoint.places import absolute, is_inside, require_outside, require_place
+from qalora_plugin.conversion.added import merged_spec
 from qalora_plugin.conversion.merging import merge
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.unsupported import refuse_optimizer_of_fsdp2
 from qalora_plugin.eval.proof import prove
 from qalora_plugin.eval.tokens import sample_dataset
 from qalora_plugin.formats.opened import QuantizedCheckpoint
-from qalora_plugin.formats.qalora import require_offset_dtype
+from qalora_plugin.formats.qalora import AUTO, require_offset_dtype, require_offset_form
+from qalora_plugin.integrations.peft.adapter import QALoraLayer
 from qalora_plugin.integrations.peft.sharded import (
     RestoreAdapter,
     full_adapter,
@@ -27,6 +29,24 @@ from qalora_plugin.integrations.peft.sharded import (
 from qalora_plugin.layers.summary import training_dtype, training_summary
 
 logger = logging.getLogger(__name__)
+
+
+def _require_alone(model: Any) -> None:
+    """Refuse to train anything but the adapter that is merged."""
+    active = model.active_adapters() if callable(model.active_adapters) else model.active_adapters
+    if list(active) != ["default"]:
+        raise QALoraError(
+            f"the active adapter is {', '.join(map(repr, active)) or 'none'}, but what is merged is 'default', which "
+            "would not be trained, or not alone. Call model.set_adapter('default'), or save and merge yourself "
+            "(qalora_plugin.merge)."
+        )
+
+
+def _adapted(model: Any) -> set[str]:
+    """The adapted linears, by their names on disk."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    quantizer: Any = base.hf_quantizer
+    return {quantizer.names[name] for name, module in base.named_modules() if isinstance(module, QALoraLayer)}
 
 
 class QALoraMergeCallback(TrainerCallback):
@@ -51,6 +71,9 @@ class QALoraMergeCallback(TrainerCallback):
     ):
         signature(merge).bind(base, "adapter", "out", **merge_kwargs)  # a wrong name: now, not after training
         require_offset_dtype(merge_kwargs.get("offset_dtype"))
+        require_offset_form(merge_kwargs.get("offsets", AUTO))
+        if type(verify_tokens) is not int or verify_tokens < 2:
+            raise QALoraError(f"verify_tokens is {verify_tokens!r}, expected a whole number of at least 2. Correct it.")
         self.base, self.out, self.merge_kwargs = base, out, merge_kwargs
         self.verify, self.verify_tokens = verify, verify_tokens
 
@@ -68,7 +91,8 @@ class QALoraMergeCallback(TrainerCallback):
             )
         require_place(target, self.base, "the merge's folder")
 
-    def _require_base(self, trained_on: str) -> None:
+    def _require_base(self, config: Any, model: Any) -> None:
+        trained_on = config.qalora["base_fingerprint"]
         source = QuantizedCheckpoint.open(self.base, self.merge_kwargs.get("revision"))
         if reason := source.why_not_servable():
             logger.warning("%s: %s", self.base, reason)
@@ -77,6 +101,9 @@ class QALoraMergeCallback(TrainerCallback):
                 f"the trainer's model was loaded from another base: its adapter records {trained_on}, {self.base} is "
                 f"{found}. Give QALoraMergeCallback the base (and the revision) that load_base was given."
             )
+        form = self.merge_kwargs.get("offsets", AUTO)
+        for stored in _adapted(model) & source.specs.keys():
+            merged_spec(source.specs[stored], config.r, "float32", form, bool(config.qalora.get("scales")))
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Only now is it known everywhere that the Trainer's own arguments ask for FSDP."""
@@ -100,14 +127,20 @@ class QALoraMergeCallback(TrainerCallback):
         model = kwargs["model"]
         config: Any = getattr(model, "peft_config", {}).get("default")
         if getattr(config, "qalora", None) is None:
+            if others := [name for name, one in getattr(model, "peft_config", {}).items() if hasattr(one, "qalora")]:
+                raise QALoraError(
+                    f"the trainer's model has no adapter named default, which is what is merged, but {others[0]!r}. "
+                    "Name it default, as add_adapter does."
+                )
             raise QALoraError(
                 f"the trainer's model ({type(model).__name__}) has no QA-LoRA adapter. "
                 "Pass the model that add_adapter(load_base(…)) returns; or, to a trainer of TRL, load_base(…) and "
                 "peft_config=LoraConfig(…)."
             )
+        _require_alone(model)
         require_one_base(config.qalora["base_fingerprint"])
         self._require_places(args)
-        self._require_base(config.qalora["base_fingerprint"])
+        self._require_base(config, model)
         RestoreAdapter().on_train_begin(args, state, control, model=model)
         if not is_to_be_sharded():  # else it is by now, and was said before
             self._say_how(model, args, state)

@@ -13,17 +13,20 @@ import torch
 import torch.distributed as dist
 from rich.progress import Progress
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from qalora_plugin.checkpoint.folder import read_config
 from qalora_plugin.checkpoint.hub import resolve
+from qalora_plugin.checkpoint.json_files import short
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.reference import dequantize
 from qalora_plugin.core.weight import GroupwiseWeight
+from qalora_plugin.eval.models import positions
 from qalora_plugin.eval.tokens import load_tokenizer, require_ids
 from qalora_plugin.integrations.peft.adapter import QALoraLayer
 from qalora_plugin.integrations.peft.experts import QALoraExpertsLayer
 from qalora_plugin.integrations.peft.sharded import is_to_be_sharded
-from qalora_plugin.integrations.transformers.loading import load_model
+from qalora_plugin.integrations.transformers.dense_models import load_dense
 from qalora_plugin.layers.linear import QuantLinear
 from qalora_plugin.methods.block_inputs import blocks_of, hessians
 from qalora_plugin.methods.calibration import calibrated_factors
@@ -33,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 CALIBRATED = "calibrated"  # `qalora.init` in an adapter's config
 SAMPLES, LENGTH = 128, 512
+_UNRELATED = 1.5  # squared error of one linear's weights over their square, from which they are not the same ones
 _SHORTER = 4  # times as many sequences where a text's are short: tokens are what is needed
 
 
@@ -79,14 +83,15 @@ def calibrate(
     folder = resolve(dense, revision)
     require_dense(read_config(folder), dense)
     if isinstance(text, str | Path):
-        sequences: Sequence[list[int]] = calibration_sequences(folder, str(text), samples, length, seed)
+        sequences = calibration_sequences(folder, str(text), samples, length, seed)
     else:
-        sequences = text
+        sequences = _as_sequences(text)
     base = model.get_base_model()
-    twin = load_model(folder, model_class=type(base).__name__, dtype="auto").eval()
+    twin = load_dense(folder, str(dense), model_class=type(base).__name__, dtype="auto").eval()
     _require_twin(twin, layers, dense)
-    if not sequences or not all(sequences):
-        raise QALoraError("no sequence to calibrate on was given, or an empty one. Pass some, or a text file.")
+    longest = positions(twin.config)
+    if longest and any(len(sequence) > longest for sequence in sequences):
+        raise QALoraError(f"a sequence has more tokens than the {longest} that {dense} takes. Pass shorter ones.")
     require_ids(sequences, twin.config.get_text_config().vocab_size, dense)
     blocks, inside = blocks_of(twin, layers)
     _require_near(twin, {name: layers[name] for name in inside}, dense)
@@ -169,23 +174,29 @@ def _require_twin(twin: nn.Module, layers: dict[str, QALoraLayer], dense: str | 
 
 
 def _require_near(twin: nn.Module, layers: dict[str, QALoraLayer], dense: str | Path) -> None:
-    """Refuse a model of the same sizes with other weights: what quantization leaves is nearer to them than zero is.
-
-    Of one linear of each name, the first.
+    """Refuse a model of the same sizes with other weights: what quantization leaves is nearer to them than zero is, by
+    and large; weights that have nothing to do with each other are off by √2 of their size.
     """
-    first = {name.rpartition(".")[2]: name for name in reversed(layers)}
     off, all_of_it = 0.0, 0.0
-    for name in first.values():
-        weight = _weight(layers[name])
-        wanted = _dense_weight(twin.get_submodule(name)).to(weight.scales.device, torch.float32)
-        off += (wanted - dequantize(weight, torch.float32)).square().sum().item()
-        all_of_it += wanted.square().sum().item()
-    if not off < all_of_it:  # NaN, too
+
+    def refuse(what: str, off: float, all_of_it: float) -> None:
         raise QALoraError(
-            f"{dense} is not the 16-bit model of this base: the weights that both have are off by "
+            f"{dense} is not the 16-bit model of this base: {what} off by "
             f"{(off / all_of_it) ** 0.5 if all_of_it else inf:.0%} of their size. Give the model that the base was "
             "quantized from."
         )
+
+    for name, layer in layers.items():
+        weight = _weight(layer)
+        wanted = _dense_weight(twin.get_submodule(name)).to(weight.scales.device, torch.float32)
+        if not wanted.isfinite().all():
+            raise QALoraError(f"{dense} holds NaN or Inf, in {name}. Download or copy it again.")
+        error, size = (wanted - dequantize(weight, torch.float32)).square().sum().item(), wanted.square().sum().item()
+        if error > _UNRELATED * size:
+            refuse(f"the weights of {name} are", error, size)
+        off, all_of_it = off + error, all_of_it + size
+    if not off < all_of_it:
+        refuse("the weights that both have are", off, all_of_it)
 
 
 def _dense_weight(linear: nn.Module) -> Tensor:
@@ -194,8 +205,34 @@ def _dense_weight(linear: nn.Module) -> Tensor:
     return weight.t() if isinstance(linear, nn.Linear) else weight
 
 
+def _as_sequences(given: Any) -> list[list[int]]:
+    """Sequences of token ids, as lists of them.
+
+    Raises:
+        QALoraError: none, an empty one, or something else.
+    """
+    sequences = [one.tolist() if isinstance(one, Tensor) else one for one in given]
+    for sequence in sequences:
+        if not isinstance(sequence, list | tuple) or not all(type(token) is int for token in sequence):
+            raise QALoraError(
+                f"a sequence to calibrate on is {short(sequence)}, expected a list of token ids. Tokenize texts first, "
+                "or pass a text file."
+            )
+    if not sequences or not all(sequences):
+        raise QALoraError("no sequence to calibrate on was given, or an empty one. Pass some, or a text file.")
+    return [list(sequence) for sequence in sequences]
+
+
 def calibration_sequences(folder: Path, text: str, samples: int, length: int, seed: int) -> list[list[int]]:
     """Token ids of a text, by the tokenizer in ``folder``: ``samples·length`` of them where there are so many."""
+    try:
+        longest = positions(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    except Exception as error:  # whatever configs of any kind and age raise
+        raise QALoraError(
+            f"{folder / 'config.json'} is no model's config that transformers can read ({error}). Give the 16-bit "
+            "model that the base was quantized from."
+        ) from error
+    length = min(length, longest or length)
     rows = calibration_rows(load_tokenizer(folder), text, _SHORTER * samples, length, seed)
     sequences, left = [], samples * length
     for row in rows:

@@ -53,6 +53,21 @@ def test_merged_equals_base_plus_adapter(tmp_path, kind, offset_dtype):
     assert report.weight_error_relative < (1e-3 if offset_dtype == "float16" else 1e-7)
 
 
+@pytest.mark.parametrize("std", [1e-2, 2e-3])
+def test_changes_that_float16_has_no_digits_for_are_stored_in_float32(tmp_path, std):
+    """As a short run at a low rate leaves them: D·C some 1e-5 of scales of 1e-2."""
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", std=std, scales=True)
+    merge(base, adapter, tmp_path / "out", progress=False)
+    assert Checkpoint.open(tmp_path / "out").tensors[f"{MODULE}.scales_delta"].dtype == "F32"
+    assert check(base, adapter, tmp_path / "out").passed
+    assert is_merge_of(tmp_path / "out", base, adapter, None)
+
+
+def test_changes_that_float16_can_hold_are_stored_in_it(chain):
+    assert Checkpoint.open(chain / "once").tensors[f"{MODULE}.scales_delta"].dtype == "F16"
+
+
 def test_scales_delta_is_the_definition(chain):
     adapter, merged = AdapterFolder.open(chain / "first"), Checkpoint.open(chain / "once")
     scales = QuantizedCheckpoint.open(chain / "base").weight(MODULE).scales

@@ -12,7 +12,7 @@ from support.layers import read_stored
 
 from qalora_plugin.core.packing import code_plane, pack_cols, pack_rows, unpack_cols, unpack_rows
 from qalora_plugin.core.words import SUPPORTED_BITS, codes_per_period
-from qalora_plugin.formats.gptq import read_zeros, symmetric_words, write_zeros
+from qalora_plugin.formats.gptq_zeros import read_zeros, symmetric_words, write_zeros
 
 sizes = st.tuples(st.sampled_from(SUPPORTED_BITS), st.integers(1, 4), st.integers(1, 9), st.integers(0, 2**31))
 

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from support.fabricate import make_adapter, make_base
@@ -81,3 +81,42 @@ def test_hot_swapping_is_for_adapters_of_one_kind(base, adapter, tmp_path):
     hotswap_adapter(model, str(adapter), "default")
     with pytest.raises(ValueError, match="qalora"):
         hotswap_adapter(model, str(without), "default")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"target_modules": ["q_proj"]}, r"adapts 14 linears, this run 2; model.layers.0.mlp.down_proj differs"),
+        ({"lora_alpha": 800}, r"at rank 4 and alpha/rank 2, this run has rank 4 and 200\. Resume with the settings"),
+        ({"use_rslora": True}, r"at rank 4 and alpha/rank 2, this run has rank 4 and 4\."),
+        ({"r": 8, "lora_alpha": 16}, r"at rank 4 and alpha/rank 2, this run has rank 8 and 2\."),
+        ({"rank_pattern": {"q_proj": 2}}, r"trained model.layers.0.self_attn.q_proj at rank 4 .* has rank 2"),
+    ],
+)
+def test_a_checkpoint_of_another_adapter_is_not_resumed(base, tmp_path, options, match):
+    """PEFT reads its weights alone."""
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+    saved = add_adapter(load_base(base), **settings)
+    saved.save_pretrained(tmp_path / "saved")
+    model = add_adapter(load_base(base), **(settings | options))
+    with pytest.raises(QALoraError, match=match):
+        model.load_adapter(tmp_path / "saved", "default", is_trainable=True)
+    saved.load_adapter(tmp_path / "saved", "default", is_trainable=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"r": 1.5}, "r is 1.5, expected a positive integer"),
+        ({"lora_alpha": 0}, "lora_alpha is 0, expected a finite number other than 0"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"alpha_pattern": {"q_proj": float("inf")}}, r"alpha_pattern\['q_proj'\] is inf"),
+        ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] is 0, expected a positive integer"),
+        ({"lora_dropout": 2.0}, "lora_dropout is 2.0, expected at least 0 and below 1"),
+    ],
+)
+def test_numbers_with_which_nothing_would_be_trained(base, options, match):
+    with pytest.raises(QALoraError, match=match):
+        add_adapter(load_base(base), **({"r": 4, "target_modules": "all-linear"} | options))
+    with pytest.raises(QALoraError, match=match):  # as TRL does
+        get_peft_model(load_base(base), LoraConfig(**({"r": 4, "target_modules": ["q_proj"]} | options)))

@@ -58,6 +58,12 @@ def test_refused_keys(key):
     refuse_unmergeable(GOOD | {key: False})
 
 
+@pytest.mark.parametrize("tokens", [1, 0, -5])
+def test_too_few_tokens_to_verify_on(tokens):
+    with pytest.raises(ValidationError, match="greater than or equal to 2"):
+        QALoraArgs.model_validate(GOOD | {"qalora": {"verify_tokens": tokens}})
+
+
 @pytest.mark.parametrize("key", ["fp8", "fp8_enable_fsdp_float8_all_gather"])
 def test_factors_in_8_bits(key):
     with pytest.raises(QALoraError, match=f"{key} cannot be .* factors in 8 bits.* Set bf16: true"):

@@ -4,10 +4,12 @@ import re
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.fabricate import make_base, make_tokenizer
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, Trainer, TrainingArguments
@@ -176,6 +178,44 @@ def test_bad_options_of_the_callback_are_refused_at_once(base):
         QALoraMergeCallback(base, offset_dtype="int8")
     with pytest.raises(TypeError, match="ofset_dtype"):
         QALoraMergeCallback(base, ofset_dtype="float32")
+
+
+@pytest.mark.parametrize("active", ["b", ["default", "b"]])
+def test_an_adapter_that_is_not_the_merged_one_is_not_trained(base, tmp_path, active):
+    run = trainer(base, tmp_path)
+    run.model.add_adapter("b", deepcopy(run.model.peft_config["default"]))
+    run.model.base_model.set_adapter(active)
+    with pytest.raises(QALoraError, match=r"the active adapter is .*'b', but what is merged is 'default'"):
+        run.train()
+
+
+def test_an_adapter_of_another_name_is_not_the_one_that_is_merged(base, tmp_path):
+    model = get_peft_model(load_base(base), LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="mine")
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True)
+    run = Trainer(model, arguments, train_dataset=ROWS, callbacks=[QALoraMergeCallback(base)])
+    with pytest.raises(QALoraError, match="has no adapter named default, which is what is merged, but 'mine'"):
+        run.train()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"verify_tokens": 1}, "verify_tokens is 1, expected a whole number of at least 2"),
+        ({"verify_tokens": True}, "verify_tokens is True"),
+        ({"offsets": "Dense"}, "offsets is 'Dense', expected one of auto, factored, dense"),
+    ],
+)
+def test_options_that_are_used_after_training_are_checked_before_it(base, options, match):
+    with pytest.raises(QALoraError, match=match):
+        QALoraMergeCallback(base, verify=True, **options)
+
+
+def test_a_form_of_offsets_that_cannot_be_had_is_refused_before_training(base, tmp_path):
+    model = add_adapter(load_base(base), r=2, target_modules=["q_proj"], scales=True)
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True)
+    run = Trainer(model, arguments, train_dataset=ROWS, callbacks=[QALoraMergeCallback(base, offsets="factored")])
+    with pytest.raises(QALoraError, match="are in units of the scales that were trained beside them: no two factors"):
+        run.train()
 
 
 def test_what_fsdp_cannot_do_is_refused_when_the_trainer_is_made(base, monkeypatch):

@@ -1,12 +1,14 @@
 """A calibrated start of a whole adapter: inputs block by block, what is set, what is refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from families.architectures import build
 from families.bases import is_to_be_quantized
 from rich.progress import Progress
+from safetensors.torch import load_file, save_file
 from support.fabricate import make_adapter, make_base
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -180,16 +182,45 @@ def test_a_model_that_is_damaged(folders, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folders[1])
     model.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
     model.save_pretrained(tmp_path / "dense")
-    with pytest.raises(QALoraError, match=r"holds NaN or Inf, .* in model\.layers\.1\.mlp\.up_proj"):
+    with pytest.raises(QALoraError, match=r"holds NaN or Inf, in model\.layers\.1\.mlp\.up_proj"):
         calibrate(with_adapter(folders[0]), tmp_path / "dense", SEQUENCES, progress=False)
     with pytest.raises(QALoraError, match="has no tokenizer that can be loaded"):
         calibrate(with_adapter(folders[0]), tmp_path / "dense", __file__, progress=False)
+
+
+@pytest.mark.parametrize("name", ["embed_tokens.weight", "norm.weight", "layers.1.mlp.up_proj.weight"])
+def test_a_model_that_lacks_something(folders, tmp_path, name):
+    """transformers would make it up at random."""
+    folder = shutil.copytree(folders[1], tmp_path / "dense")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[f"model.{name}"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(QALoraError, match=rf"lacks model.{name} \(1 tensors in all\) of a LlamaForCausalLM"):
+        calibrate(with_adapter(folders[0]), folder, SEQUENCES, progress=False)
+
+
+def test_a_model_whose_later_layers_are_another_one(folders, tmp_path):
+    folder = shutil.copytree(folders[1], tmp_path / "dense")
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {k: torch.randn_like(v) * v.std() if ".layers.1.mlp" in k else v for k, v in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(QALoraError, match=r"is not the 16-bit model of this base: the weights of model.layers.1.mlp"):
+        calibrate(with_adapter(folders[0]), folder, SEQUENCES, progress=False)
+
+
+def test_sequences_may_be_tensors(folders):
+    assert calibrate(with_adapter(folders[0]), folders[1], (torch.tensor(one) for one in SEQUENCES), progress=False)
 
 
 @pytest.mark.parametrize(
     ("text", "options", "match"),
     [
         ([[]], {}, "or an empty one"),
+        ([], {}, "or an empty one"),
+        (["some text"], {}, "is 'some text', expected a list of token ids"),
+        ([{"input_ids": [5, 6]}], {}, "expected a list of token ids"),
+        ([[5.0, 6.0]], {}, r"is \[5.0, 6.0\], expected a list of token ids"),
+        ([[5] * 3000], {}, "has more tokens than the 256"),
         ([[5, 600]], {}, "token 600 is none of the 128 that"),
         ([[5, -1]], {}, "token -1 is none"),
         (__file__, {"samples": 0}, "samples is 0, expected 1 or more"),

@@ -6,7 +6,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import unpack_col
 from vllm.model_executor.parameter import permute_param_layout_
 from vllm.scalar_type import scalar_types
 
-from qalora_plugin.formats.gptq import read_zeros, write_zeros
+from qalora_plugin.formats.gptq_zeros import read_zeros, write_zeros
 from vllm_ext.kernels.vllm import kernel_zeros
 
 pytestmark = pytest.mark.usefixtures("one_rank")

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qalora_plugin.core.packing import pack_rows
-from qalora_plugin.formats.gptq import write_zeros
+from qalora_plugin.formats.gptq_zeros import write_zeros
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

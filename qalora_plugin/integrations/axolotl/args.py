@@ -68,7 +68,7 @@ class QALoraBlock(BaseModel):
     init_samples: int | None = Field(
         default=None, gt=0, description="How many sequences of 512 tokens of it to calibrate on; default 128."
     )
-    verify_tokens: int = Field(default=2048, gt=0, description="How many tokens of real data that comparison uses.")
+    verify_tokens: int = Field(default=2048, ge=2, description="How many tokens of real data that comparison uses.")
 
     @field_validator("scales_lr_ratio", "init_samples", "verify_tokens", mode="before")
     @classmethod

@@ -8,6 +8,7 @@ would scale it wrongly. In memory the type is ``LORA``, so everything that PEFT 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
+from math import isclose
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils import hotswap
 from torch import Tensor, nn
 
-from qalora_plugin.checkpoint.adapter_config import Ratios, check_pooling, check_wishes
+from qalora_plugin.checkpoint.adapter_config import Ratios, check_numbers, check_pooling, check_wishes
 from qalora_plugin.checkpoint.adapter_folder import PEFT_TYPE, AdapterFolder
 from qalora_plugin.checkpoint.hub import is_local
 from qalora_plugin.core.delta import OffsetDelta
@@ -54,6 +55,7 @@ class QALoraConfig(LoraConfig):
             self.use_qalora = False  # set in what is saved, see to_dict
         super().__post_init__()
         refuse_peft_fields(self)
+        check_numbers(vars(self), "the adapter's config", "Correct it")
         if self.qalora is not None and not is_bound(self.qalora):
             check_wishes(self.qalora, "this adapter")
         elif self.qalora is not None:
@@ -95,6 +97,7 @@ def _check_base_first(load: Callable) -> Callable:
             saved.check_values()
             if isinstance(config := self.peft_config.get(adapter_name), QALoraConfig):
                 _require_same_scales(config.qalora or {}, saved)
+                _require_same_layers(self.get_base_model(), adapter_name, saved)
         return load(self, model_id, adapter_name, *args, **kwargs)
 
     return load_adapter
@@ -113,6 +116,30 @@ def _require_same_scales(qalora: dict[str, Any], saved: AdapterFolder) -> None:
             f"{saved.folder} was trained {found}, this run trains {wanted}. Resume with the settings it began with, or "
             "begin anew."
         )
+
+
+def _require_same_layers(model: nn.Module, adapter_name: str, saved: AdapterFolder) -> None:
+    """Refuse a checkpoint of other linears, or of other ranks or alphas: PEFT would drop what it has no place for,
+    leave what is missing new, and scale the rest by this run's."""
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, QALoraLayer) and adapter_name in layer.lora_A
+    }
+    end = "Resume with the settings it began with, or begin anew."
+    if different := sorted(layers.keys() ^ {*saved.keys.values()}):
+        raise QALoraError(
+            f"{saved.folder} adapts {len({*saved.keys.values()})} linears, this run {len(layers)}; {different[0]} "
+            f"differs. {end}"
+        )
+    for stored, name in saved.keys.items():
+        trained = saved.rank(stored), saved.scaling(stored)
+        here = layers[name].r[adapter_name], layers[name].scaling[adapter_name]
+        if trained[0] != here[0] or not isclose(trained[1], here[1]):
+            raise QALoraError(
+                f"{saved.folder} trained {name} at rank {trained[0]} and alpha/rank {trained[1]:g}, this run has rank "
+                f"{here[0]} and {here[1]:g}. {end}"
+            )
 
 
 PeftModel.load_adapter = _check_base_first(PeftModel.load_adapter)  # type: ignore[method-assign]  # on purpose
