@@ -190,15 +190,24 @@ def test_a_merged_config_that_a_few_tokens_do_not_show(base, adapter, merged, tm
     assert failure == "config.json has max_position_embeddings: 128, the base's 256: merge again"
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.bias"])
-def test_a_tensor_that_no_merge_adds(base, adapter, merged, tmp_path, name):
-    """Loaders differ in which of two weights they take."""
+_UP = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        (f"{_UP}.weight", rf"holds {_UP} twice, quantized and dense \({_UP}.weight\)"),  # loaders differ in what they take
+        (f"{_UP}.bias", rf"holds {_UP}.bias, which the base does not, and no merge adds"),
+    ],
+    ids=["weight", "bias"],
+)
+def test_a_tensor_that_no_merge_adds(base, adapter, merged, tmp_path, name, match):
     folder = shutil.copytree(merged, tmp_path / "m")
     edit(folder, "model-00001-of-00001.safetensors", lambda tensors: tensors.update({name: torch.zeros(128)}))
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     index["weight_map"][name] = "model-00001-of-00001.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(QALoraError, match=rf"holds {name}, which the base does not, and no merge adds"):
+    with pytest.raises(QALoraError, match=match):
         check(base, adapter, folder)
 
 
