@@ -196,7 +196,10 @@ _UP = "model.layers.0.mlp.up_proj"
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        (f"{_UP}.weight", rf"holds {_UP} twice, quantized and dense \({_UP}.weight\)"),  # loaders differ in what they take
+        (
+            f"{_UP}.weight",
+            rf"holds {_UP} twice, quantized and dense \({_UP}.weight\)",
+        ),  # loaders differ in what they take
         (f"{_UP}.bias", rf"holds {_UP}.bias, which the base does not, and no merge adds"),
     ],
     ids=["weight", "bias"],
