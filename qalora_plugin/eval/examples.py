@@ -150,8 +150,8 @@ def _of_messages(messages: Any, where: object) -> Row:
             raise QALoraError(f"{where} has the role {short(message['role'])}, expected one of {', '.join(_ROLES)}.")
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise QALoraError(
-            f"{where} ends with message {len(messages)}, of role {short(messages[-1]['role'])}, expected a question and "
-            "then the assistant's answer."
+            f"{where} ends with message {len(messages)}, of role {short(messages[-1]['role'])}, expected a question "
+            "and then the assistant's answer."
         )
     asked = tuple({key: message[key] for key in ("role", "content")} for message in messages[:-1])
     return Row(asked, _text(messages[-1], "content", where))

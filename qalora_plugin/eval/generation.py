@@ -15,8 +15,8 @@ from rich.progress import track
 
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.eval.examples import Row, prompt_ids
+from qalora_plugin.eval.limits import positions
 from qalora_plugin.eval.logits import full_precision
-from qalora_plugin.eval.models import positions
 
 MARK = "####"
 _AFTER_MARK = rf"{MARK}[ \t]*([^\n]+)"

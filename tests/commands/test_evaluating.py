@@ -220,15 +220,41 @@ def test_tokenizers_and_references_of_other_models(base, dense, files, tmp_path)
     assert not (tmp_path / "x.csv").exists()
 
 
-def test_a_model_that_is_lost_is_not_called_equal(base, dense, files, tmp_path):
-    lost = LlamaForCausalLM.from_pretrained(dense)
-    lost.lm_head.weight.data.fill_(float("nan"))
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_damaged_models_are_refused_before_any_is_measured(base, dense, files, tmp_path, value, dtype, monkeypatch):
+    lost = LlamaForCausalLM.from_pretrained(dense, dtype=getattr(torch, dtype))
+    lost.model.embed_tokens.weight.data[3, 5] = float(value)
     lost.save_pretrained(tmp_path / "lost")
     make_tokenizer().save_pretrained(tmp_path / "lost")
-    found = run(dense, tmp_path / "lost", "--reference", tmp_path / "lost", "--text", files / "text.txt", "--json")
-    report = json.loads(found.stdout, parse_constant=pytest.fail)  # NaN is no JSON
-    assert [row["kl"] for row in report["results"]] == [None, None]
-    assert report["results"][1]["loss"] is None
+    monkeypatch.setattr(Subject, "loaded", pytest.fail)
+    text, match = ("--text", files / "text.txt"), f"{tmp_path / 'lost'}: model.embed_tokens.weight holds NaN or Inf"
+    assert match in refused(dense, tmp_path / "lost", *text, "--png", tmp_path / "x.png")
+    assert match in refused(dense, "--reference", tmp_path / "lost", *text, "--json")
+    quantized = shutil.copytree(base, tmp_path / "base")
+    tensors = load_file(quantized / "model.safetensors")
+    tensors["model.norm.weight"][0] = float(value)
+    (quantized / "model.safetensors").unlink()
+    save_file(tensors, quantized / "model.safetensors", metadata={"format": "pt"})
+    assert "model.norm.weight holds NaN or Inf" in refused(dense, quantized, *text)
+
+
+def test_a_model_that_overflows_has_no_figures(dense, files, tmp_path):
+    large = LlamaForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    large.model.norm.weight.data.fill_(1e6)  # no float16
+    large.save_pretrained(tmp_path / "large")
+    make_tokenizer().save_pretrained(tmp_path / "large")
+    text = ("--text", files / "text.txt", "--csv", tmp_path / "x.csv")
+    half = (*text, "--dtype", "float16")
+    said = run(dense, tmp_path / "large", *half, code=1).stderr.splitlines()[-1]
+    assert f"the loss of {tmp_path / 'large'} is nan on text.txt" in said
+    assert "float16" in said
+    assert "Pass --dtype float32" in said
+    assert len((tmp_path / "x.csv").read_text().splitlines()) == 2  # what was measured before is kept
+    (tmp_path / "x.csv").unlink()
+    said = run(dense, "--reference", tmp_path / "large", *half, code=1).stderr.splitlines()[-1]
+    assert f"the reference {tmp_path / 'large'} has no likeliest token on text.txt" in said
+    run(tmp_path / "large", *text)
 
 
 def test_places_and_devices_that_cannot_be_used(base, files, tmp_path):
