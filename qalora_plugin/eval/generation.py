@@ -62,9 +62,9 @@ class Judge:
         """
         if not rows:
             raise QALoraError("there is no row to answer. Pass rows with questions and answers.")
-        self.marked = not pattern and all(MARK in row.answer for row in rows)
+        self.marked = pattern is None and all(MARK in row.answer for row in rows)
         try:
-            self._pattern = re.compile(pattern or (_AFTER_MARK if self.marked else r"(?s)\s*(.+)"))
+            self._pattern = re.compile((_AFTER_MARK if self.marked else r"(?s)\s*(.+)") if pattern is None else pattern)
         except re.error as error:
             raise QALoraError(f"--answer-pattern {pattern!r} is no regular expression: {error}.") from error
         found = [self.result(row.answer) for row in rows]

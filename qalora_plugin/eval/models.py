@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qalora_plugin.checkpoint.adapter_folder import CONFIG_NAME, AdapterFolder
 from qalora_plugin.checkpoint.folder import INDEX_NAME, SINGLE_NAME, Checkpoint
-from qalora_plugin.checkpoint.hub import expanded, is_local
+from qalora_plugin.checkpoint.hub import expanded, is_local, require_use_of_revision
 from qalora_plugin.checkpoint.tensors import all_finite
 from qalora_plugin.core.errors import QALoraError, printable
 from qalora_plugin.eval.limits import fitting_length, model_config, positions, vocabulary
@@ -33,10 +33,12 @@ class Subject:
     """A model to measure: a checkpoint, with or without an adapter on it.
 
     Attributes:
-        name: as it was asked for. files: the checkpoint. quantized: the same, opened as one; None of a dense one.
+        name: as it was asked for. source: folder or Hub id of the checkpoint. files: the checkpoint.
+        quantized: the same, opened as one; None of a dense one.
     """
 
     name: str
+    source: str
     files: Checkpoint
     quantized: QuantizedCheckpoint | None = None
     adapter: AdapterFolder | None = None
@@ -60,17 +62,17 @@ class Subject:
             if not base:
                 raise QALoraError(f"the adapter {adapter} does not name its base. Pass BASE+{adapter}.")
         files = Checkpoint.open(str(base), revision)
-        source = QuantizedCheckpoint.of(files) if files.quantization or opened is not None else None
-        if source is None:
+        quantized = QuantizedCheckpoint.of(files) if files.quantization or opened is not None else None
+        if quantized is None:
             _require_finite(files)
         else:
-            source.check_values()
-            source.check_dense_values()
+            quantized.check_values()
+            quantized.check_dense_values()
             if opened is not None:
-                opened.require_base(source.fingerprint(opened.base_fingerprint), str(base))
-                opened.check_fits(source.specs)
+                opened.require_base(quantized.fingerprint(opened.base_fingerprint), str(base))
+                opened.check_fits(quantized.specs)
                 opened.check_values()
-        subject = cls(name, files, source, opened)
+        subject = cls(name, str(base), files, quantized, opened)
         subject._require_model()
         return subject
 
@@ -194,9 +196,14 @@ def open_all(models: list[str], adapters: list[str], revision: str | None = None
 
     Args:
         adapters: each a further one, on the first of ``models``.
+
+    Raises:
+        QALoraError: as :meth:`Subject.open`, or there is a revision of nothing.
     """
     pairs = [*((model, None) for model in models), *((models[0], adapter) for adapter in adapters)]
-    return [Subject.open(model, adapter, revision) for model, adapter in pairs]
+    subjects = [Subject.open(model, adapter, revision) for model, adapter in pairs]
+    require_use_of_revision(revision, [subject.source for subject in subjects])
+    return subjects
 
 
 def _parts(model: str) -> tuple[str | None, str | None]:

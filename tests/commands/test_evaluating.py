@@ -165,6 +165,41 @@ def test_nothing_to_do(base, files, tmp_path, monkeypatch):
     assert "pip install 'qalora[eval]'" in refused(base, *text, "--png", tmp_path / "x.png")
 
 
+UNUSED = {  # option and value → what it needs; each with what else is asked for
+    ("--answer-pattern", "(["): "--generate ROWS",
+    ("--max-new-tokens", 8): "--generate ROWS",
+    ("--kl-tokens", 8): "--reference MODEL",
+    ("--tasks-path", "/nope"): "--tasks NAMES",
+    ("--rows", 3): "--jsonl FILE or --tasks NAMES",
+    ("--tokens", 8): "--text FILE",
+    ("--length", 8): "--text FILE",
+    ("--reference", "x"): "--text FILE or --jsonl FILE",
+}
+
+
+@pytest.mark.parametrize("option", UNUSED, ids=lambda option: option[0])
+def test_options_that_would_change_nothing(base, files, option):
+    other = {
+        "--text FILE": ("--jsonl", files / "qa.jsonl"), "--text FILE or --jsonl FILE": ("--tasks", "arc_easy"),
+    }.get(UNUSED[option], ("--text", files / "text.txt"))  # fmt: skip
+    assert f"{option[0]} needs {UNUSED[option]}" in refused(base, *other, *option)
+
+
+@pytest.mark.parametrize(
+    "option", ["MODEL", "--adapter", "--reference", "--tasks", "--revision", "--answer-pattern", "--device"]
+)
+@pytest.mark.parametrize("value", ["", " "])
+def test_variables_of_the_shell_that_are_unset(base, files, option, value):
+    given = (value,) if option == "MODEL" else (option, value)
+    assert f"{option} is empty" in refused(base, "--jsonl", files / "qa.jsonl", "--generate", 1, *given)
+
+
+def test_what_names_nothing(base, files):
+    text = ("--text", files / "text.txt")
+    assert "--tasks , names no task" in refused(base, *text, "--tasks", ",")
+    assert "--revision main is of a Hub id" in refused(base, *text, "--revision", "main")
+
+
 def test_rows_longer_than_a_model_takes(dense, files, tmp_path):
     short = shutil.copytree(dense, tmp_path / "short")
     config = json.loads((short / "config.json").read_text())
