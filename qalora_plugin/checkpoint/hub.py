@@ -1,5 +1,6 @@
 """Where a model folder is: a path here, or an id of the Hub."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,18 @@ _HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.ti
 
 
 def is_local(path: str | Path) -> bool:
-    """Whether this is a folder here; else :func:`resolve` takes it for a Hub id."""
-    return expanded(path).is_dir()
+    """Whether this is a folder here; else :func:`resolve` takes it for a Hub id. (``""`` is none, though to
+    pathlib it is the working directory.)"""
+    return path != "" and expanded(path).is_dir()
+
+
+def require_use_of_revision(revision: str | None, names: Iterable[str | Path]) -> None:
+    """Refuse a revision where none of the models comes from the Hub: it would change nothing."""
+    if revision is not None and all(is_local(name) for name in names):
+        raise QALoraError(
+            f"--revision {revision} is of a Hub id, but every model is a folder here: it changes nothing. Leave it "
+            "out, or pass the Hub id."
+        )
 
 
 def expanded(path: str | Path) -> Path:
@@ -41,6 +52,8 @@ def resolve(path: str | Path, revision: str | None = None, **hub: Any) -> Path:
     Args:
         hub: passed to ``huggingface_hub.snapshot_download`` (``token``, ``cache_dir`` …).
     """
+    if path == "":
+        raise QALoraError("the name of a model is empty. Pass a local model folder or a Hub id (owner/name).")
     folder = expanded(path)
     if is_local(path):
         return folder.resolve()
@@ -56,6 +69,6 @@ def resolve(path: str | Path, revision: str | None = None, **hub: Any) -> Path:
         return Path(snapshot_download(text, revision=revision, allow_patterns=_HUB_PATTERNS, **hub))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise QALoraError(
-            f"{path!r} is no local folder, and fetching it from the Hub failed: {error}. "
+            f"{text!r} is no local folder, and fetching it from the Hub failed: {error}. "
             "Check the spelling, your connection, and access rights."
         ) from error

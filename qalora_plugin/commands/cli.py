@@ -127,10 +127,12 @@ def verify(
     """Prove that merged = base + adapter (exit status 1 if not), and write the figures into the merged card."""
     import torch
 
+    from qalora_plugin.checkpoint.hub import require_use_of_revision
     from qalora_plugin.conversion.card import add_exactness
     from qalora_plugin.eval.tokens import read_texts
     from qalora_plugin.eval.verifying import verify
 
+    require_use_of_revision(revision, [base])
     if dtype not in ("float32", "bfloat16", "float16"):
         raise QALoraError(f"--dtype is {dtype!r}, expected float32, bfloat16 or float16.")
     report = verify(
@@ -181,8 +183,8 @@ def evaluate(
     from qalora_plugin.eval.running import Settings
 
     settings = Settings(
-        dtype=dtype, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), length=length, tokens=tokens,
-        rows=rows, kl_tokens=kl_tokens, generate=generate, max_new_tokens=max_new_tokens,
+        dtype=dtype, device=("cuda" if torch.cuda.is_available() else "cpu") if device is None else device,
+        length=length, tokens=tokens, rows=rows, kl_tokens=kl_tokens, generate=generate, max_new_tokens=max_new_tokens,
         answer_pattern=answer_pattern,
     )  # fmt: skip
     evaluate(

@@ -36,6 +36,19 @@ def evaluate(
     Raises:
         QALoraError: whatever is wrong with any of them, before the first model is loaded.
     """
+    given = {
+        "MODEL": models, "--adapter": adapters, "--reference": reference, "--tasks": tasks, "--revision": revision,
+        "--answer-pattern": settings.answer_pattern, "--device": settings.device,
+    }  # fmt: skip
+    for option, value in given.items():
+        if any(not text.strip() for text in ([value] if isinstance(value, str) else value or [])):
+            raise QALoraError(
+                f"{option} is empty. Give it a value (is a variable of the shell unset?), or leave it out."
+            )
+    names = [name for part in (tasks or "").split(",") if (name := part.strip())]
+    if tasks is not None and not names:
+        raise QALoraError(f"--tasks {tasks} names no task. Pass --tasks NAMES, a comma between them.")
+    _require_use(settings, texts, sets, names, reference, tasks_path)
     if settings.dtype not in DTYPES:
         raise QALoraError(f"--dtype is {settings.dtype!r}, expected {', '.join(DTYPES)}.")
     for out in (csv, png):
@@ -53,10 +66,9 @@ def evaluate(
     if csv is not None and png is not None and csv.absolute() == png.absolute():
         raise QALoraError(f"--csv and --png are both {csv}. Give each a file of its own.")
     _require_device(settings.device)
-    names = [name for part in (tasks or "").split(",") if (name := part.strip())]
     asked = Tasks(names, tasks_path, settings.rows) if names else None
     subjects = open_all(models, adapters, revision)
-    opened = Subject.open(reference) if reference else None
+    opened = None if reference is None else Subject.open(reference)
     made = plan(subjects, texts, sets, settings, opened, asked)
     messages = Console(stderr=True, soft_wrap=True)
     for note in made.notes:
@@ -73,6 +85,31 @@ def evaluate(
     else:
         show(results)
     return results
+
+
+def _require_use(
+    settings: Settings,
+    texts: list[Path],
+    sets: list[Path],
+    tasks: list[str],
+    reference: str | None,
+    tasks_path: Path | None,
+) -> None:
+    """Refuse an option that would change nothing, because what it is about was not asked for."""
+    usual, generated, compared = Settings(), ("--generate ROWS", settings.generate), ("--reference MODEL", reference)
+    data = ("--text FILE or --jsonl FILE", texts or sets)
+    for option, is_given, (needed, is_there) in (
+        ("--tasks-path", tasks_path is not None, ("--tasks NAMES", tasks)),
+        ("--reference", reference is not None, data),
+        ("--kl-tokens", settings.kl_tokens != usual.kl_tokens, compared),
+        ("--rows", settings.rows is not None, ("--jsonl FILE or --tasks NAMES", sets or tasks)),
+        ("--tokens", settings.tokens != usual.tokens, ("--text FILE", texts)),
+        ("--length", settings.length != usual.length, ("--text FILE", texts)),
+        ("--answer-pattern", settings.answer_pattern is not None, generated),
+        ("--max-new-tokens", settings.max_new_tokens != usual.max_new_tokens, generated),
+    ):
+        if is_given and not is_there:
+            raise QALoraError(f"{option} needs {needed}: it changes nothing without. Pass that too, or leave it out.")
 
 
 def _require_device(device: str) -> None:

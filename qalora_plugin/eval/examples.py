@@ -5,7 +5,7 @@ A row is ``{"messages": […]}``, ``{"question": …, "answer": …}`` (gsm8k's)
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 from qalora_plugin.eval.tokens import ENCODING, parse_line
 
 _PAIRS = (("question", "answer"), ("prompt", "completion"))
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")
 _EXPECTED = '{"messages": […]}, {"question", "answer"}, {"prompt", "completion"} or {"text"}'
 
 
@@ -31,12 +32,25 @@ class Row:
 
     Attributes:
         messages: what comes before the answer, as a chat. answer: the last message; of mere text, all of it.
-        plain: what comes before the answer where there is no chat template.
+        named: whether, where there is no chat template, it is said whose turn each message is.
     """
 
     messages: tuple[dict[str, str], ...]
     answer: str
-    plain: str
+    named: bool = True
+
+    @property
+    def plain(self) -> str:
+        """What comes before the answer where there is no chat template; ``""`` of mere text."""
+        if not self.messages or not self.named:
+            return "\n".join(message["content"] for message in self.messages)
+        said = "".join(f"{message['role'].capitalize()}: {message['content']}\n" for message in self.messages)
+        return f"{said}Assistant: "
+
+    def asking(self, more: str) -> "Row":
+        """The same with something added to the last message before the answer."""
+        *before, last = self.messages
+        return replace(self, messages=(*before, {**last, "content": last["content"] + more}))
 
     def prompt(self, tokenizer: Any) -> str:
         """What a model is given: in the chat template, if the tokenizer has one; ``""`` of mere text."""
@@ -114,31 +128,33 @@ def as_row(row: Any, where: object = "a row") -> Row:
     """
     if not isinstance(row, dict):
         raise QALoraError(f"{where} is {short(row)}, expected {_EXPECTED}.")
-    if messages := row.get("messages"):
-        return _of_messages(messages, where)
+    row = {key: value for key, value in row.items() if value is not None}  # tables have a column for every kind of row
+    if "messages" in row:
+        return _of_messages(row["messages"], where)
     for before, after in _PAIRS:
         if before in row or after in row:
             question, answer = (_text(row, key, where) for key in (before, after))
-            asked = {"role": "user", "content": question}
-            plain = question if before == "prompt" else f"User: {question}\nAssistant: "
-            return Row((asked,), answer, plain)
+            return Row(({"role": "user", "content": question},), answer, named=before != "prompt")
     if "text" in row:
-        return Row((), _text(row, "text", where), "")
-    raise QALoraError(f"{where} has {', '.join(map(short, row)) or 'no key'}, expected {_EXPECTED}.")
+        return Row((), _text(row, "text", where))
+    raise QALoraError(f"{where} has {', '.join(map(short, row)) or 'no key with a value'}, expected {_EXPECTED}.")
 
 
 def _of_messages(messages: Any, where: object) -> Row:
-    for message in messages if isinstance(messages, list) else [messages]:
+    if not isinstance(messages, list) or not messages:
+        raise QALoraError(f"{where}: messages is {short(messages)}, expected a list of messages.")
+    for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise QALoraError(f"{where} holds {short(message)}, expected messages with the texts role and content.")
+        if message["role"] not in _ROLES:  # chat templates leave out, in silence, what they do not know
+            raise QALoraError(f"{where} has the role {short(message['role'])}, expected one of {', '.join(_ROLES)}.")
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise QALoraError(
-            f"{where} ends with a message of role {short(messages[-1]['role'])}, expected a question and then the "
-            "assistant's answer."
+            f"{where} ends with message {len(messages)}, of role {short(messages[-1]['role'])}, expected a question "
+            "and then the assistant's answer."
         )
     asked = tuple({key: message[key] for key in ("role", "content")} for message in messages[:-1])
-    said = "".join(f"{message['role'].capitalize()}: {message['content']}\n" for message in asked)
-    return Row(asked, messages[-1]["content"], f"{said}Assistant: ")
+    return Row(asked, _text(messages[-1], "content", where))
 
 
 def _text(row: dict[str, Any], key: str, where: object) -> str:

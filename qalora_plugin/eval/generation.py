@@ -7,7 +7,7 @@ give; where answers have no such mark, it is asked for the result alone.
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from rich.progress import track
 
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.eval.examples import Row, prompt_ids
+from qalora_plugin.eval.limits import positions
 from qalora_plugin.eval.logits import full_precision
-from qalora_plugin.eval.models import positions
 
 MARK = "####"
 _AFTER_MARK = rf"{MARK}[ \t]*([^\n]+)"
@@ -62,9 +62,9 @@ class Judge:
         """
         if not rows:
             raise QALoraError("there is no row to answer. Pass rows with questions and answers.")
-        self.marked = not pattern and all(MARK in row.answer for row in rows)
+        self.marked = pattern is None and all(MARK in row.answer for row in rows)
         try:
-            self._pattern = re.compile(pattern or (_AFTER_MARK if self.marked else r"(?s)\s*(.+)"))
+            self._pattern = re.compile((_AFTER_MARK if self.marked else r"(?s)\s*(.+)") if pattern is None else pattern)
         except re.error as error:
             raise QALoraError(f"--answer-pattern {pattern!r} is no regular expression: {error}.") from error
         found = [self.result(row.answer) for row in rows]
@@ -116,7 +116,7 @@ def exact_match(
     most = max_new_tokens if with_reasoning or not judge.reasons else min(max_new_tokens, SHORT)
     forced = "" if with_reasoning or not judge.marked else MARK
     if not with_reasoning and judge.reasons and not judge.marked:
-        rows = [_asking_for_the_result(row) for row in rows]
+        rows = [row.asking(_ASK) for row in rows]
     prompts = [prompt_ids(tokenizer, row.prompt(tokenizer) + forced) for row in rows]
     texts, unfinished = generate(model, tokenizer, prompts, most, progress, description)
     return judge.answers(texts, unfinished, with_reasoning or not judge.reasons)
@@ -175,12 +175,6 @@ def _ends(model: Any, tokenizer: Any) -> list[int]:
     listed: Iterable[int] = stated if isinstance(stated, list) else [] if stated is None else [stated]
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return list(dict.fromkeys([*own, *listed]))
-
-
-def _asking_for_the_result(row: Row) -> Row:
-    last = row.messages[-1]
-    asked = (*row.messages[:-1], {**last, "content": last["content"] + _ASK})
-    return replace(row, messages=asked, plain=row.plain.replace(last["content"], last["content"] + _ASK, 1))
 
 
 def _plain(result: str) -> str:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from qalora_plugin.checkpoint.adapter_folder import CONFIG_NAME, AdapterFolder
 from qalora_plugin.checkpoint.folder import INDEX_NAME, SINGLE_NAME, Checkpoint
-from qalora_plugin.checkpoint.hub import expanded, is_local
+from qalora_plugin.checkpoint.hub import expanded, is_local, require_use_of_revision
+from qalora_plugin.checkpoint.tensors import all_finite
 from qalora_plugin.core.errors import QALoraError, printable
+from qalora_plugin.eval.limits import fitting_length, model_config, positions, vocabulary
 from qalora_plugin.eval.tokens import load_tokenizer
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.formats.served_bits import SizeReport, served_bits
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
+_FLOATS = ("F16", "BF16", "F32", "F64")
 _MATRICES = (".weight", "_proj")  # transformers stacks experts into parameters of their own
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "lm_head", "embed_out", "embed_in", "output_projection")
 
@@ -30,10 +33,12 @@ class Subject:
     """A model to measure: a checkpoint, with or without an adapter on it.
 
     Attributes:
-        name: as it was asked for. files: the checkpoint. quantized: the same, opened as one; None of a dense one.
+        name: as it was asked for. source: folder or Hub id of the checkpoint. files: the checkpoint.
+        quantized: the same, opened as one; None of a dense one.
     """
 
     name: str
+    source: str
     files: Checkpoint
     quantized: QuantizedCheckpoint | None = None
     adapter: AdapterFolder | None = None
@@ -57,14 +62,17 @@ class Subject:
             if not base:
                 raise QALoraError(f"the adapter {adapter} does not name its base. Pass BASE+{adapter}.")
         files = Checkpoint.open(str(base), revision)
-        source = QuantizedCheckpoint.of(files) if files.quantization or opened is not None else None
-        if source is not None:
-            source.check_values()
+        quantized = QuantizedCheckpoint.of(files) if files.quantization or opened is not None else None
+        if quantized is None:
+            _require_finite(files)
+        else:
+            quantized.check_values()
+            quantized.check_dense_values()
             if opened is not None:
-                opened.require_base(source.fingerprint(opened.base_fingerprint), str(base))
-                opened.check_fits(source.specs)
+                opened.require_base(quantized.fingerprint(opened.base_fingerprint), str(base))
+                opened.check_fits(quantized.specs)
                 opened.check_values()
-        subject = cls(name, files, source, opened)
+        subject = cls(name, str(base), files, quantized, opened)
         subject._require_model()
         return subject
 
@@ -106,22 +114,18 @@ class Subject:
         """Most tokens of a sequence, as the config says; None if it does not."""
         return positions(self._config)
 
+    def fitting_length(self, length: int) -> int:
+        """See :func:`.limits.fitting_length`."""
+        return fitting_length(self._config, length)
+
     @property
     def vocabulary(self) -> int | None:
         """Tokens that it has embeddings and logits for, as the config says; None if it does not."""
-        return getattr(self._config.get_text_config(), "vocab_size", None)
+        return vocabulary(self._config)
 
     @cached_property
     def _config(self) -> "PretrainedConfig":
-        from transformers import AutoConfig
-
-        try:
-            return AutoConfig.from_pretrained(self.files.folder, trust_remote_code=False)
-        except Exception as error:  # whatever configs of any kind and age raise
-            raise QALoraError(
-                f"{self.files.folder / 'config.json'} is no model's config that transformers can read ({error}). Pass "
-                "the folder of a model."
-            ) from error
+        return model_config(self.files.folder)
 
     def _require_model(self) -> None:
         """Refuse a folder whose config transformers makes no model of that continues text."""
@@ -192,9 +196,14 @@ def open_all(models: list[str], adapters: list[str], revision: str | None = None
 
     Args:
         adapters: each a further one, on the first of ``models``.
+
+    Raises:
+        QALoraError: as :meth:`Subject.open`, or there is a revision of nothing.
     """
     pairs = [*((model, None) for model in models), *((models[0], adapter) for adapter in adapters)]
-    return [Subject.open(model, adapter, revision) for model, adapter in pairs]
+    subjects = [Subject.open(model, adapter, revision) for model, adapter in pairs]
+    require_use_of_revision(revision, [subject.source for subject in subjects])
+    return subjects
 
 
 def _parts(model: str) -> tuple[str | None, str | None]:
@@ -208,10 +217,11 @@ def _parts(model: str) -> tuple[str | None, str | None]:
     return (base, adapter) if plus and base and is_local(adapter) else (model, None)
 
 
-def positions(config: "PretrainedConfig") -> int | None:
-    """Most tokens of a sequence, whatever a model's kind calls them in its config; None if it does not say."""
-    found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) and not isinstance(found, bool) and found > 1 else None
+def _require_finite(files: Checkpoint) -> None:
+    """Refuse NaN and Inf in a dense model: every figure of it would be NaN. Reads all of it."""
+    for name, info in files.tensors.items():
+        if info.dtype in _FLOATS and not all_finite(files.array(name)):
+            raise QALoraError(f"{files.folder}: {name} holds NaN or Inf. Download or copy the model again.")
 
 
 def _dense_size(files: Checkpoint) -> SizeReport:

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from qalora_plugin.conversion.export_gptq8 import add_logit_change
+from qalora_plugin.eval.limits import fitting_length, model_config, vocabulary
 from qalora_plugin.eval.logits import full_precision
-from qalora_plugin.eval.tokens import default_texts, load_tokenizer, tokenize
+from qalora_plugin.eval.tokens import SEQUENCE_LENGTH, default_texts, load_tokenizer, require_ids, tokenize
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,11 @@ def measure_requantized(
     Args:
         tokens: of Python's own documentation, unless ``sequences`` of token ids are given.
     """
+    config = model_config(merged)
     if sequences is None:
-        sequences = tokenize(load_tokenizer(merged), default_texts(), tokens)
+        length = fitting_length(config, SEQUENCE_LENGTH)
+        sequences = tokenize(load_tokenizer(merged), default_texts(), tokens, length)
+    require_ids(sequences, vocabulary(config), merged)
     expected, found = _logits(merged, sequences), _logits(export, sequences)
     log_p, log_q = expected.double().log_softmax(-1), found.double().log_softmax(-1)
     change = LogitChange(

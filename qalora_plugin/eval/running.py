@@ -4,9 +4,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from qalora_plugin.core.errors import QALoraError
@@ -138,7 +140,7 @@ def _data_set(name: str, path: Path, settings: Settings) -> Data:
 def _examples(made: Plan, subject: Subject, data: Data) -> list[Example]:
     settings, longest = made.settings, subject.longest
     if data.texts:
-        length = min(settings.length, longest or settings.length)
+        length = subject.fitting_length(settings.length)
         return [Example(ids) for ids in tokenize(subject.tokenizer, list(data.texts), settings.tokens, length)]
     examples, left_out = as_examples(data.rows, subject.tokenizer, longest)
     unfit = f"longer than the {longest} tokens of a model, or have no second token to predict"
@@ -163,8 +165,12 @@ def measure(made: Plan, progress: bool = False) -> Iterator[list[Result]]:
         if made.reference is not None and made.data:
             with made.reference.loaded(dtype, made.settings.device) as model:
                 for i, counted in enumerate(made.examples[-1]):
-                    logits = stored_logits(model, counted, made.settings.kl_tokens, progress)
-                    stored[i] = stack.enter_context(logits)
+                    opened = stored_logits(model, counted, made.settings.kl_tokens, progress)
+                    stored[i] = logits = stack.enter_context(opened)
+                    if not all(np.isfinite(row.max()) for row in logits.array):  # -inf alone is probability 0
+                        raise _not_finite(
+                            made, f"the reference {made.reference.label} has no likeliest token", made.data[i]
+                        )
         for subject, examples in zip(made.subjects, made.examples, strict=False):
             with subject.loaded(dtype, made.settings.device) as model:
                 yield list(_measured(made, subject, model, examples, stored, progress))
@@ -188,6 +194,10 @@ def _measured(
         started = time.monotonic()
         about = f"{subject.label} · {data.name}"
         found = mean_loss(model, counted, reference, progress, f"{about} · loss")
+        if not isfinite(found.loss):
+            raise _not_finite(made, f"the loss of {subject.label} is {found.loss}", data)
+        if found.kl is not None and not isfinite(found.kl):
+            raise _not_finite(made, f"the KL of {subject.label} is {found.kl}", data)
         answers = _answers(made.settings, subject, model, data, progress, about)
         yield Result(
             **facts,
@@ -207,6 +217,15 @@ def _measured(
             seconds = round(time.monotonic() - started, 1)
             yield Result(**facts, data=score.task, metric=score.metric, score=score.value, stderr=score.stderr,
                          seconds=seconds)  # fmt: skip
+
+
+def _not_finite(made: Plan, what: str, data: Data) -> QALoraError:
+    """Its weights are finite, that was looked for: so their products overflow."""
+    dtype = made.settings.dtype
+    return QALoraError(
+        f"{what} on {data.name}: the model computes NaN or Inf in {dtype}, and no figure of it means anything. "
+        + ("Pass --dtype float32." if dtype != "float32" else "Its weights are too large: download or make it again.")
+    )
 
 
 def _answers(

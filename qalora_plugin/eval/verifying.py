@@ -42,9 +42,10 @@ from qalora_plugin.core.reference import (
     unit_steps,
 )
 from qalora_plugin.core.weight import GroupwiseWeight
+from qalora_plugin.eval.limits import fitting_length, model_config, positions, vocabulary
 from qalora_plugin.eval.logits import compare_logits
 from qalora_plugin.eval.report import VerifyReport
-from qalora_plugin.eval.tokens import default_texts, load_tokenizer, tokenize
+from qalora_plugin.eval.tokens import SEQUENCE_LENGTH, default_texts, load_tokenizer, require_ids, tokenize
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.formats.qalora import FACTORS, MERGED_PARTS, OFFSETS, SCALES, WEIGHTS_KEY, QALora
 
@@ -72,7 +73,7 @@ def verify(
 
     Args:
         sequences: token ids to compare logits on; else ``texts`` (else the standard library's documentation) is
-            tokenised, up to ``max_tokens``.
+            tokenised, up to ``max_tokens``. None is longer than what the model takes.
         dtype: compute dtype of the logits; the bars are for float32.
         device: default CUDA if there is one.
 
@@ -95,8 +96,12 @@ def verify(
     known = {*source.files.tensors, *(name for name in files.tensors if name.endswith(MERGED_PARTS))}
     if stray := sorted(files.tensors.keys() - known):
         raise QALoraError(f"{files.folder} holds {stray[0]}, which the base does not, and no merge adds. Merge again.")
+    config = model_config(source.folder)
     if not sequences:
-        sequences = tokenize(load_tokenizer(result.folder), texts or default_texts(), max_tokens)
+        length = fitting_length(config, SEQUENCE_LENGTH)
+        sequences = tokenize(load_tokenizer(result.folder), texts or default_texts(), max_tokens, length)
+    sequences = [ids[: positions(config)] for ids in sequences]
+    require_ids(sequences, vocabulary(config), str(base))
     identical, sha256 = _compare_tensors(source.files, files, kept, progress)
     weights = _compare_weights(source, result, opened, progress)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,7 +11,7 @@ from support.fabricate import make_adapter, make_base
 from qalora_plugin import add_adapter, load_base
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
 from qalora_plugin.checkpoint.folder import Checkpoint
-from qalora_plugin.checkpoint.hub import resolve
+from qalora_plugin.checkpoint.hub import is_local, require_use_of_revision, resolve
 from qalora_plugin.conversion.merging import merge
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.formats.opened import QuantizedCheckpoint
@@ -81,6 +81,27 @@ def test_unknown_id_or_revision(hub):
         Checkpoint.open("team/base", "v3")
     with pytest.raises(QALoraError, match="cannot be had from the Hub"):
         check_base("team/other")
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_missing_folder_is_named_as_it_was_written(hub, kind):
+    with pytest.raises(QALoraError, match=r"^'nope' is no local folder, and fetching it from the Hub failed"):
+        resolve(kind("nope"))
+
+
+def test_an_empty_name_is_not_the_working_directory(hub, monkeypatch):
+    monkeypatch.chdir(hub / "one")
+    assert not is_local("")
+    assert is_local(".")
+    with pytest.raises(QALoraError, match="the name of a model is empty"):
+        Checkpoint.open("")
+
+
+def test_a_revision_of_folders_alone(hub):
+    require_use_of_revision("v2", [hub / "one", "team/base"])
+    require_use_of_revision(None, [hub / "one"])
+    with pytest.raises(QALoraError, match="--revision v2 is of a Hub id, but every model is a folder here"):
+        require_use_of_revision("v2", [hub / "one", str(hub / "two")])
 
 
 def test_load_base_looks_where_it_is_told(hub, monkeypatch):

@@ -98,6 +98,20 @@ def test_failed_verification_exits_with_1(base, merged, tmp_path):
     run("verify", "--base", base, "--adapter", other, "--merged", merged, "--tokens", 64, code=1)
 
 
+def test_a_revision_of_a_folder(base, adapter, merged):
+    arguments = ("--base", base, "--adapter", adapter, "--merged", merged, "--revision", "main")
+    assert "--revision main is of a Hub id" in run("verify", *arguments, code=1).stderr
+
+
+def test_a_missing_folder_is_named_as_it_was_written(base, adapter, tmp_path):
+    for arguments in (
+        ("export", "mlx", "nope", tmp_path / "x"),
+        ("export", "gptq8", "nope", tmp_path / "x"),
+        ("verify", "--base", base, "--adapter", adapter, "--merged", "nope"),
+    ):
+        assert run(*arguments, code=1).stderr.startswith("error: 'nope' is no local folder")
+
+
 def test_unknown_dtype(base, adapter, merged):
     result = run("verify", "--base", base, "--adapter", adapter, "--merged", merged, "--dtype", "int4", code=1)
     assert "--dtype is 'int4', expected float32" in result.stderr

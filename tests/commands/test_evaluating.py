@@ -165,6 +165,41 @@ def test_nothing_to_do(base, files, tmp_path, monkeypatch):
     assert "pip install 'qalora[eval]'" in refused(base, *text, "--png", tmp_path / "x.png")
 
 
+UNUSED = {  # option and value → what it needs; each with what else is asked for
+    ("--answer-pattern", "(["): "--generate ROWS",
+    ("--max-new-tokens", 8): "--generate ROWS",
+    ("--kl-tokens", 8): "--reference MODEL",
+    ("--tasks-path", "/nope"): "--tasks NAMES",
+    ("--rows", 3): "--jsonl FILE or --tasks NAMES",
+    ("--tokens", 8): "--text FILE",
+    ("--length", 8): "--text FILE",
+    ("--reference", "x"): "--text FILE or --jsonl FILE",
+}
+
+
+@pytest.mark.parametrize("option", UNUSED, ids=lambda option: option[0])
+def test_options_that_would_change_nothing(base, files, option):
+    other = {
+        "--text FILE": ("--jsonl", files / "qa.jsonl"), "--text FILE or --jsonl FILE": ("--tasks", "arc_easy"),
+    }.get(UNUSED[option], ("--text", files / "text.txt"))  # fmt: skip
+    assert f"{option[0]} needs {UNUSED[option]}" in refused(base, *other, *option)
+
+
+@pytest.mark.parametrize(
+    "option", ["MODEL", "--adapter", "--reference", "--tasks", "--revision", "--answer-pattern", "--device"]
+)
+@pytest.mark.parametrize("value", ["", " "])
+def test_variables_of_the_shell_that_are_unset(base, files, option, value):
+    given = (value,) if option == "MODEL" else (option, value)
+    assert f"{option} is empty" in refused(base, "--jsonl", files / "qa.jsonl", "--generate", 1, *given)
+
+
+def test_what_names_nothing(base, files):
+    text = ("--text", files / "text.txt")
+    assert "--tasks , names no task" in refused(base, *text, "--tasks", ",")
+    assert "--revision main is of a Hub id" in refused(base, *text, "--revision", "main")
+
+
 def test_rows_longer_than_a_model_takes(dense, files, tmp_path):
     short = shutil.copytree(dense, tmp_path / "short")
     config = json.loads((short / "config.json").read_text())
@@ -220,15 +255,41 @@ def test_tokenizers_and_references_of_other_models(base, dense, files, tmp_path)
     assert not (tmp_path / "x.csv").exists()
 
 
-def test_a_model_that_is_lost_is_not_called_equal(base, dense, files, tmp_path):
-    lost = LlamaForCausalLM.from_pretrained(dense)
-    lost.lm_head.weight.data.fill_(float("nan"))
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_damaged_models_are_refused_before_any_is_measured(base, dense, files, tmp_path, value, dtype, monkeypatch):
+    lost = LlamaForCausalLM.from_pretrained(dense, dtype=getattr(torch, dtype))
+    lost.model.embed_tokens.weight.data[3, 5] = float(value)
     lost.save_pretrained(tmp_path / "lost")
     make_tokenizer().save_pretrained(tmp_path / "lost")
-    found = run(dense, tmp_path / "lost", "--reference", tmp_path / "lost", "--text", files / "text.txt", "--json")
-    report = json.loads(found.stdout, parse_constant=pytest.fail)  # NaN is no JSON
-    assert [row["kl"] for row in report["results"]] == [None, None]
-    assert report["results"][1]["loss"] is None
+    monkeypatch.setattr(Subject, "loaded", pytest.fail)
+    text, match = ("--text", files / "text.txt"), f"{tmp_path / 'lost'}: model.embed_tokens.weight holds NaN or Inf"
+    assert match in refused(dense, tmp_path / "lost", *text, "--png", tmp_path / "x.png")
+    assert match in refused(dense, "--reference", tmp_path / "lost", *text, "--json")
+    quantized = shutil.copytree(base, tmp_path / "base")
+    tensors = load_file(quantized / "model.safetensors")
+    tensors["model.norm.weight"][0] = float(value)
+    (quantized / "model.safetensors").unlink()
+    save_file(tensors, quantized / "model.safetensors", metadata={"format": "pt"})
+    assert "model.norm.weight holds NaN or Inf" in refused(dense, quantized, *text)
+
+
+def test_a_model_that_overflows_has_no_figures(dense, files, tmp_path):
+    large = LlamaForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    large.model.norm.weight.data.fill_(1e6)  # no float16
+    large.save_pretrained(tmp_path / "large")
+    make_tokenizer().save_pretrained(tmp_path / "large")
+    text = ("--text", files / "text.txt", "--csv", tmp_path / "x.csv")
+    half = (*text, "--dtype", "float16")
+    said = run(dense, tmp_path / "large", *half, code=1).stderr.splitlines()[-1]
+    assert f"the loss of {tmp_path / 'large'} is nan on text.txt" in said
+    assert "float16" in said
+    assert "Pass --dtype float32" in said
+    assert len((tmp_path / "x.csv").read_text().splitlines()) == 2  # what was measured before is kept
+    (tmp_path / "x.csv").unlink()
+    said = run(dense, "--reference", tmp_path / "large", *half, code=1).stderr.splitlines()[-1]
+    assert f"the reference {tmp_path / 'large'} has no likeliest token on text.txt" in said
+    run(tmp_path / "large", *text)
 
 
 def test_places_and_devices_that_cannot_be_used(base, files, tmp_path):

@@ -66,6 +66,34 @@ def test_earlier_turns_are_the_question():
     assert row.plain == "System: be brief\nUser: two?\nAssistant: "
 
 
+SAID = {  # row → without a template, when something more is asked for
+    '{"question": "e", "answer": "2"}': "User: e, please.\nAssistant: ",
+    '{"prompt": "e", "completion": "2"}': "e, please.",
+    '{"messages": [["system", "Say hi."], ["user", "hi"], ["assistant", "2"]]}': (
+        "System: Say hi.\nUser: hi, please.\nAssistant: "
+    ),
+    '{"messages": [["user", "And?"], ["assistant", "1"], ["user", "And?"], ["assistant", "2"]]}': (
+        "User: And?\nAssistant: 1\nUser: And?, please.\nAssistant: "
+    ),
+}
+
+
+@pytest.mark.parametrize("row", SAID)
+def test_what_is_asked_for_stands_at_the_end_of_the_question(row, chat):
+    content = json.loads(row)
+    if "messages" in content:
+        content["messages"] = [{"role": role, "content": said} for role, said in content["messages"]]
+    asked = as_row(content).asking(", please.")
+    assert asked.plain == SAID[row]
+    last = asked.messages[-1]["content"]
+    assert asked.prompt(chat).endswith(f"<s>user: {last}</s>\n<s>assistant: ")
+
+
+def test_columns_without_a_value_are_not_there():
+    row = {"messages": None, "question": None, "answer": None, "text": "x"}
+    assert as_row(row).answer == "x"
+
+
 def test_of_text_all_tokens_count(chat):
     example = as_row({"text": "two and two"}).example(chat)
     assert example == (chat("two and two").input_ids, 1)
@@ -94,7 +122,16 @@ BAD = {
     "{}": "line 1 has no key",
     '{"text": 3}': "text is 3, expected a text",
     '{"question": "q"}': "answer is None",
-    '{"messages": "hello"}': "line 1 holds 'hello', expected messages",
+    '{"messages": "hello"}': "line 1: messages is 'hello', expected a list",
+    '{"messages": {"role": "user", "content": "x"}}': "messages is {'role': 'user', 'content': 'x'}, expected",
+    '{"messages": [], "text": "x"}': r"messages is \[\], expected a list",
+    '{"messages": 0}': "messages is 0, expected a list",
+    '{"messages": null}': "line 1 has no key with a value",
+    '{"messages": [["user", "x"]]}': r"holds \['user', 'x'\], expected messages",
+    '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": null}]}': "'content': None}, exp",
+    '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]}': "content is '', expected",
+    '{"messages": [{"role": "human", "content": "x"}, {"role": "gpt", "content": "y"}]}': "the role 'human', expected",
+    '{"messages": [{"role": "assistant", "content": "x"}]}': "ends with message 1, of role 'assistant'",
     '{"messages": [{"role": "user"}]}': "expected messages with the texts",
     '{"messages": [{"role": "user", "content": "x"}]}': "role 'user', expected a question and then",
     '{"text": "x"': "is not JSON lines",

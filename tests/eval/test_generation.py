@@ -50,6 +50,8 @@ def test_patterns():
         Judge(PLAIN, r"\d+")
     with pytest.raises(QALoraError, match="has nothing that"):
         Judge(PLAIN, r"\d*")  # every answer would be right
+    with pytest.raises(QALoraError, match="has nothing that"):
+        Judge(GSM8K, "")  # no default
     with pytest.raises(QALoraError, match="there is no row to answer"):
         Judge([])
     with pytest.raises(QALoraError, match="is no regular expression"):

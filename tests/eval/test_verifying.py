@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.fabricate import make_adapter
+from support.fabricate import make_adapter, make_base
 from transformers import AutoConfig
 
 from qalora_plugin.checkpoint.folder import Checkpoint
@@ -190,16 +190,45 @@ def test_a_merged_config_that_a_few_tokens_do_not_show(base, adapter, merged, tm
     assert failure == "config.json has max_position_embeddings: 128, the base's 256: merge again"
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.bias"])
-def test_a_tensor_that_no_merge_adds(base, adapter, merged, tmp_path, name):
-    """Loaders differ in which of two weights they take."""
+_UP = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        (f"{_UP}.weight", rf"holds {_UP} twice, quantized and dense \({_UP}.weight\)"),
+        (f"{_UP}.bias", rf"holds {_UP}.bias, which the base does not, and no merge adds"),
+    ],
+    ids=["weight", "bias"],
+)
+def test_a_tensor_that_no_merge_adds(base, adapter, merged, tmp_path, name, match):
     folder = shutil.copytree(merged, tmp_path / "m")
     edit(folder, "model-00001-of-00001.safetensors", lambda tensors: tensors.update({name: torch.zeros(128)}))
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     index["weight_map"][name] = "model-00001-of-00001.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(QALoraError, match=rf"holds {name}, which the base does not, and no merge adds"):
+    with pytest.raises(QALoraError, match=match):
         check(base, adapter, folder)
+
+
+@pytest.mark.parametrize("given", [None, [list(range(4, 120))]], ids=["its own", "given"])
+def test_no_sequence_is_longer_than_the_model_takes(tmp_path, given, monkeypatch):
+    """Beyond its positions a model that learns an embedding for each fails."""
+    base = make_base(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text()) | {"max_position_embeddings": 48}
+    (base / "config.json").write_text(json.dumps(config))
+    adapter = make_adapter(base, tmp_path / "adapter")
+    merged = merge(base, adapter, tmp_path / "merged", progress=False).folder
+    seen, compute = [], logits._logits
+    monkeypatch.setattr(logits, "_logits", lambda model, ids, *rest: seen.extend(ids) or compute(model, ids, *rest))
+    report = check(base, adapter, merged, given, max_tokens=100)
+    assert report.passed
+    assert {len(ids) for ids in seen} == ({48} if given else {48, 4})
+
+
+def test_tokens_that_the_model_does_not_have(base, adapter, merged):
+    with pytest.raises(QALoraError, match="token 128 is none of the 128"):
+        check(base, adapter, merged, [[4, 128]])
 
 
 def test_training_that_scales_otherwise_than_the_merge(base, adapter, merged, monkeypatch):
