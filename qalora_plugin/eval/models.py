@@ -168,7 +168,9 @@ class Subject:
 
         try:
             if self.quantized is None:
-                return self._load_dense(dtype)
+                from qalora_plugin.integrations.transformers.dense_models import load_dense
+
+                return load_dense(self.files.folder, self.label, dtype=dtype)
             if self.adapter is None:
                 return load_base(self.files.folder, dtype=dtype)
             from qalora_plugin.integrations.peft.loading import load_adapter
@@ -177,18 +179,6 @@ class Subject:
             return load_adapter(base, self.adapter.folder)
         except (ImportError, OSError, RuntimeError) as error:  # a package or a file is missing, memory is short
             raise QALoraError(f"{self.label} cannot be loaded: {error}") from error
-
-    def _load_dense(self, dtype: "torch.dtype") -> Any:
-        from qalora_plugin.integrations.transformers.loading import load_model
-
-        found: Any = load_model(self.files.folder, dtype=dtype, trust_remote_code=False, output_loading_info=True)
-        model, info = found
-        if missing := sorted(info["missing_keys"]):  # transformers only warns, and makes them up
-            raise QALoraError(
-                f"{self.label} lacks {missing[0]} ({len(missing)} tensors in all) of a {type(model).__name__}. "
-                "Download or copy the folder again."
-            )
-        return model
 
 
 def open_all(models: list[str], adapters: list[str], revision: str | None = None) -> list[Subject]:

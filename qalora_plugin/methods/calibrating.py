@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from rich.progress import Progress
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from qalora_plugin.checkpoint.folder import read_config
 from qalora_plugin.checkpoint.hub import resolve
@@ -21,7 +20,7 @@ from qalora_plugin.checkpoint.json_files import short
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.reference import dequantize
 from qalora_plugin.core.weight import GroupwiseWeight
-from qalora_plugin.eval.models import positions
+from qalora_plugin.eval.limits import fitting_length, model_config, positions
 from qalora_plugin.eval.tokens import load_tokenizer, require_ids
 from qalora_plugin.integrations.peft.adapter import QALoraLayer
 from qalora_plugin.integrations.peft.experts import QALoraExpertsLayer
@@ -225,14 +224,7 @@ def _as_sequences(given: Any) -> list[list[int]]:
 
 def calibration_sequences(folder: Path, text: str, samples: int, length: int, seed: int) -> list[list[int]]:
     """Token ids of a text, by the tokenizer in ``folder``: ``samples·length`` of them where there are so many."""
-    try:
-        longest = positions(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    except Exception as error:  # whatever configs of any kind and age raise
-        raise QALoraError(
-            f"{folder / 'config.json'} is no model's config that transformers can read ({error}). Give the 16-bit "
-            "model that the base was quantized from."
-        ) from error
-    length = min(length, longest or length)
+    length = fitting_length(model_config(folder), length)
     rows = calibration_rows(load_tokenizer(folder), text, _SHORTER * samples, length, seed)
     sequences, left = [], samples * length
     for row in rows:

@@ -14,6 +14,7 @@ from qalora_plugin.conversion.merging import merge
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.eval import logits, verifying
 from qalora_plugin.eval.verifying import verify
+from qalora_plugin.integrations.peft.adapter import QALoraLayer
 
 SEQUENCES = [list(range(4, 100))]
 
@@ -232,16 +233,14 @@ def test_tokens_that_the_model_does_not_have(base, adapter, merged):
 
 
 def test_training_that_scales_otherwise_than_the_merge(base, adapter, merged, monkeypatch):
-    """The logits of base + adapter are those of the trained path, by PEFT's own scaling."""
-    from peft.tuners.lora.layer import LoraLayer
+    """The logits of base + adapter are those of the trained path."""
+    delta = QALoraLayer._delta
 
-    update = LoraLayer.update_layer
+    def misscaled(self, name):
+        found = delta(self, name)
+        return found._replace(scaling=1.01 * found.scaling)
 
-    def misscaled(self, name, *args, **kwargs):
-        update(self, name, *args, **kwargs)
-        self.scaling[name] *= 1.01
-
-    monkeypatch.setattr(LoraLayer, "update_layer", misscaled)
+    monkeypatch.setattr(QALoraLayer, "_delta", misscaled)
     monkeypatch.setattr(logits, "exact_values", lambda model: {})
     report = check(base, adapter, merged)
     assert not report.passed
