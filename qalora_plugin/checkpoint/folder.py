@@ -16,7 +16,7 @@ import numpy as np
 from qalora_plugin.checkpoint import autogptq
 from qalora_plugin.checkpoint.hub import resolve
 from qalora_plugin.checkpoint.json_files import read_json, short
-from qalora_plugin.checkpoint.tensors import TensorInfo, damaged, read_array, read_header, read_tensor
+from qalora_plugin.checkpoint.tensors import TensorInfo, all_finite, damaged, read_array, read_header, read_tensor
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+_FLOATS = ("F16", "BF16", "F32", "F64")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -74,6 +75,12 @@ class Checkpoint:
     def array(self, name: str) -> np.ndarray:
         """Load one tensor as a numpy array; bfloat16, which numpy lacks, as float32."""
         return read_array(self.folder, self.tensors[name])
+
+    def require_finite(self, names: Iterable[str]) -> None:
+        """Refuse NaN and Inf in the tensors of that name that are floats. Reads all of them."""
+        for name in names:
+            if self.tensors[name].dtype in _FLOATS and not all_finite(self.array(name)):
+                raise QALoraError(f"{self.folder}: {name} holds NaN or Inf. Download or copy the checkpoint again.")
 
     def read(self, name: str, spans: Iterable[tuple[int, int]]) -> Iterator[bytes]:
         """Parts ``(start, length)`` of one tensor's bytes."""

@@ -9,7 +9,6 @@ import numpy as np
 
 from qalora_plugin.checkpoint.fingerprint import fingerprint
 from qalora_plugin.checkpoint.folder import Checkpoint
-from qalora_plugin.checkpoint.tensors import all_finite
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.weight import GroupwiseSpec, GroupwiseWeight
 from qalora_plugin.formats.autoround import AutoRound
@@ -20,7 +19,6 @@ from qalora_plugin.formats.qalora import FACTORS, QALora
 
 BASES: tuple[type[Gptq], ...] = (Gptq, AutoRound, QALora)  # what adapters go onto
 _MAKE_ONE = "Make a GPTQ checkpoint of the original 16-bit model: qalora quantize MODEL OUT."
-_FLOATS = ("F16", "BF16", "F32", "F64")
 _IMPORTS = {"awq": "awq", "compressed-tensors": "compressed-tensors"}
 
 
@@ -95,9 +93,7 @@ class QuantizedCheckpoint:
     def check_dense_values(self) -> None:
         """Refuse NaN and Inf in what is not quantized: a router, a norm, the embedding. Reads all of it."""
         packed = {f"{name}.{part}" for name, spec in self.specs.items() for part in self.format.parts(spec)}
-        for name, info in self.files.tensors.items():
-            if name not in packed and info.dtype in _FLOATS and not all_finite(self.files.array(name)):
-                raise QALoraError(f"{self.folder}: {name} holds NaN or Inf. Download or copy the checkpoint again.")
+        self.files.require_finite(name for name in self.files.tensors if name not in packed)
 
     @cached_property
     def symmetric(self) -> bool:

@@ -10,22 +10,27 @@ from contextlib import chdir, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from rich.progress import track
 
 from qalora_plugin.checkpoint.atomic import new_folder, require_absent
-from qalora_plugin.checkpoint.folder import read_config
+from qalora_plugin.checkpoint.folder import Checkpoint, read_config
 from qalora_plugin.checkpoint.hub import resolve
 from qalora_plugin.checkpoint.places import absolute, require_place
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 from qalora_plugin.core.words import SUPPORTED_BITS
+from qalora_plugin.eval.models import positions
 from qalora_plugin.eval.tokens import is_text_file, load_tokenizer, read_texts, require_ids, tokenize
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.integrations.transformers.loading import load_model
 from qalora_plugin.methods.bit_allocation import Choice, allocate, require_possible, served_bits
+from qalora_plugin.methods.dense_source import Linear, empty_model, require_sizes, sizes_in_layers
 from qalora_plugin.methods.sensitivity import measure, sizes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +80,10 @@ def quantize(
     bits, group_size = 4 if bits is None else bits, 32 if group_size is None else group_size
     if bits not in SUPPORTED_BITS:
         raise QALoraError(f"bits is {bits}, expected one of {SUPPORTED_BITS}.")
+    if not -(2**63) <= seed < 2**64:
+        raise QALoraError(f"seed is {seed}, expected a number of 64 bits.")
+    if budget is None and fisher:
+        raise QALoraError("fisher weights the choices that a budget leaves. Give a budget, or leave fisher out.")
     if find_spec("gptqmodel") is None:
         raise QALoraError(
             "GPTQModel is not installed here. It cannot share an environment with axolotl 0.19; make one for "
@@ -87,17 +96,20 @@ def quantize(
     if found := config.get("quantization_config"):
         method = found.get("quant_method") if isinstance(found, dict) else found
         raise QALoraError(f"{model} is quantised already ({method}). Pass the original 16-bit model.")
+    files, empty = Checkpoint.open(folder), empty_model(folder)
     if budget is None:
-        _check_sizes(config, group_size)
-        if fisher:
-            raise QALoraError("fisher weights the choices that a budget leaves. Give a budget, or leave fisher out.")
+        require_sizes(_sizes(folder, empty), bits, group_size)
 
     from gptqmodel import GPTQModel, QuantizeConfig
 
     tokenizer = load_tokenizer(folder)
-    calibration = calibration_rows(tokenizer, dataset, samples, length, seed)
-    text_config = config["text_config"] if isinstance(config.get("text_config"), dict) else config
-    require_ids((row["input_ids"] for row in calibration), text_config.get("vocab_size"), model)
+    longest = positions(empty.config) or length
+    if length > longest:
+        logger.warning("sequences of %d tokens, not %d: %s has no more positions.", longest, length, model)
+    calibration = calibration_rows(tokenizer, dataset, samples, min(length, longest), seed)
+    vocabulary = getattr(empty.config.get_text_config(), "vocab_size", None)
+    require_ids((row["input_ids"] for row in calibration), vocabulary, model)
+    files.require_finite(track(files.tensors, "reading", transient=True))
     plan = {} if budget is None else plan_for(folder, [row["input_ids"] for row in calibration], budget, fisher)
     if plan:
         (bits, group_size), _ = Counter(plan.values()).most_common(1)[0]
@@ -110,6 +122,7 @@ def quantize(
         mse=_MSE_POWER if (fewest <= 3 if clip is None else clip) else 0.0,
         sym=sym,
         desc_act=act_order,
+        act_group_aware=not act_order and group_size != -1,  # an order of groups, of which -1 has one
         format=checkpoint_format or ("gptq" if sym else "gptq_v2"),
     )
     # GPTQModel leaves a folder of logs where it runs.
@@ -133,7 +146,9 @@ def plan_for(folder: Path, sequences: list[list[int]], budget: float, fisher: bo
             "Give bits and group_size instead."
         )
     head = model.get_output_embeddings()
-    linears = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear) and part is not head}
+    linears = {name: part for name, part in model.named_modules() if isinstance(part, Linear) and part is not head}
+    if not linears:
+        raise QALoraError(f"a {type(model).__name__} holds no linears to spend a budget on. Give bits instead.")
     require_possible(sizes(linears), budget)
     layers = measure(model, linears, sequences[:_MEASURED], fisher)
     chosen = allocate(layers, budget)
@@ -157,15 +172,15 @@ def _enough_workers() -> Iterator[None]:
         del os.environ[name]
 
 
-def _check_sizes(config: dict[str, Any], group_size: int) -> None:
-    sizes = {key: config[key] for key in ("hidden_size", "intermediate_size") if isinstance(config.get(key), int)}
-    for key, size in sizes.items():
-        if group_size != -1 and (group_size <= 0 or size % group_size):
-            fitting = [g for g in (128, 64, 32, 16, 8) if all(s % g == 0 for s in sizes.values())]
-            raise QALoraError(
-                f"group size {group_size} does not divide {key} {size}: pooling needs whole groups. "
-                f"Use one of {fitting or [-1]}, or -1 for one group a column."
-            )
+def _sizes(folder: Path, model: "PreTrainedModel") -> dict[str, tuple[int, int]]:
+    """``(N, K)`` of every linear that GPTQModel will quantize; none of a family that it does not know by name."""
+    from gptqmodel.models.auto import check_and_get_model_definition
+
+    family = check_and_get_model_definition(str(folder), trust_remote_code=False)
+    if family.module_tree is None:
+        return {}
+    blocks = family.simple_layer_modules(model.config, None)
+    return sizes_in_layers(model, family.extract_layers_node(), {leaf for block in blocks for leaf in block})
 
 
 def calibration_rows(tokenizer: Any, dataset: str, samples: int, length: int, seed: int) -> list[dict[str, list[int]]]:

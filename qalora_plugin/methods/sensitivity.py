@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.words import codes_per_period
 from qalora_plugin.formats.fusion import FUSED
 from qalora_plugin.methods.bit_allocation import CHOICES, Choice, Layer
+from qalora_plugin.methods.dense_source import Linear, as_matrix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +36,7 @@ _CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6)  # shares of a group's range that the grid co
 
 def measure(
     model: "PreTrainedModel",
-    linears: Mapping[str, nn.Linear],
+    linears: Mapping[str, Linear],
     sequences: Iterable[list[int]],
     fisher: bool = False,
     progress: bool = True,
@@ -62,7 +63,7 @@ def measure(
             else:
                 model(tokens, use_cache=False)
     costs = {
-        name: _costs(linear.weight, inputs[name], outputs.get(name))
+        name: _costs(as_matrix(linear), inputs[name], outputs.get(name))
         for name, linear in track(linears.items(), "measuring", len(linears), disable=not progress, transient=True)
     }
     for name, found in costs.items():
@@ -75,9 +76,9 @@ def measure(
     return [_layer(names, linears, costs) for names in fused(linears)]
 
 
-def sizes(linears: Mapping[str, nn.Linear]) -> list[Layer]:
+def sizes(linears: Mapping[str, Linear]) -> list[Layer]:
     """The layers of ``linears``, and what choices their sizes allow; costs are not known yet, and 0."""
-    free = {name: dict.fromkeys(_choices(linear.weight), 0.0) for name, linear in linears.items()}
+    free = {name: dict.fromkeys(_choices(as_matrix(linear)), 0.0) for name, linear in linears.items()}
     return [_layer(names, linears, free) for names in fused(linears)]
 
 
@@ -91,7 +92,7 @@ def fused(names: Iterable[str]) -> list[tuple[str, ...]]:
     return [tuple(found) for found in together.values()]
 
 
-def _layer(names: tuple[str, ...], linears: Mapping[str, nn.Linear], costs: Mapping[str, dict[Choice, float]]) -> Layer:
+def _layer(names: tuple[str, ...], linears: Mapping[str, Linear], costs: Mapping[str, dict[Choice, float]]) -> Layer:
     possible = set.intersection(*(set(costs[name]) for name in names))
     return Layer(
         names,
@@ -101,12 +102,9 @@ def _layer(names: tuple[str, ...], linears: Mapping[str, nn.Linear], costs: Mapp
 
 
 @contextmanager
-def _second_moments(linears: Mapping[str, nn.Linear], of_gradients: bool = False) -> Iterator[dict[str, Tensor]]:
+def _second_moments(linears: Mapping[str, Linear], of_gradients: bool = False) -> Iterator[dict[str, Tensor]]:
     """``mean x²`` ``[K]``, float32, of what each linear is given in the block; or ``[N]``, of its output's gradient."""
-    moments = {
-        name: torch.zeros(linear.out_features if of_gradients else linear.in_features)
-        for name, linear in linears.items()
-    }
+    moments = {name: torch.zeros(as_matrix(linear).shape[0 if of_gradients else 1]) for name, linear in linears.items()}
     seen = dict.fromkeys(linears, 0)
 
     def note(name: str, x: Tensor) -> None:
@@ -114,7 +112,7 @@ def _second_moments(linears: Mapping[str, nn.Linear], of_gradients: bool = False
         seen[name] += len(x)
         moments[name] += (x.square().sum(0).cpu() - len(x) * moments[name]) / seen[name]
 
-    def hook(name: str, linear: nn.Linear) -> RemovableHandle:
+    def hook(name: str, linear: Linear) -> RemovableHandle:
         if of_gradients:
             return linear.register_full_backward_hook(
                 lambda _, __, gradients: note(name, cast(tuple[Tensor], gradients)[0])

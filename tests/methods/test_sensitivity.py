@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.methods.bit_allocation import Choice, allocate, served_bits
-from qalora_plugin.methods.sensitivity import _rounding_error, fused, measure, sizes
+from qalora_plugin.methods.dense_source import as_matrix
+from qalora_plugin.methods.sensitivity import _costs, _rounding_error, fused, measure, sizes
 
 
 def tiny(layers):
@@ -121,3 +123,14 @@ def test_choices_that_a_base_can_hold():
     (narrow,) = sizes({"narrow": nn.Linear(64, 16)})
     assert {choice.bits for choice in narrow.costs} == {2, 4, 8}
     assert {choice.group_size for choice in narrow.costs} == {32, 64}
+
+
+def test_a_conv1d_costs_what_the_linear_of_the_same_weight_does():
+    """GPT-2's: its weight is the transpose."""
+    torch.manual_seed(0)
+    linear, conv = nn.Linear(64, 96), Conv1D(96, 64)
+    conv.weight.data = linear.weight.detach().t().clone()
+    (expected,), (found,) = sizes({"c": linear}), sizes({"c": conv})
+    assert found == expected
+    x, y = torch.rand(64) + 0.1, torch.rand(96)
+    assert _costs(as_matrix(conv), x, y) == pytest.approx(_costs(linear.weight, x, y))

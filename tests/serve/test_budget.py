@@ -4,11 +4,12 @@ import json
 
 import pytest
 from support.fabricate import make_base, make_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.formats.served_bits import served_bits
+from qalora_plugin.methods.dense_source import GROUP_SIZES
 from qalora_plugin.methods.quantizing import quantize
 
 
@@ -39,12 +40,34 @@ def test_base_is_what_was_planned(dense, tmp_path, fisher):
     assert 3.5 < served_bits(specs.values()).bits_a_weight + offsets <= budget
 
 
-def test_what_gptqmodel_could_not_quantize_is_no_base(dense, tmp_path):
-    """It says nothing, and writes NaN."""
-    model = AutoModelForCausalLM.from_pretrained(dense)
-    model.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
-    model.save_pretrained(tmp_path / "dense")
+def test_gpt2(dense, tmp_path):
+    """Whose linears are ``Conv1D``, and which has 64 positions."""
+    config = GPT2Config(vocab_size=128, n_positions=64, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "dense")
     make_tokenizer().save_pretrained(tmp_path / "dense")
-    with pytest.raises(QALoraError, match=r"up_proj\.scales holds NaN or Inf"):
-        quantize(str(tmp_path / "dense"), tmp_path / "base", str(dense.parent / "text.jsonl"), samples=16, length=64)
-    assert {path.name for path in tmp_path.iterdir()} == {"dense"}
+    text = str(dense.parent / "text.jsonl")
+    base = quantize(str(tmp_path / "dense"), tmp_path / "base", text, samples=16, length=512, budget=4.3)
+    specs = QuantizedCheckpoint.open(base).specs
+    assert len(specs) == 8
+    assert len({(spec.bits, spec.group_size) for spec in specs.values()}) > 1
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_one_group_a_column(dense, tmp_path, act_order):
+    text = str(dense.parent / "text.jsonl")
+    base = quantize(str(dense), tmp_path / "base", text, samples=16, length=64, group_size=-1, act_order=act_order)
+    assert {spec.groups for spec in QuantizedCheckpoint.open(base).specs.values()} == {1}
+
+
+def test_group_sizes_are_those_of_gptqmodel():
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+    assert sorted(TorchLinear.SUPPORTS_GROUP_SIZE) == [-1, *GROUP_SIZES]
+
+
+def test_it_says_what_it_will_quantize(dense, tmp_path):
+    """And so does what is refused before it begins: o_proj has 48 inputs."""
+    config = LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=64, num_attention_heads=4, head_dim=12)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    with pytest.raises(QALoraError, match=r"divide the 48 inputs of model\.layers\.0\.self_attn\.o_proj"):
+        quantize(str(tmp_path / "dense"), tmp_path / "base", str(dense.parent / "text.jsonl"))

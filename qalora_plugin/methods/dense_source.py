@@ -1,0 +1,115 @@
+"""A 16-bit model before it is quantized: whether all of it is there, and whether its linears can be cut into groups."""
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.core.words import codes_per_period
+from qalora_plugin.integrations.transformers.loading import load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Those that GPTQModel packs, beside -1: SUPPORTS_GROUP_SIZE of gptqmodel/nn_modules/qlinear/torch.py (7.6).
+GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
+
+Linear = nn.Linear | Conv1D
+
+
+def empty_model(folder: Path) -> "PreTrainedModel":
+    """The model of a folder on the meta device: loaded as any, by transformers' own rules, but for the reading.
+
+    Raises:
+        QALoraError: transformers cannot load it, or the folder lacks a tensor of it or has one in another shape.
+    """
+    try:
+        found: Any = load_model(
+            folder,
+            device_map="meta",
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # for the names; its error has none
+        )
+    except QALoraError:
+        raise
+    except Exception as error:  # whatever configs of any kind and age raise
+        raise QALoraError(
+            f"{folder} cannot be loaded as a 16-bit model ({type(error).__name__}: {error}). Repair or update what "
+            "that names, or use another model."
+        ) from error
+    model, info = found
+    if missing := sorted(info["missing_keys"]):  # GPTQModel leaves them without memory, or makes them up
+        raise QALoraError(
+            f"{folder} lacks {missing[0]} ({len(missing)} tensors in all) of a {type(model).__name__}. Download or "
+            "copy the model again."
+        )
+    if wrong := sorted(info["mismatched_keys"]):  # where an expert is lacking, too: they are stacked
+        name, *shapes = wrong[0]
+        stored, wanted = ("×".join(map(str, shape)) for shape in shapes)
+        raise QALoraError(
+            f"{folder} gives {name} as {stored}, but {type(model).__name__} has {wanted} by config.json. Download or "
+            "copy the model again."
+        )
+    return model
+
+
+def as_matrix(linear: Linear) -> Tensor:
+    """Its weight as ``[N, K]``; GPT-2's ``Conv1D`` holds the transpose."""
+    return linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
+
+
+def sizes_in_layers(
+    model: "PreTrainedModel", stacks: Collection[str], leaves: Collection[str]
+) -> dict[str, tuple[int, int]]:
+    """``(N, K)`` of every linear in the layers of a model, by name; of experts that transformers stacks, which are
+    quantized one by one, of each projection.
+
+    Args:
+        stacks: lists of layers (``model.layers``). leaves: linears in each layer (``mlp.up_proj``,
+            ``mlp.experts.0.up_proj``); others are left dense.
+    """
+    in_layer = re.compile(rf"(?:{'|'.join(map(re.escape, stacks))})\.\d+\.(?P<leaf>.+)")
+    experts = {leaf.partition(".experts.")[0] + ".experts" for leaf in leaves if ".experts." in leaf}
+    found = {}
+    for name, part in model.named_modules():
+        match = in_layer.fullmatch(name) if stacks else None
+        if match and match["leaf"] in leaves and isinstance(part, Linear):
+            n, k = as_matrix(part).shape
+            found[name] = n, k
+        elif match and match["leaf"] in experts and isinstance(down := getattr(part, "down_proj", None), nn.Parameter):
+            _, *ends = down.shape
+            hidden, inner = reversed(ends) if getattr(part, "is_transposed", False) else ends
+            found[f"{name}.down_proj"] = hidden, inner
+            found[f"{name}.up_proj"] = inner, hidden
+    return found
+
+
+def require_sizes(sizes: dict[str, tuple[int, int]], bits: int, group_size: int) -> None:
+    """
+    Args:
+        sizes: ``(N, K)`` by name. group_size: -1 for one group a column.
+
+    Raises:
+        QALoraError: GPTQModel packs no such groups, or a linear cannot be cut into whole groups and whole words.
+    """
+    fitting = [size for size in GROUP_SIZES if all(k % size == 0 for _, k in sizes.values())]
+    advice = f"Use {f'one of {fitting}, or ' if fitting else ''}-1 for one group a column."
+    if group_size != -1 and group_size not in GROUP_SIZES:
+        raise QALoraError(f"group size {group_size} is none that GPTQModel packs. {advice}")
+    period = codes_per_period(bits)
+    for name, (n, k) in sizes.items():
+        if group_size != -1 and k % group_size:
+            raise QALoraError(
+                f"group size {group_size} does not divide the {k} inputs of {name}: pooling needs whole groups. "
+                f"{advice}"
+            )
+        if k % period or n % period:
+            raise QALoraError(
+                f"{name} has {k} inputs and {n} outputs, and codes of {bits} bits fill whole words {period} at a time. "
+                "Use other bits."
+            )
