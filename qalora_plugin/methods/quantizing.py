@@ -21,7 +21,7 @@ from qalora_plugin.checkpoint.hub import resolve
 from qalora_plugin.checkpoint.places import absolute, require_place
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 from qalora_plugin.core.words import SUPPORTED_BITS
-from qalora_plugin.eval.models import positions
+from qalora_plugin.eval.limits import positions
 from qalora_plugin.eval.tokens import is_text_file, load_tokenizer, read_texts, require_ids, tokenize
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.integrations.transformers.loading import load_model
