@@ -88,7 +88,7 @@ def merge(
     adapter: Annotated[Path, typer.Option(help="Folder of the trained adapter.")],
     out: Annotated[Path, typer.Option(help="New folder for the merged checkpoint.")],
     offset_dtype: Annotated[
-        str | None, typer.Option(help="float16 or float32; default: float16, float32 if the base has offsets already.")
+        str | None, typer.Option(help="float16 or float32; default: float16, or float32 where it has too few digits.")
     ] = None,
     offsets: Annotated[
         str,

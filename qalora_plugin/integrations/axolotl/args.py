@@ -32,7 +32,7 @@ class QALoraBlock(BaseModel):
     offset_dtype: Literal["float16", "float32"] | None = Field(
         default=None,
         description="How the merged offsets are stored: float16 (exact to 0.03 % of the adapter) or float32; default: "
-        "float16, and float32 where the base has offsets already.",
+        "float16, and float32 where the base has offsets already, or the adapter is too small for float16.",
     )
     copy_base: bool = Field(
         default=False, description="Copy the base's shards into the merged checkpoint even where a hard link would do."
