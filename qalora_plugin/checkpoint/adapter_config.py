@@ -107,7 +107,8 @@ def check_config(config: dict, path: Path) -> None:
 
 
 def check_numbers(config: dict, what: object, remedy: str) -> None:
-    """Refuse ranks and alphas with which nothing would be trained, or NaN: of a ``LoraConfig`` or a stored one."""
+    """Refuse ranks and alphas that are no numbers, or with which nothing would be trained: of a ``LoraConfig`` or a
+    stored one. (An ``alpha_pattern`` of 0 may switch a layer off.)"""
 
     def check(name: str, value: Any, right: bool, expected: str) -> None:
         if not right:
@@ -116,10 +117,10 @@ def check_numbers(config: dict, what: object, remedy: str) -> None:
     for name, rank in {"r": config.get("r"), **_named("rank_pattern", config)}.items():
         check(name, rank, type(rank) is int and rank > 0, "a positive integer")
     for name, alpha in {"lora_alpha": config.get("lora_alpha"), **_named("alpha_pattern", config)}.items():
-        is_number = type(alpha) in (int, float)
-        check(name, alpha, is_number and 0 < abs(alpha) < _LARGEST_ALPHA, "a finite number other than 0")
-    dropout = config.get("lora_dropout", 0.0)
-    check("lora_dropout", dropout, type(dropout) in (int, float) and 0 <= dropout < 1, "at least 0 and below 1")
+        is_finite = isinstance(alpha, int | float) and not isinstance(alpha, bool) and abs(alpha) < _LARGEST_ALPHA
+        check(name, alpha, is_finite and (alpha != 0 or name != "lora_alpha"), "a finite number other than 0")
+    dropout = config.get("lora_dropout") or 0.0
+    check("lora_dropout", dropout, isinstance(dropout, int | float) and 0 <= dropout < 1, "at least 0 and below 1")
 
 
 def _named(field: str, config: dict) -> dict[str, Any]:

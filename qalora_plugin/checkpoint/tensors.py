@@ -19,6 +19,9 @@ _DTYPES = {  # safetensors' names → torch's
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "C64": "complex64",
 }  # fmt: skip
+EXPONENTS = {  # of floats: words of what size to read them as, and the exponent's bits in one
+    "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF0000000000000),
+}  # fmt: skip
 _LONGEST_NAME = 1000
 
 
@@ -108,6 +111,12 @@ def all_finite(array: np.ndarray) -> bool:
     """No NaN, no Inf: no exponent of ones. (``isfinite`` takes float16 element by element, 15 times as long.)"""
     exponent = np.array(np.inf, dtype=array.dtype).view(f"u{array.itemsize}")
     return not ((array.view(exponent.dtype) & exponent) == exponent).any()
+
+
+def is_finite(block: bytes, dtype: str) -> bool:
+    """The same of bytes of a tensor, whose dtype is named as files name it and is one of :data:`EXPONENTS`."""
+    word, exponent = EXPONENTS[dtype]
+    return not ((np.frombuffer(block, word) & exponent) == exponent).any()
 
 
 def _dtype(folder: Path, info: TensorInfo) -> str:

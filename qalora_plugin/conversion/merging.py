@@ -31,7 +31,7 @@ from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.gptq import MERGED
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.formats.provenance import provenance
-from qalora_plugin.formats.qalora import AUTO, MERGED_PARTS, OFFSETS, QALora, require_offset_dtype
+from qalora_plugin.formats.qalora import AUTO, MERGED_PARTS, OFFSET_DTYPES, OFFSETS, QALora, require_offset_dtype
 from qalora_plugin.formats.served_bits import SizeReport, served_bits
 
 logger = logging.getLogger(__name__)
@@ -193,6 +193,9 @@ def is_merge_of(
 ) -> bool:
     """True if ``folder`` is already the merge of exactly this adapter into exactly this base, with such offsets.
 
+    Args:
+        offset_dtype: None for whatever was chosen when it was made.
+
     Raises:
         QALoraError: it is, but damaged (a power failure soon after merging can cut copied shards short).
     """
@@ -204,7 +207,7 @@ def is_merge_of(
         return False
     source = QuantizedCheckpoint.open(base, revision)
     return (
-        recorded.get("offset_dtype") == (offset_dtype or default_offset_dtype(source, AdapterFolder.open(adapter)))
+        recorded.get("offset_dtype") in ((offset_dtype,) if offset_dtype else OFFSET_DTYPES)
         and recorded.get("base_fingerprint") == source.fingerprint()
         and Checkpoint.open(folder).method == QALora.method
     )

@@ -129,6 +129,8 @@ def as_row(row: Any, where: object = "a row") -> Row:
     if not isinstance(row, dict):
         raise QALoraError(f"{where} is {short(row)}, expected {_EXPECTED}.")
     row = {key: value for key, value in row.items() if value is not None}  # tables have a column for every kind of row
+    if row.get("messages") == [] and row.keys() & {"text", *(key for pair in _PAIRS for key in pair)}:
+        del row["messages"]
     if "messages" in row:
         return _of_messages(row["messages"], where)
     for before, after in _PAIRS:

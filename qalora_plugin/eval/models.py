@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from qalora_plugin.checkpoint.adapter_folder import CONFIG_NAME, AdapterFolder
 from qalora_plugin.checkpoint.folder import INDEX_NAME, SINGLE_NAME, Checkpoint
 from qalora_plugin.checkpoint.hub import expanded, is_local, require_use_of_revision
-from qalora_plugin.checkpoint.tensors import all_finite
 from qalora_plugin.core.errors import QALoraError, printable
 from qalora_plugin.eval.limits import fitting_length, model_config, positions, vocabulary
 from qalora_plugin.eval.tokens import load_tokenizer
@@ -64,7 +63,7 @@ class Subject:
         files = Checkpoint.open(str(base), revision)
         quantized = QuantizedCheckpoint.of(files) if files.quantization or opened is not None else None
         if quantized is None:
-            _require_finite(files)
+            files.require_finite(files.tensors)  # every figure of it would be NaN
         else:
             quantized.check_values()
             quantized.check_dense_values()
@@ -205,13 +204,6 @@ def _parts(model: str) -> tuple[str | None, str | None]:
         return (None, model) if is_adapter else (model, None)
     base, plus, adapter = model.rpartition("+")
     return (base, adapter) if plus and base and is_local(adapter) else (model, None)
-
-
-def _require_finite(files: Checkpoint) -> None:
-    """Refuse NaN and Inf in a dense model: every figure of it would be NaN. Reads all of it."""
-    for name, info in files.tensors.items():
-        if info.dtype in _FLOATS and not all_finite(files.array(name)):
-            raise QALoraError(f"{files.folder}: {name} holds NaN or Inf. Download or copy the model again.")
 
 
 def _dense_size(files: Checkpoint) -> SizeReport:

@@ -25,6 +25,7 @@ from qalora_plugin.integrations.peft.sharded import (
     refuse_fsdp1,
     require_one_adapter,
     require_one_base,
+    unwrapped,
 )
 from qalora_plugin.layers.summary import training_dtype, training_summary
 
@@ -46,7 +47,8 @@ def _adapted(model: Any) -> set[str]:
     """The adapted linears, by their names on disk."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     quantizer: Any = base.hf_quantizer
-    return {quantizer.names[name] for name, module in base.named_modules() if isinstance(module, QALoraLayer)}
+    layers = (name for name, module in base.named_modules() if isinstance(module, QALoraLayer))
+    return {quantizer.names[unwrapped(name)] for name in layers}
 
 
 class QALoraMergeCallback(TrainerCallback):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from support.fabricate import make_base
 
 from qalora_plugin.checkpoint.folder import Checkpoint
-from qalora_plugin.checkpoint.tensors import all_finite, read_array, read_header
+from qalora_plugin.checkpoint.tensors import all_finite, is_finite, read_array, read_header
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.formats.gptq import is_act_order
 from qalora_plugin.formats.opened import QuantizedCheckpoint
@@ -229,4 +229,6 @@ def test_all_finite(tmp_path, dtype, bad):
     values = torch.tensor([[0.0, -0.0, info.max, info.min, info.tiny]], dtype=dtype)
     for last, finite in ((1.0, True), (bad, False)):
         save_file({"t": torch.cat([values, torch.full((1, 1), last, dtype=dtype)], 1)}, tmp_path / "t.safetensors")
-        assert all_finite(read_array(tmp_path, read_header(tmp_path / "t.safetensors")["t"])) == finite
+        stored = read_header(tmp_path / "t.safetensors")["t"]
+        assert all_finite(read_array(tmp_path, stored)) == finite
+        assert is_finite((tmp_path / "t.safetensors").read_bytes()[stored.start : stored.end], stored.dtype) == finite

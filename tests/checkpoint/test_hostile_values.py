@@ -14,6 +14,7 @@ from qalora_plugin.checkpoint.tensors import read_header
 from qalora_plugin.conversion.merging import merge
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.eval.tokens import read_texts
+from qalora_plugin.formats.opened import QuantizedCheckpoint
 
 
 @pytest.fixture
@@ -135,3 +136,16 @@ def test_texts(tmp_path, name, content, match):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(QALoraError, match=match):
         read_texts(tmp_path / name)
+
+
+def test_masks_that_nothing_loads_may_be_infinite(base, tmp_path):
+    """-1e9 in float16, as older versions of transformers stored it in GPT-NeoX, GPT-J and GPT-Neo."""
+    folder = shutil.copytree(base, tmp_path / "base")
+    file = next(folder.glob("*.safetensors"))
+    mask = {"model.layers.0.attention.masked_bias": torch.tensor(float("-inf"), dtype=torch.float16)}
+    save_file(load_file(file) | mask, file, metadata={"format": "pt"})
+    QuantizedCheckpoint.open(folder).check_dense_values()
+    norm = {"model.norm.weight": torch.full((64,), float("nan"), dtype=torch.bfloat16)}
+    save_file(load_file(file) | norm, file, metadata={"format": "pt"})
+    with pytest.raises(QALoraError, match=r"model\.norm\.weight holds NaN or Inf"):
+        QuantizedCheckpoint.open(folder).check_dense_values()

@@ -98,7 +98,9 @@ def test_many_offset_files(base, adapter, tmp_path, monkeypatch):
 
 def test_is_merge_of(base, adapter, merged, tmp_path):
     assert is_merge_of(merged, base, adapter, "float16")
+    assert is_merge_of(merged, base, adapter, None)
     assert not is_merge_of(merged, base, adapter, "float32")
+    assert not is_merge_of(merged, make_base(tmp_path / "base", layers=1), adapter, None)
     assert not is_merge_of(merged, base, make_adapter(base, tmp_path / "other", seed=3), "float16")
     assert not is_merge_of(tmp_path / "nothing", base, adapter, "float16")
 

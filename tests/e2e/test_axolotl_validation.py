@@ -53,7 +53,7 @@ def validate(folder, base, **changes):
         ({"qalora": {1: 2}}, "unknown key '1' in qalora:"),
         ({"qalora": {"merg": True}}, "unknown key 'merg' in qalora:. Did you mean 'merge'"),
         ({"qalora": {"offset_dtype": "int8"}}, "qalora.offset_dtype is 'int8': .*'float16' or 'float32'"),
-        ({"qalora": {"verify_tokens": 0}}, "qalora.verify_tokens is 0: .*greater than 0"),
+        ({"qalora": {"verify_tokens": 0}}, "qalora.verify_tokens is 0: .*greater than or equal to 2"),
         ({"qalora": {"merge": "perhaps"}}, "qalora.merge is 'perhaps': "),
         ({"qalora": {"merge_dir": 5}}, "qalora.merge_dir is 5: "),
         ({"qalora": {"merge_dir": "/proc/merged"}}, "qalora.merge_dir is /proc/merged, but /proc is not writable"),

@@ -91,6 +91,7 @@ def test_what_is_asked_for_stands_at_the_end_of_the_question(row, chat):
 
 def test_columns_without_a_value_are_not_there():
     row = {"messages": None, "question": None, "answer": None, "text": "x"}
+    assert as_row({"messages": [], "text": "x"}) == as_row(row)
     assert as_row(row).answer == "x"
 
 
@@ -124,7 +125,7 @@ BAD = {
     '{"question": "q"}': "answer is None",
     '{"messages": "hello"}': "line 1: messages is 'hello', expected a list",
     '{"messages": {"role": "user", "content": "x"}}': "messages is {'role': 'user', 'content': 'x'}, expected",
-    '{"messages": [], "text": "x"}': r"messages is \[\], expected a list",
+    '{"messages": []}': r"messages is \[\], expected a list",
     '{"messages": 0}': "messages is 0, expected a list",
     '{"messages": null}': "line 1 has no key with a value",
     '{"messages": [["user", "x"]]}': r"holds \['user', 'x'\], expected messages",

@@ -1,7 +1,9 @@
 """Folders of adapters that PEFT is given: damaged, of other settings, inside of others."""
 
+import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -102,6 +104,11 @@ def test_a_checkpoint_of_another_adapter_is_not_resumed(base, tmp_path, options,
     with pytest.raises(QALoraError, match=match):
         model.load_adapter(tmp_path / "saved", "default", is_trainable=True)
     saved.load_adapter(tmp_path / "saved", "default", is_trainable=True)
+
+
+def test_numbers_of_numpy(base):
+    model = add_adapter(load_base(base), r=np.int64(4), lora_alpha=np.float64(8), target_modules="all-linear")
+    assert json.dumps(model.peft_config["default"].r) == "4"
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,15 @@ def test_options_that_are_used_after_training_are_checked_before_it(base, option
         QALoraMergeCallback(base, verify=True, **options)
 
 
+def test_layers_whose_activations_are_checkpointed_by_fsdp_are_found(base, tmp_path):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    run = trainer(base, tmp_path)
+    layers = run.model.get_base_model().model.layers
+    layers[0] = checkpoint_wrapper(layers[0])
+    run.callback_handler.on_train_begin(run.args, run.state, run.control)
+
+
 def test_a_form_of_offsets_that_cannot_be_had_is_refused_before_training(base, tmp_path):
     model = add_adapter(load_base(base), r=2, target_modules=["q_proj"], scales=True)
     arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
 from math import isclose
+from numbers import Integral
 from pathlib import Path
 from typing import Any, cast
 
@@ -55,6 +56,8 @@ class QALoraConfig(LoraConfig):
             self.use_qalora = False  # set in what is saved, see to_dict
         super().__post_init__()
         refuse_peft_fields(self)
+        if isinstance(self.r, Integral) and not isinstance(self.r, bool):
+            self.r = int(self.r)  # numpy's, too, which no JSON holds
         check_numbers(vars(self), "the adapter's config", "Correct it")
         if self.qalora is not None and not is_bound(self.qalora):
             check_wishes(self.qalora, "this adapter")

@@ -29,7 +29,7 @@ from qalora_plugin.layers.linear import QuantLinear
 from qalora_plugin.layers.sharding import make_factor_shardable
 
 _OF_A_RANK = ("base_model_name_or_path", "qalora", "runtime_config")  # a path, what another check compares
-_WRAPPED = "_checkpoint_wrapped_module."
+_WRAPPED, _COMPILED = "_checkpoint_wrapped_module.", "_orig_mod."
 
 
 def is_to_be_sharded() -> bool:
@@ -153,8 +153,8 @@ def _of_all_ranks(mine: Any) -> list[Any]:
         dist.all_gather_object(found, mine)
     except RuntimeError as error:  # its connection is gone
         raise QALoraError(
-            f"another rank ended while rank {dist.get_rank()} waited for it: it could not load its base or its "
-            "adapter. Its own message, in its own log, says why."
+            f"another rank ended while rank {dist.get_rank()} waited for it, as one does that cannot load its base or "
+            f"its adapter. Its own message, in its own log, says why. (Here: {error})"
         ) from error
     return found
 
@@ -170,6 +170,11 @@ def remove_checkpointing(model: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, CheckpointWrapper):
                 setattr(parent, name, child._checkpoint_wrapped_module)
+
+
+def unwrapped(name: str) -> str:
+    """A module's name before FSDP checkpointed activations, or torch compiled it."""
+    return name.replace(_WRAPPED, "").replace(_COMPILED, "")
 
 
 def full_adapter(model: nn.Module) -> dict[str, Tensor]:
