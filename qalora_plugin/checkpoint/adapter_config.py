@@ -89,10 +89,7 @@ def check_ratio(ratio: Any, what: str) -> None:
 def check_config(config: dict, path: Path) -> None:
     """Refuse what no PEFT adapter has in its config where a merge reads it."""
 
-    def check(name: str, value: Any, right: bool, expected: str) -> None:
-        if not right:
-            raise QALoraError(f"{path}: {name} is {short(value)}, expected {expected}. Save the adapter again.")
-
+    remedy = "Save the adapter again"
     for name, kind, expected in (
         ("qalora", dict, "an object"),
         ("rank_pattern", dict, "an object"),
@@ -100,27 +97,29 @@ def check_config(config: dict, path: Path) -> None:
         ("use_rslora", bool, "a boolean"),
         ("base_model_name_or_path", str, "a string"),
     ):
-        check(name, config.get(name), isinstance(config.get(name), kind | None), expected)
+        _require(isinstance(config.get(name), kind | None), path, name, config.get(name), expected, remedy)
     recorded = (config.get("qalora") or {}).get("base_fingerprint")
-    check("qalora.base_fingerprint", recorded, isinstance(recorded, str | None), "a string")
-    check_numbers(config, path, "Save the adapter again")
+    _require(isinstance(recorded, str | None), path, "qalora.base_fingerprint", recorded, "a string", remedy)
+    check_numbers(config, path, remedy)
 
 
 def check_numbers(config: dict, what: object, remedy: str) -> None:
     """Refuse ranks and alphas that are no numbers, or with which nothing would be trained: of a ``LoraConfig`` or a
     stored one. (An ``alpha_pattern`` of 0 may switch a layer off.)"""
-
-    def check(name: str, value: Any, right: bool, expected: str) -> None:
-        if not right:
-            raise QALoraError(f"{what}: {name} is {short(value)}, expected {expected}. {remedy}.")
-
     for name, rank in {"r": config.get("r"), **_named("rank_pattern", config)}.items():
-        check(name, rank, type(rank) is int and rank > 0, "a positive integer")
+        _require(type(rank) is int and rank > 0, what, name, rank, "a positive integer", remedy)
     for name, alpha in {"lora_alpha": config.get("lora_alpha"), **_named("alpha_pattern", config)}.items():
         is_finite = isinstance(alpha, int | float) and not isinstance(alpha, bool) and abs(alpha) < _LARGEST_ALPHA
-        check(name, alpha, is_finite and (alpha != 0 or name != "lora_alpha"), "a finite number other than 0")
+        right = is_finite and (alpha != 0 or name != "lora_alpha")
+        _require(right, what, name, alpha, "a finite number other than 0", remedy)
     dropout = config.get("lora_dropout") or 0.0
-    check("lora_dropout", dropout, isinstance(dropout, int | float) and 0 <= dropout < 1, "at least 0 and below 1")
+    right = isinstance(dropout, int | float) and 0 <= dropout < 1
+    _require(right, what, "lora_dropout", dropout, "at least 0 and below 1", remedy)
+
+
+def _require(right: bool, what: object, name: str, value: Any, expected: str, remedy: str) -> None:
+    if not right:
+        raise QALoraError(f"{what}: {name} is {short(value)}, expected {expected}. {remedy}.")
 
 
 def _named(field: str, config: dict) -> dict[str, Any]:

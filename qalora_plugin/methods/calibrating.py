@@ -20,7 +20,7 @@ from qalora_plugin.checkpoint.json_files import short
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.reference import dequantize
 from qalora_plugin.core.weight import GroupwiseWeight
-from qalora_plugin.eval.limits import fitting_length, model_config, positions
+from qalora_plugin.eval.limits import fitting_length, model_config, positions, vocabulary
 from qalora_plugin.eval.tokens import load_tokenizer, require_ids
 from qalora_plugin.integrations.peft.adapter import QALoraLayer
 from qalora_plugin.integrations.peft.experts import QALoraExpertsLayer
@@ -91,7 +91,7 @@ def calibrate(
     longest = positions(twin.config)
     if longest and any(len(sequence) > longest for sequence in sequences):
         raise QALoraError(f"a sequence has more tokens than the {longest} that {dense} takes. Pass shorter ones.")
-    require_ids(sequences, twin.config.get_text_config().vocab_size, dense)
+    require_ids(sequences, vocabulary(twin.config), dense)
     blocks, inside = blocks_of(twin, layers)
     _require_near(twin, {name: layers[name] for name in inside}, dense)
     device = _weight(next(iter(layers.values()))).scales.device

@@ -3,14 +3,14 @@
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.words import codes_per_period
-from qalora_plugin.integrations.transformers.loading import load_model
+from qalora_plugin.integrations.transformers.dense_models import load_dense
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,13 +28,7 @@ def empty_model(folder: Path) -> "PreTrainedModel":
         QALoraError: transformers cannot load it, or the folder lacks a tensor of it or has one in another shape.
     """
     try:
-        found: Any = load_model(
-            folder,
-            device_map="meta",
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # for the names; its error has none
-        )
+        return load_dense(folder, str(folder), device_map="meta")
     except QALoraError:
         raise
     except Exception as error:  # whatever configs of any kind and age raise
@@ -42,20 +36,6 @@ def empty_model(folder: Path) -> "PreTrainedModel":
             f"{folder} cannot be loaded as a 16-bit model ({type(error).__name__}: {error}). Repair or update what "
             "that names, or use another model."
         ) from error
-    model, info = found
-    if missing := sorted(info["missing_keys"]):  # GPTQModel leaves them without memory, or makes them up
-        raise QALoraError(
-            f"{folder} lacks {missing[0]} ({len(missing)} tensors in all) of a {type(model).__name__}. Download or "
-            "copy the model again."
-        )
-    if wrong := sorted(info["mismatched_keys"]):  # where an expert is lacking, too: they are stacked
-        name, *shapes = wrong[0]
-        stored, wanted = ("×".join(map(str, shape)) for shape in shapes)
-        raise QALoraError(
-            f"{folder} gives {name} as {stored}, but {type(model).__name__} has {wanted} by config.json. Download or "
-            "copy the model again."
-        )
-    return model
 
 
 def as_matrix(linear: Linear) -> Tensor:

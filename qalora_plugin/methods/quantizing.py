@@ -21,7 +21,7 @@ from qalora_plugin.checkpoint.hub import resolve
 from qalora_plugin.checkpoint.places import absolute, require_place
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 from qalora_plugin.core.words import SUPPORTED_BITS
-from qalora_plugin.eval.limits import positions
+from qalora_plugin.eval.limits import fitting_length, vocabulary
 from qalora_plugin.eval.tokens import is_text_file, load_tokenizer, read_texts, require_ids, tokenize
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.integrations.transformers.loading import load_model
@@ -103,12 +103,11 @@ def quantize(
     from gptqmodel import GPTQModel, QuantizeConfig
 
     tokenizer = load_tokenizer(folder)
-    longest = positions(empty.config) or length
-    if length > longest:
-        logger.warning("sequences of %d tokens, not %d: %s has no more positions.", longest, length, model)
-    calibration = calibration_rows(tokenizer, dataset, samples, min(length, longest), seed)
-    vocabulary = getattr(empty.config.get_text_config(), "vocab_size", None)
-    require_ids((row["input_ids"] for row in calibration), vocabulary, model)
+    fitting = fitting_length(empty.config, length)
+    if fitting < length:
+        logger.warning("sequences of %d tokens, not %d: %s has no more positions.", fitting, length, model)
+    calibration = calibration_rows(tokenizer, dataset, samples, fitting, seed)
+    require_ids((row["input_ids"] for row in calibration), vocabulary(empty.config), model)
     files.require_finite(track(files.tensors, "reading", transient=True))
     plan = {} if budget is None else plan_for(folder, [row["input_ids"] for row in calibration], budget, fisher)
     if plan:

@@ -11,19 +11,33 @@ if TYPE_CHECKING:
 
 
 def load_dense(folder: Path, name: str, **kwargs: Any) -> "PreTrainedModel":
-    """A dense model, of which transformers would make up at random what its folder lacks, and only warn.
+    """A dense model, of which transformers would make up at random what its folder lacks, and only warn; what it has in
+    another shape is refused by name, too.
 
     Args:
         name: for the error. kwargs: of :func:`~.loading.load_model`.
 
     Raises:
-        QALoraError: the folder lacks a tensor of the model.
+        QALoraError: the folder lacks a tensor of the model, or has one in another shape.
     """
-    found: Any = load_model(folder, trust_remote_code=False, output_loading_info=True, **kwargs)
+    found: Any = load_model(
+        folder,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # for the names; its error has none
+        **kwargs,
+    )
     model, info = found
     if missing := sorted(info["missing_keys"]):
         raise QALoraError(
             f"{name} lacks {missing[0]} ({len(missing)} tensors in all) of a {type(model).__name__}. Download or copy "
+            "the folder again."
+        )
+    if wrong := sorted(info["mismatched_keys"]):  # where an expert is lacking, too: they are stacked
+        key, *shapes = wrong[0]
+        stored, wanted = ("×".join(map(str, shape)) for shape in shapes)
+        raise QALoraError(
+            f"{name} gives {key} as {stored}, but {type(model).__name__} has {wanted} by config.json. Download or copy "
             "the folder again."
         )
     return model
