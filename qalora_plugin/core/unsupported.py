@@ -28,6 +28,11 @@ _KERNELS = (
     "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel", "dsv4_fp8_lora_kernel",
     "dsv4_shared_mlp_lora_kernel",
 )  # fmt: skip
+_SPLIT_WEIGHTS = "packed weights cannot be split over ranks while training"
+_SPLIT_SEQUENCES = (
+    "sequences split over ranks need ring attention, which GPUs alone have, and no run has shown that they train this "
+    "adapter as whole ones do"
+)
 _TABLE = (
     # what a LoRA would do otherwise
     _Refusal("the fused LoRA kernels would bypass the pooling", _KERNELS),
@@ -84,11 +89,17 @@ _TABLE = (
         "and fsdp_config",
         ("fsdp",),
     ),
-    _Refusal("packed weights cannot be split over ranks while training", ("tensor_parallel_size",), allowed=(1,)),
+    _Refusal(_SPLIT_WEIGHTS, ("tensor_parallel_size",), allowed=(1,)),
     _Refusal(
         "its all-to-all exchange is made for dense experts, and a packed layer would not take part",
         ("expert_parallel_size",),
         allowed=(1,),
+    ),
+    _Refusal(
+        _SPLIT_SEQUENCES,
+        ("context_parallel_size", "sequence_parallel_degree"),
+        allowed=(1,),
+        instead="Set it to 1; FSDP2 and gradient_checkpointing save memory, too.",
     ),
     _Refusal(
         "TRL sends vLLM merged weights or a plain LoRA, and this adapter is neither",
@@ -100,8 +111,8 @@ _TABLE = (
 _DEEPSPEED = (
     ("zero_optimization.zero_quantized_weights", "it quantizes what ranks send each other, which packed words are"),
     ("zero_optimization.zero_quantized_nontrainable_weights", "it quantizes what is frozen, which packed words are"),
-    ("tensor_parallel.autotp_size", "packed weights cannot be split over ranks while training"),
-    ("tensor_parallel.tp_size", "packed weights cannot be split over ranks while training"),
+    ("tensor_parallel.autotp_size", _SPLIT_WEIGHTS),
+    ("tensor_parallel.tp_size", _SPLIT_WEIGHTS),
 )
 
 
@@ -120,6 +131,17 @@ def refuse_optimizer_of_fsdp2(name: str, key: str) -> None:
             f"{key}: {name} cannot be combined with FSDP2: it computes with whole parameters. Use adamw_torch "
             "(adamw_torch_8bit needs less memory), or DeepSpeed instead of FSDP."
         )
+
+
+def refuse_parallelism(config: object) -> None:
+    """Refuse what of accelerate's ``ParallelismConfig`` splits a layer or a sequence over ranks.
+
+    Raises:
+        QALoraError: names the field, why it is refused, and what to do.
+    """
+    for name, why in (("tp_size", _SPLIT_WEIGHTS), ("cp_size", _SPLIT_SEQUENCES), ("sp_size", _SPLIT_SEQUENCES)):
+        if (size := getattr(config, name, None) or 1) > 1:
+            raise QALoraError(f"ParallelismConfig: {name}={size} cannot be combined with QA-LoRA: {why}. Set it to 1.")
 
 
 def refuse_deepspeed(settings: Mapping[str, Any], where: str) -> None:

@@ -5,13 +5,14 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from accelerate.parallelism_config import ParallelismConfig
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qalora_plugin.checkpoint.places import absolute, is_inside, require_outside, require_place
 from qalora_plugin.conversion.added import merged_spec
 from qalora_plugin.conversion.merging import merge
 from qalora_plugin.core.errors import QALoraError
-from qalora_plugin.core.unsupported import refuse_optimizer_of_fsdp2
+from qalora_plugin.core.unsupported import refuse_optimizer_of_fsdp2, refuse_parallelism
 from qalora_plugin.eval.proof import prove
 from qalora_plugin.eval.tokens import sample_dataset
 from qalora_plugin.formats.opened import QuantizedCheckpoint
@@ -20,6 +21,7 @@ from qalora_plugin.integrations.peft.adapter import QALoraLayer
 from qalora_plugin.integrations.peft.sharded import (
     RestoreAdapter,
     full_adapter,
+    is_launched_with,
     is_to_be_sharded,
     make_shardable,
     refuse_fsdp1,
@@ -112,6 +114,8 @@ class QALoraMergeCallback(TrainerCallback):
         model = kwargs["model"]
         if args.fsdp and isinstance(args.fsdp_config, dict) and str(args.fsdp_config.get("version", 2)) != "2":
             refuse_fsdp1()
+        launched = is_launched_with("ACCELERATE_USE_PARALLELISM_CONFIG")  # then accelerate's own comes from there, too
+        refuse_parallelism(args.parallelism_config or (ParallelismConfig() if launched else None))
         if args.fsdp:
             refuse_optimizer_of_fsdp2(str(getattr(args.optim, "value", args.optim)), "optim")
         config: Any = getattr(model, "peft_config", {}).get("default")

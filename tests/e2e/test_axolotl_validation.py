@@ -3,7 +3,6 @@
 import shutil
 
 import pytest
-import yaml
 from axolotl.cli.config import load_cfg
 from support.axolotl_runs import write_config
 from support.fabricate import make_adapter, make_base, to_old_layout
@@ -34,6 +33,7 @@ def validate(folder, base, **changes):
         ({"relora": True}, "relora cannot be combined"),
         ({"qlora_sharded_model_loading": True}, "qlora_sharded_model_loading cannot be combined"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size: 2 cannot be combined .* packed weights cannot be split"),
+        ({"context_parallel_size": 2}, "context_parallel_size: 2 cannot be combined .* need ring attention"),
         ({"plugins": [OURS, EXPERTS], "expert_parallel_size": 2}, "expert_parallel_size: 2 cannot be combined"),
         ({"plugins": [OURS, MORA]}, r"plugins lists axolotl.integrations.mora.MoraPlugin, which brings adapter: mora"),
         ({"plugins": [MORA, OURS]}, r"Remove axolotl.integrations.mora.MoraPlugin"),
@@ -151,10 +151,3 @@ def test_old_autogptq_folder(tmp_path):
     cfg = validate(tmp_path, base)
     assert cfg.overrides_of_model_config["transformers_weights"] == "gptq_model-4bit-32g.safetensors"
     assert cfg.overrides_of_model_config["quantization_config"]["bits"] == 4
-
-
-def test_context_parallel_is_said_to_be_untested(base, tmp_path, caplog):
-    from qalora_plugin.integrations.axolotl.preflight import check_axolotl
-
-    check_axolotl(yaml.safe_load(write_config(tmp_path, base, context_parallel_size=2).read_text()))
-    assert "context_parallel_size: 2 is not tested" in caplog.text

@@ -102,8 +102,10 @@ def test_preference_training_from_an_adapter():
     refuse_unmergeable(config | {"rl": "dpo", "merge_lora": True})
 
 
-@pytest.mark.parametrize("key", ["tensor_parallel_size", "expert_parallel_size"])
-def test_splitting_linears_or_experts_is_refused(key):
+@pytest.mark.parametrize(
+    "key", ["tensor_parallel_size", "expert_parallel_size", "context_parallel_size", "sequence_parallel_degree"]
+)
+def test_splitting_linears_experts_or_sequences_is_refused(key):
     with pytest.raises(QALoraError, match=f"{key}: 2 cannot be combined with adapter: qalora"):
         refuse_unmergeable(GOOD | {key: 2})
     refuse_unmergeable(GOOD | {key: 1})

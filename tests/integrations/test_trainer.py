@@ -227,6 +227,29 @@ def test_a_form_of_offsets_that_cannot_be_had_is_refused_before_training(base, t
         run.train()
 
 
+@pytest.mark.parametrize("name", ["tp_size", "cp_size", "sp_size"])
+def test_splitting_linears_or_sequences_is_refused_when_the_trainer_is_made(name, base, monkeypatch):
+    """Given to the Trainer, or by ``accelerate launch --use-parallelism-config``."""
+    from types import SimpleNamespace
+
+    from accelerate.parallelism_config import ParallelismConfig
+
+    from qalora_plugin.integrations import trainer
+
+    model = add_adapter(load_base(base), r=2, target_modules=["q_proj"])
+    arguments = SimpleNamespace(fsdp=False, parallelism_config=ParallelismConfig(**{name: 2}))
+    message = f"ParallelismConfig: {name}=2 cannot be combined with QA-LoRA: .* Set it to 1"
+    with pytest.raises(QALoraError, match=message):
+        QALoraMergeCallback(base).on_init_end(arguments, None, None, model=model)
+    arguments.parallelism_config = ParallelismConfig(dp_shard_size=2)
+    QALoraMergeCallback(base).on_init_end(arguments, None, None, model=model)
+    arguments.parallelism_config = None
+    monkeypatch.setattr(trainer, "is_launched_with", lambda name: name == "ACCELERATE_USE_PARALLELISM_CONFIG")
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{name.upper()}", "2")
+    with pytest.raises(QALoraError, match=message):
+        QALoraMergeCallback(base).on_init_end(arguments, None, None, model=model)
+
+
 def test_what_fsdp_cannot_do_is_refused_when_the_trainer_is_made(base, monkeypatch):
     """The Trainer itself makes an FSDP engine on GPUs alone."""
     from types import SimpleNamespace
@@ -235,6 +258,7 @@ def test_what_fsdp_cannot_do_is_refused_when_the_trainer_is_made(base, monkeypat
 
     model = add_adapter(load_base(base), r=2, target_modules=["q_proj"])
     arguments = SimpleNamespace(fsdp=True, fsdp_config={"version": 1}, bf16=False, fp16=False, optim="lion_32bit")
+    arguments.parallelism_config = None
     with pytest.raises(QALoraError, match=r"FSDP1 flattens .* Use FSDP2"):
         QALoraMergeCallback(base).on_init_end(arguments, None, None, model=model)
     arguments.fsdp_config = {"version": 2}

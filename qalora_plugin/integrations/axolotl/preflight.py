@@ -76,14 +76,6 @@ def check_axolotl(cfg: dict[str, Any], other_adapters: dict[str, list[str]] | No
     for key in _EXPERTS_KERNELS if in_model else ():
         if cfg.get(key):
             LOG.warning("%s has no effect on this base: its experts are packed, and have kernels of their own", key)
-    for key in ("context_parallel_size", "sequence_parallel_degree"):  # the second is the first one's older name
-        if (cfg.get(key) or 1) > 1:
-            LOG.warning(
-                "%s: %s is not tested with adapter: qalora. (Each linear works token by token, so splitting sequences "
-                "should change nothing.)",
-                key,
-                cfg[key],
-            )
     if cfg.get("bf16") is True and not torch.accelerator.is_available() and emulates(torch.bfloat16):
         LOG.warning(
             "bf16: true, but this CPU only emulates bfloat16, up to 75 times slower than float32. Set bf16: false."

@@ -84,7 +84,7 @@ class _Drained(UserDict):
 def _forget_what_was_sent() -> None:
     """accelerate 1.13 keeps the whole model on rank 0 until its last part is sent: half as much memory again.
     (``fsdp_utils.fsdp2_load_full_state_dict``; Axolotl has one of its own, which does not.)"""
-    from accelerate.utils import fsdp_utils  # type: ignore[import-untyped]
+    from accelerate.utils import fsdp_utils
 
     load = fsdp_utils.fsdp2_load_full_state_dict
     if not hasattr(load, "__wrapped__"):
