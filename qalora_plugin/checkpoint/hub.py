@@ -15,9 +15,10 @@ def is_local(path: str | Path) -> bool:
     return path != "" and expanded(path).is_dir()
 
 
-def require_use_of_revision(revision: str | None, names: Iterable[str | Path]) -> None:
-    """Refuse a revision where none of the models comes from the Hub: it would change nothing."""
-    if revision is not None and all(is_local(name) for name in names):
+def require_use_of_revision(revision: str | None, names: Iterable[str | Path | None]) -> None:
+    """Refuse a revision where none of the models comes from the Hub: it would change nothing. (``None``: a name that
+    is found later, in an adapter's folder.)"""
+    if revision is not None and all(name is not None and is_local(name) for name in names):
         raise QALoraError(
             f"--revision {revision} is of a Hub id, but every model is a folder here: it changes nothing. Leave it "
             "out, or pass the Hub id."

@@ -48,8 +48,10 @@ def quantize(
     revision: Revision = None,
 ) -> None:
     """Make a GPTQ base of a 16-bit model (GPTQModel does the work)."""
+    from qalora_plugin.checkpoint.hub import require_use_of_revision
     from qalora_plugin.methods.quantizing import quantize
 
+    require_use_of_revision(revision, [model])
     made = quantize(
         model,
         out,
@@ -99,8 +101,10 @@ def merge(
     revision: Revision = None,
 ) -> None:
     """Merge an adapter into its base: nothing re-quantised, the base's bytes unchanged."""
+    from qalora_plugin.checkpoint.hub import require_use_of_revision
     from qalora_plugin.conversion.merging import merge
 
+    require_use_of_revision(revision, [base])
     result = merge(base, adapter, out, offset_dtype, copy, revision, offsets=offsets)
     print_summary(result)
     if verify:

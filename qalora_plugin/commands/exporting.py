@@ -20,8 +20,10 @@ def lora(
     revision: Annotated[str | None, typer.Option(help="Revision of a Hub id.")] = None,
 ) -> None:
     """An ordinary PEFT LoRA, to serve unmerged beside others: vllm serve BASE --enable-lora."""
+    from qalora_plugin.checkpoint.hub import require_use_of_revision
     from qalora_plugin.conversion.lora import export_lora
 
+    require_use_of_revision(revision, [base])
     print_summary(export_lora(adapter, out, base, revision))
 
 

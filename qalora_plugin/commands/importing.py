@@ -70,8 +70,10 @@ def _packed(kind: "type[Awq] | type[CompressedTensors]", src: str, out: Path) ->
 @app.command()
 def peft(src: Adapter, out: Out, base: Base = None, revision: Revision = None) -> None:
     """An adapter trained by PEFT with use_qalora, as one of ours."""
+    from qalora_plugin.checkpoint.hub import require_use_of_revision
     from qalora_plugin.conversion.import_adapter import import_peft
 
+    require_use_of_revision(revision, [base])
     print_summary(import_peft(src, out, base, revision))
 
 
@@ -86,6 +88,8 @@ def official(
     revision: Revision = None,
 ) -> None:
     """An adapter, or a merged model with float zero-points, of the official QA-LoRA repository."""
+    from qalora_plugin.checkpoint.hub import require_use_of_revision
     from qalora_plugin.conversion.import_official import import_official
 
+    require_use_of_revision(revision, [base])
     print_summary(import_official(src, out, base, revision))

@@ -103,6 +103,23 @@ def test_a_revision_of_a_folder(base, adapter, merged):
     assert "--revision main is of a Hub id" in run("verify", *arguments, code=1).stderr
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "merge --base {base} --adapter {adapter} --out {out}",
+        "quantize {base} {out} --dataset text.txt",
+        "export lora {adapter} {out} --base {base}",
+        "import peft {adapter} {out} --base {base}",
+        "import official {adapter} {out} --base {base}",
+    ],
+)
+def test_a_revision_of_a_folder_changes_nothing_anywhere(command, base, adapter, tmp_path):
+    out = tmp_path / "out"
+    arguments = command.format(base=base, adapter=adapter, out=out).split()
+    assert "--revision main is of a Hub id" in run(*arguments, "--revision", "main", code=1).stderr
+    assert not out.exists()
+
+
 def test_a_missing_folder_is_named_as_it_was_written(base, adapter, tmp_path):
     for arguments in (
         ("export", "mlx", "nope", tmp_path / "x"),
