@@ -7,6 +7,7 @@ from copy import deepcopy
 import pytest
 import torch
 from peft import LoraConfig
+from peft.helpers import rescale_adapter_scale
 from support.fabricate import make_adapter, make_base
 from support.steps import IDS
 
@@ -142,6 +143,24 @@ def test_every_path_computes_the_definition(base, dropout):
         assert layer(x).isfinite().all()
         layer.enable_adapters(False)
         assert torch.equal(layer(x), layer.get_base_layer()(x))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_what_scales_an_adapter_scales_all_of_it(base, rslora):
+    """PEFT's ``rescale_adapter_scale`` and ``set_scale`` lie between the base (0) and the adapter (1)."""
+    wish = LoraConfig(r=4, lora_alpha=8, use_rslora=rslora, target_modules=["q_proj"])
+    model = randomise(add_adapter(load_base(base, dtype=torch.float32), wish, scales=True))
+    layer = next(iter(layers(model).values()))
+    x = torch.randn(3, layer.get_base_layer().in_features)
+    none, whole = layer.get_base_layer()(x), layer(x)
+    for strength in (0.0, 0.5):
+        expected = none + strength * (whole - none)
+        with rescale_adapter_scale(model, strength):
+            torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(layer(x), whole)
+        layer.set_scale("default", strength)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+        layer.set_scale("default", 1.0)
 
 
 def test_dropout_is_the_offsets_alone(base):

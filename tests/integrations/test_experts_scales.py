@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft.helpers import rescale_adapter_scale
 from support.experts import loss_and_gradients
 from support.layers import assert_close
 from transformers import AutoModelForCausalLM
@@ -86,6 +87,16 @@ def test_untouched_until_it_is_trained(mixtral):
         assert not c.any()
         assert len({tuple(one.flatten().tolist()) for one in d}) == len(d)  # each expert starts by itself
         assert a.abs().max() <= layer.get_base_layer().groups ** -0.5 / 3
+
+
+def test_what_scales_an_adapter_scales_all_of_it(mixtral, adapter):
+    model = load_adapter(load_base(mixtral, dtype=torch.float32), adapter)
+    layer = expert_layers(model)[0]
+    x = torch.randn(sum(COUNTS), layer.get_base_layer().in_features)
+    none, whole = layer.get_base_layer()(x, COUNTS), layer(x, COUNTS)
+    with rescale_adapter_scale(model, 0.5):
+        torch.testing.assert_close(layer(x, COUNTS), (none + whole) / 2, rtol=1e-5, atol=1e-5)
+    assert torch.equal(layer(x, COUNTS), whole)
 
 
 def test_several_adapters_and_dropout(mixtral, adapter):

@@ -5,10 +5,10 @@ On disk it is a PEFT adapter folder whose ``peft_type`` is ``QALORA``. Stock PEF
 would scale it wrongly. In memory the type is ``LORA``, so everything that PEFT does for LoRA works.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
-from math import isclose
 from numbers import Integral
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from qalora_plugin.checkpoint.adapter_config import Ratios, check_numbers, check_pooling, check_wishes
 from qalora_plugin.checkpoint.adapter_folder import PEFT_TYPE, AdapterFolder
 from qalora_plugin.checkpoint.hub import is_local
-from qalora_plugin.core.delta import OffsetDelta
+from qalora_plugin.core.delta import OffsetDelta, ScaleDelta
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.unsupported import refuse_peft_fields
 from qalora_plugin.integrations.peft.conversion import leave_alone
@@ -138,7 +138,7 @@ def _require_same_layers(model: nn.Module, adapter_name: str, saved: AdapterFold
     for stored, name in saved.keys.items():
         trained = saved.rank(stored), saved.scaling(stored)
         here = layers[name].r[adapter_name], layers[name].scaling[adapter_name]
-        if trained[0] != here[0] or not isclose(trained[1], here[1]):
+        if trained[0] != here[0] or not math.isclose(trained[1], here[1]):
             raise QALoraError(
                 f"{saved.folder} trained {name} at rank {trained[0]} and alpha/rank {trained[1]:g}, this run has rank "
                 f"{here[0]} and {here[1]:g}. {end}"
@@ -216,7 +216,7 @@ class QALoraLayer(nn.Module, LoraLayer):
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
         if not active:
             return base(x)
-        scales = scale_delta(self.lora_D, self.lora_C, self.ratios, active)
+        scales = self._scale_delta(active)
         if len(active) == 1 and not self._drops(active[0]):
             return base(x, self._delta(active[0]), scales)
         y, weight = base(x, None, scales), base.quantized
@@ -228,6 +228,15 @@ class QALoraLayer(nn.Module, LoraLayer):
     def _delta(self, name: str) -> OffsetDelta:
         ratio = self.ratios[name].offsets
         return OffsetDelta(stretched(self.lora_A[name], ratio), stretched(self.lora_B[name], ratio), self.scaling[name])
+
+    def _scale_delta(self, names: list[str]) -> ScaleDelta | None:
+        """What the adapters together make of the scales; PEFT's ``set_scale`` and the like hold for it, too."""
+        strengths = {name: self.scaling[name] / self._initial_scaling(name) for name in names}
+        return scale_delta(self.lora_D, self.lora_C, self.ratios, strengths)
+
+    def _initial_scaling(self, name: str) -> float:
+        rank = self.r[name]
+        return self.lora_alpha[name] / (math.sqrt(rank) if self.use_rslora.get(name) else rank)
 
     def _drops(self, name: str) -> bool:
         dropout = self.lora_dropout[name]

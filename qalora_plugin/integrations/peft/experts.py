@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qalora_plugin.core.delta import OffsetDelta
 from qalora_plugin.integrations.peft.adapter import QALoraConfig, QALoraLayer, beside
-from qalora_plugin.integrations.peft.scales import new_factors, scale_delta
+from qalora_plugin.integrations.peft.scales import new_factors
 from qalora_plugin.kernels import grouped
 from qalora_plugin.kernels.pooling import pool
 from qalora_plugin.layers.experts import QuantExpertLinear, routed, unstacked
@@ -64,7 +64,7 @@ class QALoraExpertsLayer(QALoraLayer):
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
         if not active:
             return base(x, rows)
-        scales = scale_delta(self.lora_D, self.lora_C, self.ratios, active)
+        scales = self._scale_delta(active)
         if len(active) == 1 and not self._drops(active[0]):
             return base(x, rows, self._delta(active[0]), scales)
         y = base(x, rows, None, scales)

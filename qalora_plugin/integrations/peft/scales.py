@@ -10,7 +10,7 @@ parameter, not ``ratio`` times that share; Adafactor's ``scale_parameter`` undoe
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -59,11 +59,21 @@ def new_factors(groups: int, out_features: int, rank: int, init: bool | str) -> 
     return d, c
 
 
-def scale_delta(lora_d: Any, lora_c: Any, ratios: dict[str, Ratios], names: Iterable[str]) -> ScaleDelta | None:
-    """What the adapters ``names`` make of the scales together: ``Σ D·C``, as one product; None for nothing."""
-    names = [name for name in names if name in lora_d]
-    if not names:
+def scale_delta(
+    lora_d: Any, lora_c: Any, ratios: Mapping[str, Ratios], strengths: Mapping[str, float]
+) -> ScaleDelta | None:
+    """What adapters make of the scales together: ``Σ strength·D·C``, as one product; None for nothing.
+
+    Args:
+        strengths: of every adapter that is active, with scales or without; 1: as it was trained.
+    """
+    strengths = {name: strength for name, strength in strengths.items() if name in lora_d}
+    if not strengths:
         return None
-    d = [stretched(lora_d[name], ratios[name].scales) for name in names]
-    c = [stretched(lora_c[name], ratios[name].scales) for name in names]
-    return ScaleDelta(*((d[0], c[0]) if len(names) == 1 else (torch.cat(d, -1), torch.cat(c, -2))), GRADIENT_EVERY)
+    d = [_times(stretched(lora_d[name], ratios[name].scales), strength) for name, strength in strengths.items()]
+    c = [stretched(lora_c[name], ratios[name].scales) for name in strengths]
+    return ScaleDelta(*((d[0], c[0]) if len(d) == 1 else (torch.cat(d, -1), torch.cat(c, -2))), GRADIENT_EVERY)
+
+
+def _times(tensor: Tensor, factor: float) -> Tensor:
+    return tensor if factor == 1 else tensor * factor
