@@ -18,7 +18,7 @@ class Job:
 
     Attributes:
         task: a folder of data. method: :data:`QUANTIZE`, :data:`REQUANTIZE` or one of :mod:`tuning.methods`.
-        bits, group_size, clip: of its base, or of what it quantizes; 0, 0, False for methods on the 16-bit model.
+        bits, group_size, clip, gptaq: of its base, or of what it quantizes; 0, False for those on the 16-bit model.
         lr: the peak of its learning rate; 0: nothing is trained.
     """
 
@@ -27,13 +27,14 @@ class Job:
     bits: int = 0
     group_size: int = 0
     clip: bool = False
+    gptaq: bool = False
     lr: float = 0.0
     seed: int = 0
 
     @property
     def base(self) -> str:
         """Name of the folder of its base."""
-        return f"{self.bits}-{self.group_size}{'-mse' if self.clip else ''}"
+        return f"{self.bits}-{self.group_size}{'-mse' if self.clip else ''}{'-gptaq' if self.gptaq else ''}"
 
     @property
     def name(self) -> str:
@@ -45,13 +46,16 @@ class Job:
         """Of what has to be done before: a base, or a trained LoRA; "" for nothing."""
         if self.method == REQUANTIZE:
             return Job(self.task, "lora", lr=self.lr, seed=self.seed).name
-        return "" if self.method == QUANTIZE or not self.bits else quantized(self.bits, self.group_size, self.clip).name
+        if self.method == QUANTIZE or not self.bits:
+            return ""
+        return quantized(self.bits, self.group_size, self.clip, self.gptaq).name
 
 
-def quantized(bits: int, group_size: int, clip: bool) -> Job:
+def quantized(bits: int, group_size: int, clip: bool, gptaq: bool) -> Job:
     """The job that makes a base."""
-    return Job("base", QUANTIZE, bits, group_size, clip)
+    return Job("base", QUANTIZE, bits, group_size, clip, gptaq)
 
 
 def job_of(row: dict[str, Any]) -> Job:
-    return Job(**{name: row[name] for name in Job.__dataclass_fields__})
+    """``row``: of results; older ones know no ``gptaq``."""
+    return Job(**{name: row[name] for name in Job.__dataclass_fields__ if name in row})

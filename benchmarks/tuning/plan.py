@@ -6,16 +6,24 @@ Learning rates are tuned on one seed, one task and one base; what a method's tab
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from tuning.jobs import REQUANTIZE, SEEDS, Job, quantized
 
-Base = tuple[int, int, bool]  # bits, group size, clipped
-FOUR: Base = (4, 32, False)
-THREE: Base = (3, 32, True)
-TWO: Base = (2, 32, True)
-FOUR_64: Base = (4, 64, False)
-EIGHT: Base = (8, 32, False)
-OTHERS: tuple[Base, ...] = ((2, 32, False), (3, 32, False), (4, 32, True), EIGHT)
+
+class Base(NamedTuple):
+    """How a base is quantized."""
+
+    bits: int
+    group_size: int
+    clip: bool = False
+    gptaq: bool = False
+
+
+FOUR, THREE, TWO = Base(4, 32), Base(3, 32, clip=True), Base(2, 32, clip=True)  # rates are tuned on the first
+BY_GPTAQ = FOUR_A, THREE_A, TWO_A = tuple(base._replace(gptaq=True) for base in (FOUR, THREE, TWO))
+FOUR_64, FOUR_64_A, EIGHT = Base(4, 64), Base(4, 64, gptaq=True), Base(8, 32)
+OTHERS = (Base(2, 32), Base(3, 32), Base(4, 32, clip=True), EIGHT, FOUR_64_A)
 RATES = {
     "lora": (3e-3, 1e-3, 1e-2),
     "offsets": (1e-2, 3e-3, 2e-2),
@@ -37,10 +45,10 @@ def first() -> list[Job]:
         for method, tried in RATES.items()
         for lr in tried
     ]
-    needed = [quantized(*base) for base in (FOUR, TWO, THREE, FOUR_64)]
+    needed = [quantized(*base) for base in (FOUR, TWO, THREE, *BY_GPTAQ, FOUR_64)]
     tasks = ("gsm8k", "functions")
     untuned = [Job(task, "16-bit") for task in tasks]
-    untuned += [Job(task, "base", *base) for task in tasks for base in (FOUR, THREE, TWO, FOUR_64, *OTHERS)]
+    untuned += [Job(task, "base", *base) for task in tasks for base in (FOUR, THREE, TWO, *BY_GPTAQ, FOUR_64, *OTHERS)]
     lora, rest = rates[:3], rates[3:]
     return [needed[0], *lora, *needed[1:], *rest, *(quantized(*base) for base in OTHERS), *untuned]
 
@@ -49,18 +57,18 @@ def table(results: Iterable[dict]) -> list[Job]:
     """All other runs, for the methods whose rates are known."""
     rates = best_rates(results)
     wanted: list[tuple[str, str, Base | None]] = [("gsm8k", "lora", None)]
+    wanted += [("gsm8k", method, base) for base in BY_GPTAQ for method in ("scales", REQUANTIZE)]
+    wanted += [("gsm8k", "scales-calibrated", base) for base in (TWO_A, THREE_A, FOUR_A)]
     wanted += [("gsm8k", method, base) for base in (FOUR, TWO, THREE) for method in ("offsets", "scales")]
     wanted += [("gsm8k", REQUANTIZE, base) for base in (FOUR, TWO, THREE)]
-    wanted += [("gsm8k", "scales-calibrated", base) for base in (TWO, THREE, FOUR)]
     wanted += [("gsm8k", "scales-all-tokens", base) for base in (FOUR, TWO)]
     wanted += [("functions", "lora", None)]
-    wanted += [("functions", method, base) for base in (FOUR, TWO, THREE) for method in ("scales", "offsets")]
-    wanted += [("gsm8k", method, FOUR_64) for method in ("scales", "offsets", REQUANTIZE)]
-    wanted += [("functions", REQUANTIZE, base) for base in (FOUR, TWO, THREE)]
+    wanted += [("functions", method, base) for base in BY_GPTAQ for method in ("scales", REQUANTIZE, "offsets")]
+    wanted += [("gsm8k", method, base) for base in (FOUR_64_A, FOUR_64) for method in ("scales", "offsets", REQUANTIZE)]
     wanted += [("gsm8k", "qlora", None), ("gsm8k", REQUANTIZE, (2, 32, False)), ("gsm8k", REQUANTIZE, (3, 32, False))]
     wanted += [("gsm8k", "peft", base) for base in (FOUR, TWO)]
     wanted += [("gsm8k", "peqa", base) for base in (FOUR, TWO, THREE)]
-    wanted += [("functions", "scales-calibrated", base) for base in (TWO, THREE, FOUR)]
+    wanted += [("functions", "scales-calibrated", base) for base in (TWO_A, THREE_A, FOUR_A)]
     wanted += [("gsm8k", "galore", None), ("functions", "qlora", None)]
     wanted += [("gsm8k", method, EIGHT) for method in ("scales", "offsets")]
     wanted += [("gsm8k", "scales-all-tokens", THREE), ("gsm8k", "peft", THREE)]
@@ -76,11 +84,8 @@ def best_rates(results: Iterable[dict]) -> dict[str, float]:
     """Method → the rate with the lowest held-out loss, once all have been tried."""
     found: dict[tuple[str, float], float] = {}
     for row in results:
-        if (
-            row["task"] == "gsm8k"
-            and row["seed"] == SEEDS[0]
-            and (row["bits"], row["group_size"]) in ((0, 0), FOUR[:2])
-        ):
+        on = Base(row["bits"], row["group_size"], row["clip"], row.get("gptaq", False))
+        if row["task"] == "gsm8k" and row["seed"] == SEEDS[0] and on in (FOUR, Base(0, 0)):
             found[row["method"], row["lr"]] = row.get("loss", float("inf"))
     return {
         method: min(tried, key=lambda lr: found[method, lr])

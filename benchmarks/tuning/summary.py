@@ -35,8 +35,8 @@ LABELS = {
 }
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # a byte for 64 weights, and a float32 for 256 of these bytes
 COLUMNS = [
-    "task", "method", "bits", "group_size", "clip", "lr", "seed", "loss", "top1", "prose", "bits_a_weight", "steps",
-    "trained", "first_loss", "last_loss", "step_seconds", "train_seconds", "peak_mb", "machine", "torch",
+    "task", "method", "bits", "group_size", "clip", "gptaq", "lr", "seed", "loss", "top1", "prose", "bits_a_weight",
+    "steps", "trained", "first_loss", "last_loss", "step_seconds", "train_seconds", "peak_mb", "machine", "torch",
     "transformers", "peft", "commit", "date", "note",
 ]  # fmt: skip
 
@@ -103,6 +103,11 @@ def write_csv(rows: list[dict], model: Path, out: Path) -> None:
                 writer.writerow({key: short(value) for key, value in row.items()})
 
 
+def _base_of(job: Job) -> tuple[int, int, bool, bool]:
+    """What rows are in order of: the most bits first."""
+    return -(job.bits or 16), job.group_size, job.clip, job.gptaq
+
+
 def markdown(found: list[Cell], model: Path) -> str:
     """One table a task; differences are from LoRA on the 16-bit model."""
     lines = []
@@ -112,12 +117,12 @@ def markdown(found: list[Cell], model: Path) -> str:
         lines += [f"**{task}**", "", "| base | method | loss | − LoRA's | seeds | prose | served bits |"]
         lines += ["|---|---|---|---|---|---|---|"]
         order = list(LABELS)
-        here.sort(key=lambda cell: (-(cell.job.bits or 16), cell.job.group_size, order.index(cell.job.method)))
+        here.sort(key=lambda cell: (*_base_of(cell.job), order.index(cell.job.method)))
         for cell in here:
             spread = f" ± {(max(cell.losses) - min(cell.losses)) / 2:.4f}" if len(cell.losses) > 1 else ""
             behind = "" if limit is None else f"{cell.loss - limit:+.4f}"
-            clipped = ", clipped" if cell.job.clip else ""
-            base = f"{cell.job.bits} bit g {cell.job.group_size}{clipped}" if cell.job.bits else "16 bit"
+            made = (", clipped" if cell.job.clip else "") + (", GPTAQ" if cell.job.gptaq else "")
+            base = f"{cell.job.bits} bit g {cell.job.group_size}{made}" if cell.job.bits else "16 bit"
             lines.append(
                 f"| {base} | {LABELS[cell.job.method]} | {cell.loss:.4f}{spread} | {behind} | {len(cell.losses)} | "
                 f"{statistics.mean(cell.prose):.3f} | {bits_a_weight(cell.job, model):.2f} |"
@@ -133,14 +138,15 @@ def plot(found: list[Cell], model: Path, out: Path) -> None:
     tasks = list(dict.fromkeys(cell.job.task for cell in found))
     figure, panels = plt.subplots(1, len(tasks), figsize=(6 * len(tasks), 4.5), squeeze=False)
     for task, panel in zip(tasks, panels[0], strict=True):
-        lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        lines: dict[tuple[str, bool], list[tuple[float, float]]] = defaultdict(list)
         for cell in found:
             if cell.job.task == task and cell.job.bits and cell.job.method != "base":
-                lines[cell.job.method].append((bits_a_weight(cell.job, model), cell.loss))
+                lines[cell.job.method, cell.job.gptaq].append((bits_a_weight(cell.job, model), cell.loss))
             elif cell.job.task == task and cell.job.method == "lora":
                 panel.axhline(cell.loss, color="gray", linestyle=":", label=LABELS["lora"])
-        for method, points in lines.items():
-            panel.plot(*zip(*sorted(points), strict=True), marker="o", label=LABELS[method].replace("*", ""))
+        for (method, gptaq), points in lines.items():
+            label = LABELS[method].replace("*", "") + (", by GPTAQ" if gptaq else "")
+            panel.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
         panel.set(title=task, xlabel="bits a weight, served", ylabel="held-out loss, nats a token")
         panel.legend(fontsize=7)
     figure.tight_layout()

@@ -45,6 +45,10 @@ def quantize(
         bool | None,
         typer.Option("--clip/--no-clip", help="Clip grids where it lowers the error; default: at 2, 3 bits."),
     ] = None,
+    gptaq: Annotated[
+        bool | None,
+        typer.Option("--gptaq/--no-gptaq", help="Fit to the 16-bit model's own outputs; default: unless experts."),
+    ] = None,
     revision: Revision = None,
 ) -> None:
     """Make a GPTQ base of a 16-bit model (GPTQModel does the work)."""
@@ -67,6 +71,7 @@ def quantize(
         budget=budget,
         clip=clip,
         fisher=fisher,
+        gptaq=gptaq,
     )
     print(printable(made))
 

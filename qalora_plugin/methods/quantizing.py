@@ -55,6 +55,7 @@ def quantize(
     budget: float | None = None,
     clip: bool | None = None,
     fisher: bool = False,
+    gptaq: bool | None = None,
 ) -> Path:
     """Quantise a dense model with GPTQ.
 
@@ -70,6 +71,8 @@ def quantize(
             own (:mod:`.bit_allocation`).
         fisher: weight what a layer loses by Fisher information (:mod:`.sensitivity`), for ``budget``.
         clip: shrink each group's grid where that lowers the error (GPTQModel's ``mse``); default: at 2 and 3 bits.
+        gptaq: fit each linear to what it gives in the 16-bit model, not to what it would give behind layers that are
+            quantised already (GPTAQ, arXiv 2504.02692; GPTQModel's ``gptaq``); default: unless there are experts.
 
     Raises:
         QALoraError: GPTQModel is not installed, or the request cannot work.
@@ -99,8 +102,15 @@ def quantize(
     files, empty = Checkpoint.open(folder), empty_model(folder)
     if budget is None:
         require_sizes(_sizes(folder, empty), bits, group_size)
+    has_experts = any(".experts." in name for name, _ in empty.named_parameters())
+    if gptaq and has_experts:
+        raise QALoraError(
+            "gptaq compares each linear's inputs in the 16-bit and the quantised model token by token, and behind "
+            f"quantised layers {model}'s router sends tokens to other experts. Leave it out."
+        )
+    gptaq = not has_experts if gptaq is None else gptaq
 
-    from gptqmodel import GPTQModel, QuantizeConfig
+    from gptqmodel import GPTAQConfig, GPTQModel, QuantizeConfig
 
     tokenizer = load_tokenizer(folder)
     fitting = fitting_length(empty.config, length)
@@ -118,6 +128,8 @@ def quantize(
         bits=bits,
         group_size=group_size,
         dynamic={f"+:^{re.escape(name)}$": choice._asdict() for name, choice in plan.items()} or None,
+        gptaq=GPTAQConfig(device="cpu") if gptaq else None,
+        auto_forward_data_parallel=not gptaq,  # 7.6 pairs the inputs of both models by the order they come in
         mse=_MSE_POWER if (fewest <= 3 if clip is None else clip) else 0.0,
         sym=sym,
         desc_act=act_order,

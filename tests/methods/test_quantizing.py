@@ -64,7 +64,9 @@ def refused(dense, tmp_path, monkeypatch):
         return str(caught.value)
 
     monkeypatch.setattr(quantizing, "find_spec", lambda name: name)
-    monkeypatch.setitem(sys.modules, "gptqmodel", SimpleNamespace(GPTQModel=None, QuantizeConfig=None))
+    monkeypatch.setitem(
+        sys.modules, "gptqmodel", SimpleNamespace(GPTQModel=None, QuantizeConfig=None, GPTAQConfig=None)
+    )
     run.family = family = SimpleNamespace(module_tree=[])
     knows(family, LLAMA)
     models = SimpleNamespace(check_and_get_model_definition=lambda folder, trust_remote_code: family)
@@ -239,6 +241,14 @@ def test_only_what_is_quantized_counts(saved):
     require_sizes(found := sizes_in_layers(model, stacks, leaves), 4, 64)
     assert {name.rpartition(".")[2] for name in found} == {leaf.rpartition(".")[2] for leaf in leaves}
     assert sizes_in_layers(model, [], leaves) == {}
+
+
+def test_inputs_of_experts_cannot_be_paired(refused, saved):
+    """Of Mixtral and of any family that GPTQModel does not know."""
+    folder = saved(MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=2)))
+    assert "router sends tokens to other experts. Leave it out" in refused(folder, gptaq=True)
+    refused.family.module_tree = None
+    assert "router sends tokens to other experts. Leave it out" in refused(folder, gptaq=True)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
