@@ -1,19 +1,20 @@
-"""What the linears of a 16-bit model are given on calibration text, one decoder block after another.
+"""What linears are given on calibration text, in a 16-bit model and in its quantized base, block after block.
 
-A model that is larger than the memory can be calibrated so: its weights stay in the files, mapped (transformers does
-that on a CPU for weights whose dtype it keeps), and a copy of one block at a time runs all sequences on the device that
-computes. What is held besides are the hidden states of all sequences.
+A 16-bit model that is larger than the memory can be read so: its weights stay in the files, mapped (transformers does
+that on a CPU for weights whose dtype it keeps), and a copy of one block at a time runs all sequences where the base's
+own block is. What is held besides are the hidden states of all sequences, twice.
 
 Blocks are called as the model's own code calls them: once, each is replaced by one that does nothing but keep its
 arguments (masks, rotary angles, whatever a class passes), and from then on they are called without the model.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from itertools import chain
+from typing import Any, NamedTuple, cast
 
 import torch
 from rich.progress import Progress
@@ -57,72 +58,136 @@ def blocks_of(model: nn.Module, names: Iterable[str]) -> tuple[str, list[str]]:
     return max(inside.items(), key=lambda item: len(item[1]))
 
 
-@torch.no_grad()
-def hessians(
-    model: nn.Module, blocks: str, names: Sequence[str], sequences: Sequence[list[int]], device: torch.device,
-    progress: Progress,
-) -> Iterator[dict[str, Tensor]]:  # fmt: skip
-    """``XᵀX/T`` ``[K, K]``, float32 on ``device``, of the inputs of the linears ``names``; a dict for each block.
+class Moments(NamedTuple):
+    """Of a linear's inputs: X ``[T, K]`` in the base, with what its adapter is by then, X₁₆ in the 16-bit model.
 
-    Linears that are given the same (q, k, v; gate, up) have the same tensor. A linear that no token came to has none.
+    Attributes:
+        hessian: ``XᵀX/T`` ``[K, K]``, float32. drift: ``Xᵀ(X₁₆ − X)/T`` ``[K, K]``, float32.
+    """
+
+    hessian: Tensor
+    drift: Tensor
+
+
+@torch.no_grad()
+def moments(
+    dense: nn.Module, base: nn.Module, blocks: str, names: Sequence[str], sequences: Sequence[list[int]],
+    progress: Progress,
+) -> Iterator[tuple[list[str], Moments]]:  # fmt: skip
+    """Linears that are given the same (q, k, v; gate, up), and its moments, in the order of the computation.
+
+    Whoever changes such linears of ``base`` before the next are asked for changes what those are given. A linear that
+    the first sequence does not come to is in none.
 
     Args:
-        model: on the CPU. blocks: name of their list in it. sequences: token ids.
+        dense: the 16-bit model, on the CPU. base: where it computes. blocks: name of their list in both.
+        names: of linears in ``blocks``. sequences: token ids.
 
     Raises:
         QALoraError: the model does more between its blocks than hand on hidden states.
     """
-    modules = cast(nn.ModuleList, model.get_submodule(blocks))
-    others = _others_returned(model, modules[0], sequences[0])
-    states = [_captured(model, modules, ids, others) for ids in sequences]
-    task = progress.add_task("calibrating", total=len(modules) * len(states))
-    for i, module in enumerate(modules):
-        block, prefix = deepcopy(module), f"{blocks}.{i}."
-        dtype = next((p.dtype for p in block.parameters() if p.is_floating_point()), torch.float32)
-        dtype = gemm_dtype(dtype, device)
-        block.to(device, dtype)
-        gathered = _Gathered({n: block.get_submodule(n.removeprefix(prefix)) for n in names if n.startswith(prefix)})
-        for state in states:
-            arguments, keywords = state.calls[i]
-            found = block(*_moved((state.hidden, *arguments), device, dtype), **_moved(keywords, device, dtype))
-            state.hidden = _first(found).cpu()
-            state.calls[i] = ((), {})
-            gathered.end_of_sequence()
-            progress.advance(task)
-        yield gathered.means()
+    flows = [_Flow(model, blocks, sequences) for model in (dense, base)]
+    task = progress.add_task("calibrating", total=(count := len(flows[0].blocks)))
+    for i in range(count):
+        _copy_into(flows[0], flows[1].enter(i), i)
+        prefix = f"{blocks}.{i}."
+        stages = flows[1].stages([name.removeprefix(prefix) for name in names if name.startswith(prefix)])
+        for stage in stages:
+            sums, tokens = None, 0
+            for k in range(len(sequences)):
+                x16, x = (flow.input_of(stage[0], k).flatten(0, -2).float() for flow in flows)
+                if sums is None:
+                    sums = Moments(x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1], x.shape[1]))
+                sums.hessian.addmm_(x.t(), x)
+                sums.drift.addmm_(x.t(), x16.to(x.device) - x)
+                tokens += len(x)
+                progress.advance(task, 1 / len(sequences) / (len(stages) + 1))
+            if sums is not None:
+                yield [prefix + name for name in stage], Moments(*(total / max(tokens, 1) for total in sums))
+        for k in range(len(sequences)):
+            for flow in flows:
+                flow.go_on(k)
+            progress.advance(task, 1 / len(sequences) / (len(stages) + 1))
 
 
-class _Gathered:
-    """Sums of ``xᵀx`` over the inputs x of linears, one for all linears that are given the same tensor."""
+class _Flow:
+    """The hidden states of all sequences, on their way through the blocks of one model.
 
-    def __init__(self, linears: Mapping[str, nn.Module]):
-        self._sums: dict[str, Tensor] = {}
-        self._tokens: dict[str, int] = {}
-        self._owners: dict[str, str] = {}  # linear → the one whose sum is its own, too
-        self._new: dict[str, Tensor] = {}  # inputs, of this sequence, of linears that had none before
-        for name, linear in linears.items():
-            linear.register_forward_pre_hook(lambda _, args, name=name: self._note(name, args[0]))
+    Attributes:
+        block: the one that they are before. dtype: of all that is not a whole number; None: as it is.
+    """
 
-    def _note(self, name: str, x: Tensor) -> None:
-        if name not in self._owners:
-            self._owners[name] = next((other for other, seen in self._new.items() if seen is x), name)
-            self._new[name] = x
-        if self._owners[name] != name:
-            return
-        x = x.flatten(0, -2).float()
-        if name not in self._sums:
-            self._sums[name], self._tokens[name] = x.new_zeros(x.shape[1], x.shape[1]), 0
-        self._sums[name].addmm_(x.t(), x)
-        self._tokens[name] += len(x)
+    def __init__(self, model: nn.Module, blocks: str, sequences: Sequence[list[int]]):
+        self.blocks = cast(nn.ModuleList, model.get_submodule(blocks))
+        others = _others_returned(model, self.blocks[0], sequences[0])
+        self.states = [_captured(model, self.blocks, ids, others) for ids in sequences]
+        self.block, self.at, self.dtype = self.blocks[0], 0, cast(torch.dtype | None, None)
 
-    def end_of_sequence(self) -> None:
-        self._new.clear()
+    def enter(self, i: int) -> nn.Module:
+        self.block, self.at = self.blocks[i], i
+        return self.block
 
-    def means(self) -> dict[str, Tensor]:
-        """``XᵀX/T`` of every linear that was given something."""
-        for name, total in self._sums.items():
-            total /= max(self._tokens[name], 1)
-        return {name: self._sums[owner] for name, owner in self._owners.items()}
+    def stages(self, names: Sequence[str]) -> list[list[str]]:
+        """Those of the linears that the first sequence comes to, in that order, together if given the same tensor."""
+        found: list[tuple[Tensor, list[str]]] = []
+
+        def note(name: str, x: Tensor) -> None:
+            if any(name in stage for _, stage in found):
+                return
+            if not found or found[-1][0] is not x:
+                found.append((x, []))
+            found[-1][1].append(name)
+
+        with _hooked({name: partial(note, name) for name in names}, self.block):
+            self._run(0)
+        return [stage for _, stage in found]
+
+    def input_of(self, name: str, k: int) -> Tensor:
+        """What a linear of the block is given of sequence ``k``, ``[…, K]``. (What comes after it is not computed.)"""
+        seen: list[Tensor] = []
+
+        def note(x: Tensor) -> None:
+            seen.append(x)
+            raise _Captured
+
+        with _hooked({name: note}, self.block), suppress(_Captured):
+            self._run(k)
+        return seen[0]
+
+    def go_on(self, k: int) -> None:
+        state = self.states[k]
+        state.hidden = self._run(k).cpu()
+        state.calls[self.at] = ((), {})
+
+    def _run(self, k: int) -> Tensor:
+        state = self.states[k]
+        arguments, keywords = state.calls[self.at]
+        device = next(chain(self.block.parameters(), self.block.buffers())).device
+        hidden, *others = _moved((state.hidden, *arguments), device, self.dtype)
+        found = self.block(hidden, *others, **_moved(keywords, device, self.dtype))
+        return found[0] if isinstance(found, tuple) else found
+
+
+def _copy_into(flow: _Flow, beside: nn.Module, i: int) -> None:
+    """Let a flow go through a copy of its model's block, on the device of the other's, in a dtype it multiplies."""
+    block = deepcopy(flow.enter(i))
+    device = next(chain(beside.parameters(), beside.buffers())).device
+    dtype = next((p.dtype for p in block.parameters() if p.is_floating_point()), torch.float32)
+    flow.dtype = gemm_dtype(dtype, device)
+    flow.block = block.to(device, flow.dtype)
+
+
+@contextmanager
+def _hooked(seen: Mapping[str, Callable[[Tensor], None]], block: nn.Module) -> Iterator[None]:
+    handles = [
+        block.get_submodule(name).register_forward_pre_hook(lambda _, args, note=note: note(args[0]))
+        for name, note in seen.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _captured(model: nn.Module, blocks: nn.ModuleList, ids: list[int], others: int | None) -> _Sequence:
@@ -165,35 +230,34 @@ def _others_returned(model: nn.Module, block: nn.Module, ids: list[int]) -> int 
     return len(found[0]) - 1 if found and isinstance(found[0], tuple) else None
 
 
-def _run(model: nn.Module, ids: list[int]) -> None:
+def _run(model: Any, ids: list[int]) -> None:
     with suppress(_Captured):
-        model(torch.tensor([ids]), use_cache=False)
+        model(torch.tensor([ids], device=model.device), use_cache=False)
 
 
 @contextmanager
 def _replaced(forwards: list[tuple[nn.Module, Any]]) -> Iterator[None]:
+    before = [module.__dict__.get("forward") for module, _ in forwards]  # accelerate has some of its own there
     for module, forward in forwards:
         module.__dict__["forward"] = forward
     try:
         yield
     finally:
-        for module, _ in forwards:
+        for (module, _), was in zip(forwards, before, strict=True):
             del module.__dict__["forward"]
+            if was is not None:
+                module.__dict__["forward"] = was
 
 
-def _moved(values: Any, device: torch.device, dtype: torch.dtype) -> Any:
+def _moved(values: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
     """Nested arguments on the device that computes, what is not a whole number in its dtype."""
 
     def moved(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return value.to(device, dtype if value.is_floating_point() else value.dtype)
+        return value.to(device, dtype if dtype and value.is_floating_point() else value.dtype)
 
     return tree_map(moved, values)
-
-
-def _first(found: Any) -> Tensor:
-    return found[0] if isinstance(found, tuple) else found
 
 
 def _cannot_be_streamed(model: nn.Module) -> QALoraError:

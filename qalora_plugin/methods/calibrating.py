@@ -4,7 +4,8 @@ The arithmetic is in :mod:`.calibration`, the inputs of linears come from :mod:`
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -27,8 +28,8 @@ from qalora_plugin.integrations.peft.experts import QALoraExpertsLayer
 from qalora_plugin.integrations.peft.sharded import is_to_be_sharded
 from qalora_plugin.integrations.transformers.dense_models import load_dense
 from qalora_plugin.layers.linear import QuantLinear
-from qalora_plugin.methods.block_inputs import blocks_of, hessians
-from qalora_plugin.methods.calibration import calibrated_factors
+from qalora_plugin.methods.block_inputs import Moments, blocks_of, moments
+from qalora_plugin.methods.calibration import calibrated_factors, made_up
 from qalora_plugin.methods.quantizing import calibration_rows
 
 logger = logging.getLogger(__name__)
@@ -94,12 +95,11 @@ def calibrate(
     require_ids(sequences, vocabulary(twin.config), dense)
     blocks, inside = blocks_of(twin, layers)
     _require_near(twin, {name: layers[name] for name in inside}, dense)
-    device = _weight(next(iter(layers.values()))).scales.device
     errors = {}
-    with Progress(disable=not progress, transient=True) as bar:
-        for found in hessians(twin, blocks, inside, sequences, device, bar):
-            for name, hessian in found.items():
-                errors[name] = _set(name, layers[name], _dense_weight(twin.get_submodule(name)), hessian)
+    with Progress(disable=not progress, transient=True) as bar, _evaluating(base):
+        for names, found in moments(twin, base, blocks, inside, sequences, bar):
+            for name in names:
+                errors[name] = _set(name, layers[name], _dense_weight(twin.get_submodule(name)), found)
     if untouched := sorted(set(layers) - set(errors)):
         logger.warning(
             "%d linears keep an adapter that starts at zero, because no calibration text comes to them: %s …",
@@ -235,17 +235,18 @@ def calibration_sequences(folder: Path, text: str, samples: int, length: int, se
 
 
 @torch.no_grad()
-def _set(linear: str, layer: QALoraLayer, dense: Tensor, hessian: Tensor) -> Errors:
+def _set(linear: str, layer: QALoraLayer, dense: Tensor, inputs: Moments) -> Errors:
     name = _active(layer)
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     has_scales = name in layer.lora_D
-    dense = dense.to(hessian.device)
-    if not (dense.isfinite().all() and hessian.isfinite().all()):
+    dense = dense.to(inputs.hessian.device)
+    if not all(part.isfinite().all() for part in (dense, *inputs)):
         raise QALoraError(
             f"the 16-bit model holds NaN or Inf, or computes it on this text: in {linear}, or before it. Download or "
             "copy it again."
         )
-    found = calibrated_factors(_weight(layer), dense, hessian, a.shape[0], layer.scaling[name], has_scales)
+    wanted = made_up(dense, inputs.hessian, inputs.drift)
+    found = calibrated_factors(_weight(layer), wanted, inputs.hessian, a.shape[0], layer.scaling[name], has_scales)
     ratios = layer.ratios[name]  # what is held is each factor divided by its own
     a.copy_(found.a / ratios.offsets)
     b.copy_(found.b / ratios.offsets)
@@ -253,6 +254,17 @@ def _set(linear: str, layer: QALoraLayer, dense: Tensor, hessian: Tensor) -> Err
         layer.lora_D[name].weight.copy_(found.d / ratios.scales)
         layer.lora_C[name].weight.copy_(found.c / ratios.scales)
     return Errors(found.before, found.after)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _take_the_first_ranks(layers: dict[str, QALoraLayer]) -> None:

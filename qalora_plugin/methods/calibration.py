@@ -22,6 +22,7 @@ from qalora_plugin.core.weight import GroupwiseWeight
 from qalora_plugin.methods.normal_equations import BLOCK, NormalEquations, solve
 
 _DAMPING = 0.01  # of H's mean diagonal, as GPTQ's: what calibration text says nothing of should not be made worse
+_SHARE = float(__import__("os").environ.get("SHARE", "1"))
 _NEGLIGIBLE = 1e-9  # of the largest: rounding
 
 
@@ -39,6 +40,21 @@ class Factors(NamedTuple):
     c: Tensor | None
     before: float
     after: float
+
+
+def made_up(dense: Tensor, hessian: Tensor, drift: Tensor) -> Tensor:
+    """The weight ``[K, N]`` that makes up, too, for what the linears before it did to its inputs.
+
+    Of inputs X in the quantized model its outputs are nearest to ``X₁₆·dense``, what the 16-bit model has there:
+    ``dense + (XᵀX)⁻¹Xᵀ(X₁₆ − X)·dense``. Only a share of that is taken (GPTAQ, arXiv 2504.02692, takes a quarter).
+
+    Args:
+        hessian, drift: of :class:`.block_inputs.Moments`.
+    """
+    damped = hessian.double()
+    damped.diagonal().add_(_DAMPING * damped.diagonal().mean().clamp(min=1e-30))
+    change = torch.linalg.solve(damped, drift.double() @ dense.double())
+    return (dense.double() + _SHARE * change).to(hessian.dtype)
 
 
 @torch.no_grad()

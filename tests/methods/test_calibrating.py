@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qalora_plugin import add_adapter, calibrate, load_adapter, load_base, merge
 from qalora_plugin.core.errors import QALoraError
-from qalora_plugin.methods.block_inputs import blocks_of, hessians
+from qalora_plugin.methods import calibrating
+from qalora_plugin.methods.block_inputs import blocks_of, moments
 
 OPTIONS = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 SEQUENCES = [torch.randint(4, 100, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (40, 25)]
@@ -51,9 +52,13 @@ def seen_inputs(model, names):
     return {name: torch.cat(parts) for name, parts in seen.items() if parts}
 
 
-def streamed(model, blocks, names):
+def streamed(dense, base, blocks, names):
     with Progress(disable=True) as bar:
-        return list(hessians(model, blocks, names, SEQUENCES, torch.device("cpu"), bar))
+        return list(moments(dense, base, blocks, names, SEQUENCES, bar))
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().mean().item())
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "cpmant", "jamba", "gemma3"])
@@ -63,20 +68,46 @@ def test_inputs_are_those_of_the_whole_model(name):
     linears = [n for n, module in model.named_modules() if is_to_be_quantized(n, module)]
     blocks, inside = blocks_of(model, linears)
     expected = seen_inputs(model, inside)
-    found = {linear: hessian for part in streamed(model, blocks, inside) for linear, hessian in part.items()}
+    found = {linear: part for names, part in streamed(model, model, blocks, inside) for linear in names}
     assert found.keys() == expected.keys()
     for linear, x in expected.items():
-        torch.testing.assert_close(found[linear], x.t() @ x / len(x), rtol=1e-3, atol=1e-4 * x.square().mean().item())
+        close(found[linear].hessian, x.t() @ x / len(x))
+        assert found[linear].drift.abs().max() <= 1e-5 * found[linear].hessian.abs().max()
     again = seen_inputs(model, inside)
     assert all(torch.equal(again[linear], x) for linear, x in expected.items())
 
 
-def test_inputs_that_are_the_same_are_summed_once(folders):
+def test_linears_that_are_given_the_same_come_together(folders):
     model = AutoModelForCausalLM.from_pretrained(folders[1])
     names = [name for name, _ in model.named_modules() if name.endswith("_proj")]
-    parts = streamed(model, "model.layers", names)
-    assert [len(part) for part in parts] == [7, 7]
-    assert [len({id(hessian) for hessian in part.values()}) for part in parts] == [4, 4]
+    stages = [[name.rpartition(".")[2] for name in stage] for stage, _ in streamed(model, model, "model.layers", names)]
+    assert stages == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]] * 2
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_every_linear_sees_what_those_before_it_have_become(folders, monkeypatch, training):
+    found = {}
+
+    def spied(*args):
+        for names, part in moments(*args):
+            found.update(dict.fromkeys(names, part))
+            yield names, part
+
+    monkeypatch.setattr(calibrating, "moments", spied)
+    model, dense = (
+        with_adapter(folders[0], scales=True, lora_dropout=0.5),
+        AutoModelForCausalLM.from_pretrained(folders[1]),
+    )
+    model.train(training)
+    calibrate(model, folders[1], SEQUENCES, progress=False)
+    assert all(module.training == training for module in model.modules())
+    names = [name for name, _ in dense.named_modules() if name.endswith("_proj")]
+    inputs = seen_inputs(model.eval().get_base_model(), names)
+    for name, x16 in seen_inputs(dense.float(), names).items():
+        x = inputs[name]
+        close(found[name].hessian, x.t() @ x / len(x))
+        drift = x.t() @ (x16 - x) / len(x)
+        assert (found[name].drift - drift).norm() <= 0.02 * drift.norm() + 1e-5  # blocks run in the files' dtype
 
 
 @pytest.mark.parametrize("scales", [False, True])
@@ -238,4 +269,4 @@ def test_models_that_cannot_go_block_by_block(name):
     model = build(name)
     names = [n for n, module in model.named_modules() if is_to_be_quantized(n, module)]
     with pytest.raises(QALoraError, match="does more between its blocks"):
-        streamed(model, *blocks_of(model, names))
+        streamed(model, model, *blocks_of(model, names))
