@@ -62,11 +62,12 @@ class Moments(NamedTuple):
     """Of a linear's inputs: X ``[T, K]`` in the base, with what its adapter is by then, X₁₆ in the 16-bit model.
 
     Attributes:
-        hessian: ``XᵀX/T`` ``[K, K]``, float32. drift: ``Xᵀ(X₁₆ − X)/T`` ``[K, K]``, float32.
+        hessian: ``XᵀX/T`` ``[K, K]``, float32. drift: ``Xᵀ(X₁₆ − X)/T`` ``[K, K]``, float32. tokens: T.
     """
 
     hessian: Tensor
     drift: Tensor
+    tokens: int
 
 
 @torch.no_grad()
@@ -93,17 +94,15 @@ def moments(
         prefix = f"{blocks}.{i}."
         stages = flows[1].stages([name.removeprefix(prefix) for name in names if name.startswith(prefix)])
         for stage in stages:
-            sums, tokens = None, 0
+            hessian = drift = torch.zeros(())
+            tokens = 0
             for k in range(len(sequences)):
                 x16, x = (flow.input_of(stage[0], k).flatten(0, -2).float() for flow in flows)
-                if sums is None:
-                    sums = Moments(x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1], x.shape[1]))
-                sums.hessian.addmm_(x.t(), x)
-                sums.drift.addmm_(x.t(), x16.to(x.device) - x)
+                hessian = hessian.to(x.device) + x.t() @ x
+                drift = drift.to(x.device) + x.t() @ (x16.to(x.device) - x)
                 tokens += len(x)
                 progress.advance(task, 1 / len(sequences) / (len(stages) + 1))
-            if sums is not None:
-                yield [prefix + name for name in stage], Moments(*(total / max(tokens, 1) for total in sums))
+            yield [prefix + name for name in stage], Moments(hessian / tokens, drift / tokens, tokens)
         for k in range(len(sequences)):
             for flow in flows:
                 flow.go_on(k)

@@ -240,12 +240,12 @@ def _set(linear: str, layer: QALoraLayer, dense: Tensor, inputs: Moments) -> Err
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     has_scales = name in layer.lora_D
     dense = dense.to(inputs.hessian.device)
-    if not all(part.isfinite().all() for part in (dense, *inputs)):
+    if not all(part.isfinite().all() for part in (dense, inputs.hessian, inputs.drift)):
         raise QALoraError(
             f"the 16-bit model holds NaN or Inf, or computes it on this text: in {linear}, or before it. Download or "
             "copy it again."
         )
-    wanted = made_up(dense, inputs.hessian, inputs.drift)
+    wanted = made_up(dense, *inputs)
     found = calibrated_factors(_weight(layer), wanted, inputs.hessian, a.shape[0], layer.scaling[name], has_scales)
     ratios = layer.ratios[name]  # what is held is each factor divided by its own
     a.copy_(found.a / ratios.offsets)

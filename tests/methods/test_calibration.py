@@ -6,7 +6,7 @@ from support.layers import make_layer
 
 from qalora_plugin.core import reference
 from qalora_plugin.methods import normal_equations
-from qalora_plugin.methods.calibration import calibrated_factors
+from qalora_plugin.methods.calibration import calibrated_factors, made_up
 
 K, N, SCALING = 96, 64, 0.5
 
@@ -151,3 +151,19 @@ def test_scales_of_zero_stay():
     factors = calibrated_factors(weight, dense, hessian, 4, SCALING, True)
     assert all(factor.isfinite().all() for factor in factors[:4])
     assert factors.after < factors.before
+
+
+def test_what_came_before_is_made_up_for():
+    """By a quarter of what least squares would do, less what K columns explain of T tokens by chance."""
+    generator = torch.Generator().manual_seed(0)
+    x16 = torch.randn(400, 16, generator=generator, dtype=torch.float64)
+    x = x16 + 0.3 * torch.randn(400, 16, generator=generator, dtype=torch.float64)
+    dense = torch.randn(16, 8, generator=generator, dtype=torch.float64)
+    found = made_up(dense, x.t() @ x / 400, x.t() @ (x16 - x) / 400, 400)
+    best = torch.linalg.lstsq(x, x16 @ dense).solution
+    torch.testing.assert_close(
+        found, dense + 0.25 * (1 - 16 / 400) * (best - dense), rtol=0.05, atol=0.02
+    )  # damped by 1 %
+    assert (x @ found - x16 @ dense).norm() < (x @ dense - x16 @ dense).norm()
+    few = x[:16].t() @ x[:16] / 16, x[:16].t() @ (x16 - x)[:16] / 16
+    assert torch.equal(made_up(dense, *few, 16), dense)
