@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from qalora_plugin.checkpoint.adapter_folder import matching_pattern
+from qalora_plugin.checkpoint.patterns import matching_pattern
 from qalora_plugin.core.errors import QALoraError, printable
 
 _AN_EXPERT = re.compile(r"experts?(\.|_|$)|(^|\.)w\d+$")
