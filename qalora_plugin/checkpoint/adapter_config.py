@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qalora_plugin.checkpoint.json_files import short
-from qalora_plugin.checkpoint.patterns import check_patterns
+from qalora_plugin.checkpoint.patterns import check_patterns, matching_pattern
 from qalora_plugin.core.errors import QALoraError
 
 ADAPTER_FORMAT, SCALES_FORMAT = 1, 2  # the second with trained scales
@@ -134,3 +134,40 @@ def check_config_patterns(config: dict, modules: list[str], what: object) -> Non
         if isinstance(patterns, int | float) or not all(isinstance(pattern, str) for pattern in patterns):
             raise QALoraError(f"{what}: {name} is {short(found)}, expected names. Save the adapter again.")
         check_patterns(patterns, modules, f"{what}: {name}")
+
+
+def rank_of(config: dict[str, Any], name: str) -> int:
+    """R of a linear, by its name in the model, by PEFT's rules."""
+    return _patterned(config, "rank_pattern", name, config["r"])
+
+
+def scaling_of(config: dict[str, Any], name: str) -> float:
+    """``α/R`` of a linear, by its name in the model (``α/√R`` with rsLoRA), by PEFT's rules."""
+    rank, alpha = rank_of(config, name), _patterned(config, "alpha_pattern", name, config["lora_alpha"])
+    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+
+
+def _patterned(config: dict[str, Any], field: str, name: str, default: Any) -> Any:
+    patterns = config.get(field) or {}
+    key = matching_pattern(patterns, name)
+    return default if key is None else patterns[key]
+
+
+def require_base(config: dict[str, Any], folder: Path, fingerprint: str, base: str | Path) -> None:
+    """Refuse a base other than the one that the adapter in ``folder`` was trained on.
+
+    Raises:
+        QALoraError: names both.
+    """
+    recorded = config["qalora"].get("base_fingerprint")
+    if not recorded:
+        raise QALoraError(
+            f"the adapter {folder} does not record its base (its config has no base_fingerprint), so nothing "
+            "says whether this is the one. Save it again with the version of qalora that trained it."
+        )
+    if recorded != fingerprint:
+        trained_on = config.get("base_model_name_or_path")
+        raise QALoraError(
+            f"the adapter {folder} was trained on another base: it records {recorded}, {base} is "
+            f"{fingerprint}. Use the base it was trained on{f' ({trained_on})' if trained_on else ''}."
+        )

@@ -10,11 +10,18 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from qalora_plugin.checkpoint.adapter_config import Ratios, check_config, check_config_patterns, check_pooling
+from qalora_plugin.checkpoint.adapter_config import (
+    Ratios,
+    check_config,
+    check_config_patterns,
+    check_pooling,
+    rank_of,
+    require_base,
+    scaling_of,
+)
 from qalora_plugin.checkpoint.hub import expanded
 from qalora_plugin.checkpoint.json_files import read_json, short
 from qalora_plugin.checkpoint.module_names import stored_name
-from qalora_plugin.checkpoint.patterns import matching_pattern
 from qalora_plugin.checkpoint.tensors import TensorInfo, all_finite, read_array, read_header
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 from qalora_plugin.core.weight import GroupwiseSpec
@@ -168,31 +175,14 @@ class AdapterFolder:
 
     def require_base(self, fingerprint: str, base: str | Path) -> None:
         """Refuse a base other than the one trained on."""
-        if not self.base_fingerprint:
-            raise QALoraError(
-                f"the adapter {self.folder} does not record its base (its config has no base_fingerprint), so nothing "
-                "says whether this is the one. Save it again with the version of qalora that trained it."
-            )
-        if self.base_fingerprint != fingerprint:
-            trained_on = self.config.get("base_model_name_or_path")
-            raise QALoraError(
-                f"the adapter {self.folder} was trained on another base: it records {self.base_fingerprint}, {base} is "
-                f"{fingerprint}. Use the base it was trained on{f' ({trained_on})' if trained_on else ''}."
-            )
+        require_base(self.config, self.folder, fingerprint, base)
 
     def scaling(self, module: str) -> float:
         """``α/R`` of one linear (``α/√R`` with rsLoRA), rank and alpha patterns applied as PEFT does."""
-        rank = self.rank(module)
-        alpha = self._patterned("alpha_pattern", module, self.config["lora_alpha"])
-        return alpha / rank**0.5 if self.config.get("use_rslora") else alpha / rank
+        return scaling_of(self.config, self.keys.get(module, module))
 
     def rank(self, module: str) -> int:
-        return self._patterned("rank_pattern", module, self.config["r"])
-
-    def _patterned(self, name: str, module: str, default: int) -> int:
-        patterns = self.config.get(name) or {}
-        key = matching_pattern(patterns, self.keys.get(module, module))
-        return default if key is None else patterns[key]
+        return rank_of(self.config, self.keys.get(module, module))
 
     def check_fits(self, base_modules: dict[str, GroupwiseSpec]) -> None:
         """Refuse an adapter whose modules, rank or group count are not those of its config and base."""

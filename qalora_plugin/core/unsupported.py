@@ -29,6 +29,7 @@ _KERNELS = (
     "dsv4_shared_mlp_lora_kernel",
 )  # fmt: skip
 _SPLIT_WEIGHTS = "packed weights cannot be split over ranks while training"
+_SPLIT_EXPERTS = "its all-to-all exchange is made for dense experts, and a packed layer would not take part"
 _SPLIT_SEQUENCES = (
     "sequences split over ranks need ring attention, which GPUs alone have, and no run has shown that they train this "
     "adapter as whole ones do"
@@ -90,16 +91,17 @@ _TABLE = (
         ("fsdp",),
     ),
     _Refusal(_SPLIT_WEIGHTS, ("tensor_parallel_size",), allowed=(1,)),
-    _Refusal(
-        "its all-to-all exchange is made for dense experts, and a packed layer would not take part",
-        ("expert_parallel_size",),
-        allowed=(1,),
-    ),
+    _Refusal(_SPLIT_EXPERTS, ("expert_parallel_size",), allowed=(1,)),
     _Refusal(
         _SPLIT_SEQUENCES,
         ("context_parallel_size", "sequence_parallel_degree"),
         allowed=(1,),
         instead="Set it to 1; FSDP2 and gradient_checkpointing save memory, too.",
+    ),
+    _Refusal(
+        "it moves parameters to the CPU and back, and packed weights are none, so that it would save nothing",
+        ("layer_offloading",),
+        instead="Remove layer_offloading; FSDP2 with fsdp_config.offload_params: true keeps packed weights there.",
     ),
     _Refusal(
         "TRL sends vLLM merged weights or a plain LoRA, and this adapter is neither",
@@ -113,6 +115,11 @@ _DEEPSPEED = (
     ("zero_optimization.zero_quantized_nontrainable_weights", "it quantizes what is frozen, which packed words are"),
     ("tensor_parallel.autotp_size", _SPLIT_WEIGHTS),
     ("tensor_parallel.tp_size", _SPLIT_WEIGHTS),
+    ("tensor_parallel.tp.tp_size", _SPLIT_WEIGHTS),
+    ("tensor_parallel.tensor_parallel.tp_size", _SPLIT_WEIGHTS),
+    ("expert_parallel.enabled", _SPLIT_EXPERTS),
+    ("expert_parallel.autoep_size", _SPLIT_EXPERTS),
+    ("weight_quantization.quantized_initialization", "it quantizes weights as they are loaded, which packed words are"),
 )
 
 
@@ -210,8 +217,8 @@ def _peft_refusals(config: Mapping[str, Any]) -> Iterator[tuple[_Refusal, str, A
 
 def _asked_for(row: _Refusal, names: Iterable[str], options: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     for name in names:
-        block, _, key = name.rpartition(".")
-        inside = options.get(block) if block else options
-        value = inside.get(key) if isinstance(inside, Mapping) else None
+        value: Any = options
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
         if value and value not in row.allowed:
             yield name, value

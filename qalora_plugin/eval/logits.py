@@ -25,9 +25,10 @@ def compare_logits(
     (:mod:`.routing`).
     """
     from qalora_plugin.integrations.peft.loading import load_adapter
+    from qalora_plugin.integrations.transformers.launched import alone
     from qalora_plugin.integrations.transformers.loading import load_base, load_model
 
-    with full_precision():
+    with full_precision(), alone():
         options: dict[str, Any] = {"model_class": adapter.model_class, "dtype": dtype}
         model: Any = load_adapter(load_base(base, **options), adapter.folder)
         with recorded(model) as routing:
@@ -85,6 +86,7 @@ def exact_values(model: nn.Module) -> dict[str, tuple[Tensor, Tensor | None]]:
         if isinstance(layer, QALoraLayer):
             (active,) = layer.active_adapters
             base: Any = layer.get_base_layer()
+            _, _, _, offsets, _, _, scales_delta, offsets_a, offsets_b, _ = base.tensors()
             lora_a, lora_b = (part[active].weight.detach().cpu() for part in (layer.lora_A, layer.lora_B))
             change, unit, ratios = None, None, layer.ratios[active]
             if active in layer.lora_D:
@@ -97,15 +99,15 @@ def exact_values(model: nn.Module) -> dict[str, tuple[Tensor, Tensor | None]]:
                 )
             else:
                 exact = adapter_offsets(*delta, unit)
-            if base.offsets is not None:
-                exact += base.offsets.cpu()
-            if base.offsets_a is not None:
-                exact += factored_offsets(base.offsets_a.cpu(), base.offsets_b.cpu())
+            if offsets is not None:
+                exact += offsets.cpu()
+            if offsets_a is not None:
+                exact += factored_offsets(offsets_a.cpu(), offsets_b.cpu())
             if unit is not None:
                 d, c = (part[active].weight.detach().cpu().double() for part in (layer.lora_D, layer.lora_C))
                 change = adapter_scales(unit, d * ratios.scales**2, c)
-                if base.scales_delta is not None:
-                    change += base.scales_delta.cpu()
+                if scales_delta is not None:
+                    change += scales_delta.cpu()
                 change = change.float()
             values[name.removeprefix("base_model.model.")] = exact.float(), change
     return values

@@ -18,17 +18,11 @@ from qalora_plugin.eval.tokens import sample_dataset
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.formats.qalora import AUTO, require_offset_dtype, require_offset_form
 from qalora_plugin.integrations.peft.adapter import QALoraLayer
-from qalora_plugin.integrations.peft.sharded import (
-    RestoreAdapter,
-    full_adapter,
-    is_launched_with,
-    is_to_be_sharded,
-    make_shardable,
-    refuse_fsdp1,
-    require_one_adapter,
-    require_one_base,
-    unwrapped,
-)
+from qalora_plugin.integrations.peft.ranks import require_one_adapter, require_one_base
+from qalora_plugin.integrations.peft.resuming import unwrapped
+from qalora_plugin.integrations.peft.sharded import make_shardable, refuse_fsdp1
+from qalora_plugin.integrations.peft.sharded_checkpoints import full_adapter
+from qalora_plugin.integrations.transformers.launched import is_launched_with, is_to_be_sharded
 from qalora_plugin.layers.summary import training_dtype, training_summary
 
 logger = logging.getLogger(__name__)
@@ -147,7 +141,6 @@ class QALoraMergeCallback(TrainerCallback):
         require_one_base(config.qalora["base_fingerprint"])
         self._require_places(args)
         self._require_base(config, model)
-        RestoreAdapter().on_train_begin(args, state, control, model=model)
         if not is_to_be_sharded():  # else it is by now, and was said before
             self._say_how(model, args, state)
 

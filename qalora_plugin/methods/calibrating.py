@@ -25,8 +25,8 @@ from qalora_plugin.eval.limits import fitting_length, model_config, positions, v
 from qalora_plugin.eval.tokens import load_tokenizer, require_ids
 from qalora_plugin.integrations.peft.adapter import QALoraLayer
 from qalora_plugin.integrations.peft.experts import QALoraExpertsLayer
-from qalora_plugin.integrations.peft.sharded import is_to_be_sharded
 from qalora_plugin.integrations.transformers.dense_models import load_dense
+from qalora_plugin.integrations.transformers.launched import is_to_be_sharded
 from qalora_plugin.layers.linear import QuantLinear
 from qalora_plugin.methods.block_inputs import Moments, blocks_of, moments
 from qalora_plugin.methods.calibration import calibrated_factors, made_up

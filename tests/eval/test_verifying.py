@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from support.fabricate import make_adapter, make_base
 from transformers import AutoConfig
 
+from qalora_plugin import load_adapter, load_base
 from qalora_plugin.checkpoint.folder import Checkpoint
 from qalora_plugin.conversion.merging import merge
 from qalora_plugin.core.errors import QALoraError
@@ -270,3 +271,32 @@ def test_half_a_unit_in_the_last_place(dtype):
     numbers = torch.randn(100_000, dtype=torch.float64) * 10.0 ** torch.linspace(-9, 4, 100_000, dtype=torch.float64)
     error = (numbers.to(kind).double() - numbers).abs() / verifying.half_ulp(numbers, dtype)
     assert 0.999 < error.max() <= 1.001  # torch rounds to float32 on the way
+
+
+def test_in_a_process_that_shares_a_model_with_others(base, adapter, tmp_path, monkeypatch):
+    """The proof's own models stay whole, and what a base with offsets adds is seen."""
+    first = merge(base, adapter, tmp_path / "first").folder
+    second = make_adapter(first, tmp_path / "second", std=0.1)
+    merged = merge(first, second, tmp_path / "merged").folder
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    seen = []
+
+    def noted(model):
+        seen.append(logits_of(model))
+        return seen[-1]
+
+    logits_of = logits.exact_values
+    monkeypatch.setattr(logits, "exact_values", noted)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert check(first, second, merged).passed
+        shared = load_adapter(load_base(first, dtype=torch.float32), second)
+        assert any(name.endswith(".words") for name, _ in shared.named_parameters())
+        again = logits_of(shared)
+    finally:
+        torch.distributed.destroy_process_group()
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    wanted = logits_of(load_adapter(load_base(first, dtype=torch.float32), second))
+    for found in (*seen, again):
+        for name, (offsets, _) in wanted.items():
+            torch.testing.assert_close(found[name][0], offsets, rtol=0, atol=0)

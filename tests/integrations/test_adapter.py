@@ -254,7 +254,7 @@ def test_editing_the_pooling_is_noticed(adapter, tmp_path):
 def test_patterns_match_as_in_peft(patterns, module):
     from peft.utils.other import get_pattern_key
 
-    from qalora_plugin.checkpoint.adapter_folder import matching_pattern
+    from qalora_plugin.checkpoint.patterns import matching_pattern
 
     theirs = get_pattern_key(patterns, module)
     assert matching_pattern(patterns, module) == (theirs if theirs in patterns else None)

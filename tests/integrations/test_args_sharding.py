@@ -108,6 +108,11 @@ ZERO3 = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}, "fp16":
             "compression_training cannot .* base's are packed",
         ),
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size cannot .* be split over ranks"),
+        ({"tensor_parallel": {"tp": {"tp_size": 2}}}, "tensor_parallel.tp.tp_size cannot"),
+        ({"tensor_parallel": {"tensor_parallel": {"tp_size": 2}}}, "tensor_parallel.tensor_parallel.tp_size cannot"),
+        ({"expert_parallel": {"enabled": True}}, "expert_parallel.enabled cannot .* made for dense experts"),
+        ({"expert_parallel": {"autoep_size": 2}}, "expert_parallel.autoep_size cannot"),
+        ({"weight_quantization": {"quantized_initialization": {"num_bits": 8}}}, "quantized_initialization cannot"),
         ({"bf16": {"enabled": True}}, r"bf16.enabled is true, but the base is loaded for fp32: .* set bf16: true"),
         ({"fp16": {"enabled": True}}, r"fp16.enabled is true, but the base is loaded for fp32"),
     ],
@@ -173,3 +178,27 @@ def test_the_dtype_is_the_one_that_axolotl_loads_in(keys, dtype):
 def test_axolotls_own_merge_command_drops_the_block_alone():
     """``axolotl merge-lora`` sets ``fsdp_config: None`` and ``merge_lora: True``."""
     refuse_unmergeable(GOOD | {"fsdp_version": 2, "fsdp_config": None, "merge_lora": True})
+
+
+@pytest.mark.parametrize("rl", ["dpo", "ipo", "kto"])
+def test_adapters_that_axolotl_would_save_by_other_names_are_refused(rl):
+    with pytest.raises(QALoraError, match=f"rl: {rl} cannot be combined with fsdp_config.* Use DeepSpeed"):
+        refuse_unmergeable(GOOD | {"rl": rl, "fsdp_version": 2, "fsdp_config": LAYERS})
+    refuse_unmergeable(GOOD | {"rl": rl, "deepspeed": "zero3.json"})
+
+
+@pytest.mark.parametrize(
+    ("engine", "keys"),
+    [("FSDP", {"fsdp_version": 2, "fsdp_config": LAYERS}), ("DEEPSPEED", {"deepspeed": "zero3.json"})],
+)
+def test_an_engine_that_the_launcher_alone_asks_for_is_refused(monkeypatch, engine, keys):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(QALoraError, match=f"asks for {engine} .* but there is no {list(keys)[-1]}"):
+        refuse_unmergeable(GOOD)
+    refuse_unmergeable(GOOD | keys)
+    refuse_unmergeable(GOOD | {"merge_lora": True})
+
+
+def test_offloading_that_would_save_nothing_is_refused():
+    with pytest.raises(QALoraError, match=r"layer_offloading cannot .* fsdp_config.offload_params: true"):
+        refuse_unmergeable(GOOD | {"layer_offloading": True})

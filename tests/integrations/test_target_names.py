@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from support.fabricate import make_base
 
 from qalora_plugin import add_adapter, load_base
 from qalora_plugin.core.errors import QALoraError
@@ -75,6 +76,9 @@ ONE, NOTHING = (
         (ALL | {"exclude_modules": ["experts"]}, NOTHING),
         (ALL | {"exclude_modules": ["w9"]}, NOTHING),
         ({"target_modules": ["q_proj", "gate_prj"]}, NOTHING),
+        (ALL | {"rank_pattern": {"experts": 2}}, NOTHING),
+        (ALL | {"rank_pattern": {"experts.gate_prj": 2}}, NOTHING),
+        (ALL | {"alpha_pattern": {"w9": 2}}, NOTHING),
     ],
     ids=str,
 )
@@ -92,3 +96,26 @@ def test_names_in_lists_for_many_models_are_a_warnings_matter(mixtral, tmp_path,
     assert "c_attn is no quantised linear of this base" in caplog.text
     assert "w1 is no quantised linear" not in caplog.text
     assert sum(isinstance(module, QALoraLayer) for module in by_peft(mixtral, options).modules()) == 4
+
+
+@pytest.mark.parametrize("name", ["mlp", "layers.0"])
+def test_a_part_of_the_model_in_a_list_excludes_nothing_and_is_warned_of(mixtral, tmp_path, caplog, name):
+    options = ALL | {"exclude_modules": [name]}
+    for check in (lambda: by_axolotl(mixtral, options, tmp_path), lambda: by_peft(mixtral, options)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            check()
+        assert f"exclude_modules: {name} is no linear of this base and excludes nothing" in caplog.text
+
+
+def test_the_router_is_no_target(mixtral, qwen):
+    for base in (mixtral, qwen):
+        with pytest.raises(QALoraError, match=r"target_modules match .*gate, a \w+Router, which can have no adapter"):
+            by_peft(base, {"target_modules": ["q_proj", "gate"]})
+
+
+def test_a_pattern_of_nothing_on_a_base_without_experts_is_a_warnings_matter(tmp_path, caplog):
+    base = make_base(tmp_path / "base", layers=1)
+    with caplog.at_level(logging.WARNING):
+        by_peft(base, ALL | {"rank_pattern": {"kproj": 2}})
+    assert "rank_pattern: kproj matches no quantised linear" in caplog.text

@@ -255,6 +255,7 @@ def test_what_fsdp_cannot_do_is_refused_when_the_trainer_is_made(base, monkeypat
     from types import SimpleNamespace
 
     from qalora_plugin.integrations.peft import sharded
+    from qalora_plugin.integrations.transformers import launched
 
     model = add_adapter(load_base(base), r=2, target_modules=["q_proj"])
     arguments = SimpleNamespace(fsdp=True, fsdp_config={"version": 1}, bf16=False, fp16=False, optim="lion_32bit")
@@ -266,7 +267,8 @@ def test_what_fsdp_cannot_do_is_refused_when_the_trainer_is_made(base, monkeypat
         QALoraMergeCallback(base).on_init_end(arguments, None, None, model=model)
     arguments.optim = "adamw_torch"
     QALoraMergeCallback(base).on_init_end(arguments, None, None, model=model)
-    monkeypatch.setattr(sharded, "is_launched_with", lambda name: name == "ACCELERATE_USE_FSDP")
+    for module in (launched, sharded):
+        monkeypatch.setattr(module, "is_launched_with", lambda name: name == "ACCELERATE_USE_FSDP")
     monkeypatch.setenv("FSDP_VERSION", "1")  # what `accelerate launch --use_fsdp` sets
     with pytest.raises(QALoraError, match="FSDP1 flattens"):
         add_adapter(load_base(base), r=2, target_modules=["q_proj"])

@@ -15,7 +15,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from qalora_plugin import add_adapter, load_base
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.integrations.peft.adapter import QALoraLayer
-from qalora_plugin.integrations.peft.sharded import full_adapter, make_shardable, require_one_adapter, require_one_base
+from qalora_plugin.integrations.peft.ranks import require_one_adapter, require_one_base
+from qalora_plugin.integrations.peft.sharded import make_shardable
+from qalora_plugin.integrations.peft.sharded_checkpoints import full_adapter
 
 CASES = {
     "4 bits": ("plain", {}),

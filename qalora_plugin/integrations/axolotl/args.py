@@ -10,11 +10,10 @@ from qalora_plugin.checkpoint.adapter_config import check_wishes
 from qalora_plugin.checkpoint.json_files import short
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.unsupported import refuse_axolotl_keys
-from qalora_plugin.integrations.axolotl.sharding import check_fsdp
+from qalora_plugin.integrations.axolotl.sharding import WRAPPED_BY_TRL, check_fsdp
 
 ADAPTER = "qalora"
 
-_STARTS_FROM_THE_BASE = ("dpo", "ipo", "kto")  # Axolotl 0.19, loaders/model.py: hands TRL a config, not an adapter
 _REQUIRED = ("base_model", "lora_r", "lora_alpha")
 _STRINGS = ("base_model", "revision_of_model", "lora_model_dir", "output_dir", "rl")  # read before Axolotl checks them
 _NAMES = ("plugins", "lora_target_modules", "lora_exclude_modules")
@@ -165,7 +164,7 @@ def refuse_unmergeable(cfg: dict) -> None:
     _check_types(cfg)
     refuse_axolotl_keys(cfg)
     check_fsdp(cfg)
-    if cfg.get("lora_model_dir") and cfg.get("rl") in _STARTS_FROM_THE_BASE and not cfg.get("merge_lora"):
+    if cfg.get("lora_model_dir") and cfg.get("rl") in WRAPPED_BY_TRL and not cfg.get("merge_lora"):
         raise QALoraError(
             f"rl: {cfg['rl']} with lora_model_dir: Axolotl starts a new adapter there and ignores the given one. "
             "Remove lora_model_dir, and train on the base alone."

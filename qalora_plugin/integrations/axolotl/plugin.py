@@ -85,7 +85,7 @@ class QALoraPlugin(BasePlugin):
         from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
         from qalora_plugin.integrations.peft.binding import bind_config
         from qalora_plugin.integrations.peft.loading import load_adapter
-        from qalora_plugin.integrations.peft.sharded import require_one_adapter, require_one_base
+        from qalora_plugin.integrations.peft.ranks import require_one_adapter, require_one_base
 
         quantizer: Any = model.hf_quantizer
         require_one_base(quantizer.base_fingerprint())
@@ -128,10 +128,6 @@ class QALoraPlugin(BasePlugin):
             trainer.model, training_dtype(trainer.model, trainer.args.bf16, trainer.args.fp16)
         ):
             LOG.info("qalora: %s", line)
-        if cfg.fsdp_config:
-            from qalora_plugin.integrations.peft.sharded import RestoreAdapter
-
-            trainer.add_callback(RestoreAdapter(cfg.resume_from_checkpoint))
         if cfg.rl:
             # TRL wraps the base in the adapter itself, and Axolotl then saves both: let the base save the adapter.
             trainer.model.get_base_model().save_pretrained = trainer.model.save_pretrained
@@ -143,7 +139,7 @@ class QALoraPlugin(BasePlugin):
     def post_train(self, cfg: Any, model: Any) -> None:
         """Called before the adapter is saved (and after it, too)."""
         if cfg.adapter == ADAPTER and cfg.fsdp_config:
-            from qalora_plugin.integrations.peft.sharded import remove_checkpointing
+            from qalora_plugin.integrations.peft.sharded_checkpoints import remove_checkpointing
 
             remove_checkpointing(model)
 

@@ -11,10 +11,11 @@ from peft.tuners.tuners_utils import check_target_module_exists
 
 from qalora_plugin.checkpoint import autogptq
 from qalora_plugin.checkpoint.adapter_config import check_config_patterns
-from qalora_plugin.checkpoint.adapter_folder import AdapterFolder, matching_pattern
+from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
 from qalora_plugin.checkpoint.atomic import require_absent
 from qalora_plugin.checkpoint.hub import expanded, fetch_config, is_local, resolve
 from qalora_plugin.checkpoint.json_files import read_json
+from qalora_plugin.checkpoint.patterns import matching_pattern
 from qalora_plugin.checkpoint.places import absolute, is_inside, require_outside, require_writable
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line, printable
 from qalora_plugin.core.weight import GroupwiseSpec

@@ -1,5 +1,6 @@
 """``fsdp_config`` and ``deepspeed`` of an Axolotl config: what would share nothing out, or destroy packed words."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from qalora_plugin.checkpoint.json_files import read_json, short
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.unsupported import refuse_deepspeed, refuse_optimizer_of_fsdp2
 
+WRAPPED_BY_TRL = ("dpo", "ipo", "kto")  # Axolotl 0.19, loaders/model.py: hands TRL a config, not an adapter
 _DTYPES = ("bf16", "fp16")
 
 
@@ -28,6 +30,8 @@ def check_fsdp(cfg: dict[str, Any]) -> None:
         QALoraError: names the key, why it is refused, and what to do.
     """
     fsdp = cfg.get("fsdp_config")
+    if not cfg.get("merge_lora"):
+        _refuse_launchers_engine(cfg)
     if not fsdp:
         if cfg.get("fsdp_version") and not cfg.get("merge_lora"):  # a merge by Axolotl's command drops the block alone
             raise QALoraError(
@@ -42,6 +46,11 @@ def check_fsdp(cfg: dict[str, Any]) -> None:
         raise QALoraError(
             f"both fsdp_config and deepspeed ({short(cfg['deepspeed'])}) are set, but one of them alone shares out a "
             "model. Remove one."
+        )
+    if cfg.get("rl") in WRAPPED_BY_TRL:
+        raise QALoraError(
+            f"rl: {cfg['rl']} cannot be combined with fsdp_config: Axolotl would save the adapter by names that are "
+            "not an adapter's, and the merge would fail after training. Use DeepSpeed instead (deepspeed: zero3.json)."
         )
     versions = (cfg.get("fsdp_version"), fsdp.get("fsdp_version"), fsdp.get("version"))  # where Axolotl looks, in order
     version = next((found for found in versions if found), 1)
@@ -62,6 +71,19 @@ def check_fsdp(cfg: dict[str, Any]) -> None:
             f"fsdp_config.mixed_precision_policy is {policy}, but the base is loaded for {dtype}: FSDP would cast the "
             f"packed weights. Remove mixed_precision_policy, or set it to {dtype}."
         )
+
+
+def _refuse_launchers_engine(cfg: dict[str, Any]) -> None:
+    """An engine that accelerate's launcher, or its default config, asks for alone: Axolotl trains with it, and then
+    looks for its settings to save by. (It sets these variables itself, from its config.)"""
+    for engine, key in (("FSDP", "fsdp_config"), ("DEEPSPEED", "deepspeed")):
+        variable = f"ACCELERATE_USE_{engine}"
+        if os.environ.get(variable, "").lower() in ("1", "true") and not cfg.get(key):
+            raise QALoraError(
+                f"accelerate's launcher, or its default config, asks for {engine} ({variable} is set), but there is no "
+                f"{key}, without which Axolotl cannot save the adapter. Add {key} (docs/sharding.md), or launch "
+                "without it: by torchrun, or accelerate launch --multi_gpu."
+            )
 
 
 def check_deepspeed(cfg: dict[str, Any]) -> None:

@@ -6,22 +6,18 @@ would scale it wrongly. In memory the type is ``LORA``, so everything that PEFT 
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import wraps
 from numbers import Integral
-from pathlib import Path
 from typing import Any, cast
 
-from peft import LoraConfig, PeftModel, PeftType
+from peft import LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils import hotswap
 from torch import Tensor, nn
 
 from qalora_plugin.checkpoint.adapter_config import Ratios, check_numbers, check_pooling, check_wishes
-from qalora_plugin.checkpoint.adapter_folder import PEFT_TYPE, AdapterFolder
-from qalora_plugin.checkpoint.hub import is_local
+from qalora_plugin.checkpoint.adapter_folder import PEFT_TYPE
 from qalora_plugin.core.delta import OffsetDelta, ScaleDelta
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.unsupported import refuse_peft_fields
@@ -80,72 +76,6 @@ PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = QALoraConfig  # type: ignore[index]  # 
 leave_alone(QALoraConfig)
 
 
-def _check_base_first(load: Callable) -> Callable:
-    """PEFT's ``load_adapter``, of a folder that is whole and belongs to the base.
-
-    PEFT would leave what the folder lacks as a new adapter has it. And where a training run is resumed the model has
-    the adapter already, bound to the base that was loaded; PEFT then reads the checkpoint's weights alone, and not the
-    config that names the base they were trained on.
-    """
-
-    @wraps(load)
-    def load_adapter(self: PeftModel, model_id: str | Path, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        layer = next((module for module in self.modules() if isinstance(module, QuantLinear)), None)
-        folder = Path(model_id, kwargs.get("subfolder") or "")
-        if layer is not None and layer.base_fingerprint and is_local(folder):
-            quantizer: Any = self.get_base_model().hf_quantizer
-            saved = AdapterFolder.open(folder)
-            saved.require_base(layer.base_fingerprint(saved.base_fingerprint), "the base that was loaded")
-            saved.check_fits(quantizer.opened.specs)
-            saved.check_values()
-            if isinstance(config := self.peft_config.get(adapter_name), QALoraConfig):
-                _require_same_scales(config.qalora or {}, saved)
-                _require_same_layers(self.get_base_model(), adapter_name, saved)
-        return load(self, model_id, adapter_name, *args, **kwargs)
-
-    return load_adapter
-
-
-def _require_same_scales(qalora: dict[str, Any], saved: AdapterFolder) -> None:
-    """Refuse a checkpoint whose numbers mean something else in the adapter that they are loaded into."""
-    wanted, found = (
-        f"with scales, scales_lr_ratio {ratios.scales:g} (offsets' {ratios.offsets:g})"
-        if settings.get("scales")
-        else "without scales"
-        for settings, ratios in ((one, Ratios.of(one)) for one in (qalora, saved.config["qalora"]))
-    )
-    if wanted != found:
-        raise QALoraError(
-            f"{saved.folder} was trained {found}, this run trains {wanted}. Resume with the settings it began with, or "
-            "begin anew."
-        )
-
-
-def _require_same_layers(model: nn.Module, adapter_name: str, saved: AdapterFolder) -> None:
-    """Refuse a checkpoint of other linears, or of other ranks or alphas: PEFT would drop what it has no place for,
-    leave what is missing new, and scale the rest by this run's."""
-    layers = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, QALoraLayer) and adapter_name in layer.lora_A
-    }
-    end = "Resume with the settings it began with, or begin anew."
-    if different := sorted(layers.keys() ^ {*saved.keys.values()}):
-        raise QALoraError(
-            f"{saved.folder} adapts {len({*saved.keys.values()})} linears, this run {len(layers)}; {different[0]} "
-            f"differs. {end}"
-        )
-    for stored, name in saved.keys.items():
-        trained = saved.rank(stored), saved.scaling(stored)
-        here = layers[name].r[adapter_name], layers[name].scaling[adapter_name]
-        if trained[0] != here[0] or not math.isclose(trained[1], here[1]):
-            raise QALoraError(
-                f"{saved.folder} trained {name} at rank {trained[0]} and alpha/rank {trained[1]:g}, this run has rank "
-                f"{here[0]} and {here[1]:g}. {end}"
-            )
-
-
-PeftModel.load_adapter = _check_base_first(PeftModel.load_adapter)  # type: ignore[method-assign]  # on purpose
 hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA].append("qalora")  # what is swapped in is of the same base and kind
 
 

@@ -1,6 +1,7 @@
 """A ``LoraConfig`` made ours: bound to the base of a loaded model, and aimed at its quantized linears alone."""
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 from peft import LoraConfig
@@ -131,21 +132,25 @@ def _restrict_to_quantized(model: PreTrainedModel, config: QALoraConfig, layers:
         targets = {_pattern(name) for name, layer in layers.items() if layer is not head}
         config.target_modules = targets  # type: ignore[assignment]  # PEFT itself makes a set of a list
     matched = {
-        name
+        name: isinstance(module, (*_DENSE_LAYERS, QuantLinear, QuantExperts))
         for name, module in model.named_modules()
-        if name and (every or isinstance(module, (*_DENSE_LAYERS, QuantLinear, QuantExperts)))
-        and check_target_module_exists(config, name)
-    }  # fmt: skip
+        if name and check_target_module_exists(config, name)
+    }
+    if other := next((name for name, can_have_one in matched.items() if not (can_have_one or every)), None):
+        raise QALoraError(
+            f"target_modules match {other}, a {type(model.get_submodule(other)).__name__}, which can have no adapter. "
+            f"Name linears: {_leaves(layers)}."
+        )
     barred = {name for name in layers if name in matched and _is_barred(config, model, name, layers[name])}
-    quantised = [name for name in layers if name in matched - barred]
+    quantised = [name for name in layers if name in matched.keys() - barred]
     holders = {name for name in matched if isinstance(model.get_submodule(name), QuantExperts)}  # of what is matched
-    dense = matched - set(layers) - holders
+    dense = matched.keys() - layers.keys() - holders
     if not quantised:
         found = sorted(dense) or sorted(barred)
         raise QALoraError(
             f"target_modules {config.target_modules!r} match no quantised linear of this base that can have an adapter "
             f"(they match {', '.join(found[:3]) or 'nothing'}). Quantised here are: "
-            f"{', '.join(sorted({name.rsplit('.', 1)[-1] for name in layers}))}."
+            f"{_leaves(layers)}."
         )
     excluded = sorted(dense | barred | holders)
     if excluded and isinstance(config.exclude_modules, str):
@@ -162,6 +167,10 @@ def _restrict_to_quantized(model: PreTrainedModel, config: QALoraConfig, layers:
             "%d targeted linears get no adapter, because fused Mamba kernels would leave it out: %s", *_counted(barred)
         )
     return quantised
+
+
+def _leaves(names: Iterable[str]) -> str:
+    return ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
 
 
 def _pattern(name: str) -> str:
@@ -182,5 +191,4 @@ def _is_barred(config: QALoraConfig, model: PreTrainedModel, name: str, layer: Q
 
 
 def _counted(names: set[str]) -> tuple[int, str]:
-    listed = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
-    return len(names), f"{listed} ({min(names)} …)"
+    return len(names), f"{_leaves(names)} ({min(names)} …)"

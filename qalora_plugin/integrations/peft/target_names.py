@@ -4,14 +4,17 @@ knows would be passed over without a word, and what it was to train, or to leave
 """
 
 import difflib
+import logging
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from qalora_plugin.checkpoint.adapter_folder import matching_pattern
+from qalora_plugin.checkpoint.patterns import matching_pattern
 from qalora_plugin.core.errors import QALoraError, printable
 
 _AN_EXPERT = re.compile(r"experts?(\.|_|$)|(^|\.)w\d+$")
+_INSTEAD = ("one pattern instead of a list", "a pattern")
+logger = logging.getLogger(__name__)
 FIELDS = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
 
 
@@ -50,7 +53,8 @@ class LinearNames:
         return sorted(found) or [given]
 
     def check(self, config: dict[str, Any], prefix: str = "") -> None:
-        """Refuse patterns that only names on disk match and, where there are experts, names of nothing.
+        """Refuse patterns that only names on disk match and, where there are experts, names of nothing; warn of those
+        of nothing else.
 
         Args:
             config: with :data:`FIELDS`, named as in the model where :meth:`as_in_model` can. prefix: of these fields.
@@ -65,7 +69,9 @@ class LinearNames:
             for pattern in [given] if isinstance(given, str) else given:
                 matches = _matcher(field, isinstance(given, str))
                 self._require_more_than_on_disk(f"{prefix}{field}", pattern, matches)
-                if field in FIELDS[:2] and not isinstance(given, str):
+                if field.endswith("_pattern") and not any(matches(pattern, name) for name in self.stored):
+                    self._refuse_unless_dense(f"{prefix}{field}", pattern)
+                elif field in FIELDS[:2] and not isinstance(given, str):
                     self._require_known(f"{prefix}{field}", pattern)
 
     def _require_more_than_on_disk(self, field: str, pattern: str, matches: Callable[[str, str], Any]) -> None:
@@ -78,18 +84,34 @@ class LinearNames:
                     f"and would be passed over. Name {name.rpartition('.')[2]}, or the whole name in the model."
                 )
 
-    def _require_known(self, field: str, pattern: str) -> None:
-        """Of a base with experts: an unknown name that means one, or is misspelt, is refused; others, as in lists for
-        many models, are a warning's matter."""
-        if all(len(names) == 1 for names in self.stored.values()) or any(_ends(name, pattern) for name in self._known):
+    def _require_known(self, field: str, name: str) -> None:
+        """An unknown name that means an expert, or is misspelt, is refused where there are experts; others, as in lists
+        for many models, are a warning's matter."""
+        if any(_ends(known, name) for known in self._known):
             return
-        leaves = sorted({name.rpartition(".")[2] for name in self.stored})
-        if _AN_EXPERT.search(pattern) or difflib.get_close_matches(pattern.rpartition(".")[2], leaves, n=1, cutoff=0.8):
-            raise QALoraError(
-                f"{field}: no linear of this base is named {printable(pattern)}. Quantised are: {', '.join(leaves)}. "
-                "Name some of these; for parts of the model, as its experts, give one pattern instead of a list: "
-                "'.*experts.*'."
-            )
+        if _AN_EXPERT.search(name) or difflib.get_close_matches(name.rpartition(".")[2], self._leaves, 1, 0.8):
+            self._refuse_unless_dense(field, name)
+        elif field.endswith(FIELDS[1]):
+            logger.warning(
+                "%s: %s is no linear of this base and excludes nothing. For a part of the model give one pattern "
+                "instead of a list: '.*%s.*'",
+                field, printable(name), re.escape(name),
+            )  # fmt: skip
+
+    def _refuse_unless_dense(self, field: str, pattern: str) -> None:
+        """Refuse a name of nothing where there are experts, of which names are easily mistaken; else warn."""
+        if all(len(names) == 1 for names in self.stored.values()):
+            logger.warning("%s: %s matches no quantised linear of this base", field, printable(pattern))
+            return
+        raise QALoraError(
+            f"{field}: no linear of this base is named {printable(pattern)}. Quantised are: {', '.join(self._leaves)}. "
+            f"Name some of these; for parts of the model, as its experts, give {_INSTEAD[field.endswith('_pattern')]}: "
+            "'.*experts.*'."
+        )
+
+    @property
+    def _leaves(self) -> list[str]:
+        return sorted({name.rpartition(".")[2] for name in self.stored})
 
 
 def _ends(name: str, given: str) -> bool:

@@ -19,7 +19,8 @@ from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.integrations.peft.adapter import QALoraConfig, QALoraLayer, require_adapters, require_bound
 from qalora_plugin.integrations.peft.binding import bind_config
 from qalora_plugin.integrations.peft.scales import is_bound
-from qalora_plugin.integrations.peft.sharded import is_to_be_sharded, make_shardable
+from qalora_plugin.integrations.peft.sharded import make_shardable
+from qalora_plugin.integrations.transformers.launched import is_to_be_sharded
 from qalora_plugin.layers.linear import QuantLinear
 
 

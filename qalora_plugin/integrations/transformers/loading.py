@@ -5,7 +5,6 @@ transformers has a quantizer of its own (optimum + GPTQModel), which stays as it
 the Axolotl plugin ask for ours by another name of the method, :data:`TRAINABLE_GPTQ`, in the config they load with.
 """
 
-import os
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +37,7 @@ from qalora_plugin.integrations.transformers.dense_parts import (
     require_shapes,
     restore_dtypes,
 )
+from qalora_plugin.integrations.transformers.launched import is_sent_its_weights
 from qalora_plugin.integrations.transformers.naming import destinations
 from qalora_plugin.integrations.transformers.placing import place_linears, require_every_tensor
 from qalora_plugin.integrations.transformers.placing_experts import experts_as_stored, place_experts, read_experts
@@ -81,7 +81,7 @@ class QALoraHfQuantizer(HfQuantizer):
             )
         self.opened = QuantizedCheckpoint.open(_folder(checkpoint_files))
         self.opened.check_values()
-        if not _is_sent_its_weights():
+        if not is_sent_its_weights():
             self.opened.check_dense_values()
         self.checkpoint = self.opened.files
         found = destinations(model, [f"{name}.weight" for name in self.opened.specs])
@@ -200,28 +200,13 @@ def load_base(path: str | Path, revision: str | None = None, **kwargs: Any) -> "
         config = kwargs.get("config") or AutoConfig.from_pretrained(folder)
         config.update(overrides)
         kwargs["config"] = config
-    if _is_sent_its_weights():
+    if is_sent_its_weights():
         kwargs.setdefault("device_map", "meta")
     model = load_model(folder, **kwargs)
     if not is_local(path):
         # A Hub id: what PEFT writes down as the adapter's base must not be a folder of this machine's cache.
         model.name_or_path = model.config.name_or_path = str(path)
     return model
-
-
-def _is_sent_its_weights() -> bool:
-    """Whether FSDP will send this process what rank 0 reads (``cpu_ram_efficient_loading``): it reads nothing.
-
-    transformers leaves quantized models out of that (``PreTrainedModel.from_pretrained``, 5.16).
-    """
-    efficient = is_launched_with("ACCELERATE_USE_FSDP") and is_launched_with("FSDP_CPU_RAM_EFFICIENT_LOADING")
-    return efficient and os.environ.get("LOCAL_RANK", "0") != "0"
-
-
-def is_launched_with(name: str) -> bool:
-    """Whether this is one of several processes, to whom their launcher says so much by an environment variable."""
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return together and os.environ.get(name, "").lower() in ("1", "true")
 
 
 def config_overrides(folder: Path) -> dict[str, Any]:
