@@ -5,11 +5,14 @@
     .venv/bin/python benchmarks/accuracy.py --only lora-gptq    runs whose name has this in it
     .venv/bin/python benchmarks/accuracy.py --summary           only the table of what has been run
 
-What was run is never run again: stop it, and call it again to go on. SmolLM2-135M-Instruct comes out of its wheel;
-gsm8k from the Hub, or from ``--gsm8k FOLDER`` with ``gsm8k_train.jsonl`` and ``gsm8k_test.jsonl``.
+What was run is never run again: stop it, and call it again to go on. Nor is, where nothing was run yet, what stands in
+``accuracy.csv`` of ``--out``: a table is added to from any machine; for one of your own, name another folder.
+SmolLM2-135M-Instruct comes out of its wheel; gsm8k from the Hub, or from ``--gsm8k FOLDER`` with ``gsm8k_train.jsonl``
+and ``gsm8k_test.jsonl``.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +27,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def run(args: argparse.Namespace) -> None:
     """Workers on all jobs that are left, until there are none."""
-    done = {job_of(row).name for row in plan.read(args.work / "runs" / "results.jsonl")}
+    results, before = args.work / "runs" / "results.jsonl", args.out / "accuracy.csv"
+    if not results.is_file() and before.is_file():
+        results.parent.mkdir(parents=True, exist_ok=True)
+        results.write_text("".join(json.dumps(row) + "\n" for row in summary.read_csv(before)))
+    done = {job_of(row).name for row in plan.read(results)}
     taken = args.work / "runs" / "taken"
     for mark in taken.glob("*") if taken.is_dir() else ():
         if mark.name not in done:  # somebody was stopped

@@ -47,17 +47,17 @@ class Bench:
         results = plan.read(self.results)
         done = {job_of(row).name for row in results if "note" not in row}
         failed = {job_of(row).name for row in results if "note" in row}
+        left = [job for job in plan.jobs(results) if job.name not in done | failed]
+        wanted = {name for job in left if only in job.name for name in (job.name, job.needs)}
         waiting = False
-        for job in plan.jobs(results):
-            if only and only not in job.name:
-                continue
+        for job in (job for job in left if job.name in wanted):
             if job.needs and job.needs not in done:
                 waiting = waiting or job.needs not in failed
                 continue
             try:
                 (self.taken / job.name).touch(exist_ok=False)
             except FileExistsError:
-                waiting = waiting or job.name not in done | failed
+                waiting = True
                 continue
             return job
         return waiting or None
@@ -72,6 +72,8 @@ class Bench:
             folder.parent.mkdir(parents=True, exist_ok=True)
         set_seed(job.seed)
         if job.method == REQUANTIZE:
+            if not (self.work / "adapters" / job.needs).is_dir():  # found on another machine
+                self.do(Job(job.task, "lora", lr=job.lr, seed=job.seed))
             made = self.work / "requantized" / job.name
             found = self.quantize(merge_lora(job, places), made, job)
             found |= self.measure(load_base(made, dtype=torch.float32, device_map=self.device), job)
@@ -120,7 +122,7 @@ def main() -> None:
     parser.add_argument("--quantizer", required=True, help="Python of the environment with GPTQModel")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="take no new job after so many")
-    parser.add_argument("--only", default="", help="only jobs whose name has this in it")
+    parser.add_argument("--only", default="", help="only jobs whose name has this in it, and what they need")
     parser.add_argument("--limit", type=int, help="steps and rows, for a rehearsal")
     args = parser.parse_args()
     bench = Bench(args.data.absolute(), args.work.absolute(), args.device, args.quantizer, args.limit)

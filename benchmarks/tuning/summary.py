@@ -1,6 +1,7 @@
 """The accuracy table: runs as CSV, their means over seeds as Markdown, loss against served bits as a plot."""
 
 import csv
+import json
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
@@ -39,6 +40,8 @@ COLUMNS = [
     "steps", "trained", "first_loss", "last_loss", "step_seconds", "train_seconds", "peak_mb", "machine", "torch",
     "transformers", "peft", "commit", "date", "note",
 ]  # fmt: skip
+
+TEXT = {"task", "method", "machine", "torch", "transformers", "peft", "commit", "date", "note"}
 
 
 class Cell(NamedTuple):
@@ -101,6 +104,15 @@ def write_csv(rows: list[dict], model: Path, out: Path) -> None:
             if row["method"] != QUANTIZE:
                 row = {"bits_a_weight": bits_a_weight(job_of(row), model), **row}
                 writer.writerow({key: short(value) for key, value in row.items()})
+
+
+def read_csv(path: Path) -> list[dict]:
+    """Rows that :func:`write_csv` wrote."""
+    with path.open(newline="") as file:
+        return [
+            {name: value if name in TEXT else json.loads(value.lower()) for name, value in row.items() if value}
+            for row in csv.DictReader(file)
+        ]
 
 
 def _base_of(job: Job) -> tuple[int, int, bool, bool]:

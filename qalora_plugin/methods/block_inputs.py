@@ -97,12 +97,16 @@ def moments(
             hessian = drift = torch.zeros(())
             tokens = 0
             for k in range(len(sequences)):
-                x16, x = (flow.input_of(stage[0], k).flatten(0, -2).float() for flow in flows)
+                progress.advance(task, 1 / len(sequences) / (len(stages) + 1))
+                given16, given = (flow.input_of(stage[0], k) for flow in flows)
+                if given16 is None or given is None:
+                    continue
+                x16, x = given16.flatten(0, -2).float(), given.flatten(0, -2).float()
                 hessian = hessian.to(x.device) + x.t() @ x
                 drift = drift.to(x.device) + x.t() @ (x16.to(x.device) - x)
                 tokens += len(x)
-                progress.advance(task, 1 / len(sequences) / (len(stages) + 1))
-            yield [prefix + name for name in stage], Moments(hessian / tokens, drift / tokens, tokens)
+            if tokens:
+                yield [prefix + name for name in stage], Moments(hessian / tokens, drift / tokens, tokens)
         for k in range(len(sequences)):
             for flow in flows:
                 flow.go_on(k)
@@ -141,8 +145,10 @@ class _Flow:
             self._run(0)
         return [stage for _, stage in found]
 
-    def input_of(self, name: str, k: int) -> Tensor:
-        """What a linear of the block is given of sequence ``k``, ``[…, K]``. (What comes after it is not computed.)"""
+    def input_of(self, name: str, k: int) -> Tensor | None:
+        """What a linear of the block is given of sequence ``k``, ``[…, K]``; None: it does not come there. (What comes
+        after the linear is not computed.)
+        """
         seen: list[Tensor] = []
 
         def note(x: Tensor) -> None:
@@ -151,7 +157,7 @@ class _Flow:
 
         with _hooked({name: note}, self.block), suppress(_Captured):
             self._run(k)
-        return seen[0]
+        return seen[0] if seen else None
 
     def go_on(self, k: int) -> None:
         state = self.states[k]

@@ -26,7 +26,7 @@ from qalora_plugin.eval.tokens import load_tokenizer, require_ids
 from qalora_plugin.integrations.peft.adapter import QALoraLayer
 from qalora_plugin.integrations.peft.experts import QALoraExpertsLayer
 from qalora_plugin.integrations.transformers.dense_models import load_dense
-from qalora_plugin.integrations.transformers.launched import is_to_be_sharded
+from qalora_plugin.integrations.transformers.launched import is_one_of_several, is_to_be_sharded
 from qalora_plugin.layers.linear import QuantLinear
 from qalora_plugin.methods.block_inputs import Moments, blocks_of, moments
 from qalora_plugin.methods.calibration import calibrated_factors, made_up
@@ -269,7 +269,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _take_the_first_ranks(layers: dict[str, QALoraLayer]) -> None:
     """What is random in A and D, and rounding, may differ between ranks."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not is_one_of_several():
         return
     for layer in layers.values():
         name = _active(layer)

@@ -5,7 +5,6 @@ Arguments: base, output folder, batch size; and ``fsdp`` for FSDP2, ``one-reader
 
 import os
 import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,7 +18,6 @@ one_reader = "one-reader" in sys.argv
 sharded = one_reader or "fsdp" in sys.argv
 options = {}
 if sharded:
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     from support.axolotl_process import use_gloo
 
     use_gloo(sharded=True)

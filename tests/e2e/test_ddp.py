@@ -6,18 +6,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.axolotl_runs import BIN, command
+from support.two_processes import launch
 
 pytestmark = pytest.mark.e2e
 SCRIPT = Path(__file__).with_name("ddp_train.py")
 
 
 def test_two_processes_train_what_one_does(base, tmp_path):
-    python = BIN / "python"
-    command(python, SCRIPT, base, tmp_path / "one", "4")
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    command(python, *launch, SCRIPT, base, tmp_path / "two", "2")
-    command(python, *launch, SCRIPT, base, tmp_path / "sharded", "2", "fsdp")
-    command(python, *launch, SCRIPT, base, tmp_path / "one reader", "2", "one-reader")
+    command(BIN / "python", SCRIPT, base, tmp_path / "one", "4")
+    launch(SCRIPT, base, tmp_path / "two", "2")
+    launch(SCRIPT, base, tmp_path / "sharded", "2", "fsdp")
+    launch(SCRIPT, base, tmp_path / "one reader", "2", "one-reader")
     names = ("one", "two", "sharded", "one reader")
     one, two, *sharded = (load_file(tmp_path / name / "adapter_model.safetensors") for name in names)
     assert all(one.keys() == other.keys() for other in (two, *sharded))

@@ -11,6 +11,7 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from support.fabricate import make_adapter, make_base
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from qalora_plugin import add_adapter, calibrate, load_adapter, load_base, merge
 from qalora_plugin.core.errors import QALoraError
@@ -84,6 +85,15 @@ def test_linears_that_are_given_the_same_come_together(folders):
     assert stages == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]] * 2
 
 
+def test_a_sequence_that_does_not_come_to_a_linear_is_left_out_of_it(folders, monkeypatch):
+    whole = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda mlp, x: whole(mlp, x) if x.shape[-2] > 30 else torch.zeros_like(x))
+    model = AutoModelForCausalLM.from_pretrained(folders[1])
+    names = [name for name, _ in model.named_modules() if name.endswith("_proj")]
+    tokens = {linear: part.tokens for found, part in streamed(model, model, "model.layers", names) for linear in found}
+    assert tokens == {name: 40 if "mlp" in name else 65 for name in names}
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_every_linear_sees_what_those_before_it_have_become(folders, monkeypatch, training):
     found = {}
@@ -107,7 +117,8 @@ def test_every_linear_sees_what_those_before_it_have_become(folders, monkeypatch
         x = inputs[name]
         close(found[name].hessian, x.t() @ x / len(x))
         drift = x.t() @ (x16 - x) / len(x)
-        assert (found[name].drift - drift).norm() <= 0.02 * drift.norm() + 1e-5  # blocks run in the files' dtype
+        rounding = 5e-4 * found[name].hessian.norm()  # blocks run in the files' dtype
+        assert (found[name].drift - drift).norm() <= 0.02 * drift.norm() + rounding
 
 
 @pytest.mark.parametrize("scales", [False, True])

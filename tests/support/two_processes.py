@@ -1,6 +1,7 @@
 """Runs a script, or ``axolotl train``, as two processes on a CPU."""
 
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -25,14 +26,16 @@ FSDP2 = {
     },
 }  # fmt: skip
 _ADDRESS = ("--standalone", "--nproc_per_node", "2")
+_PATH = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
 
 
 def launch(*arguments: str | Path, code: int = 0, timeout: int = 600) -> str:
-    """Run a Python script with its arguments as two processes; returns their output, of both in one."""
+    """Run a Python script, which finds ``support``, as two processes; returns their output, of both in one."""
     program = (BIN / "python", "-m", "torch.distributed.run", *_ADDRESS)
+    environment = ENVIRONMENT | {"OMP_NUM_THREADS": "1", "PYTHONPATH": _PATH}
     done = subprocess.run(
         [str(argument) for argument in (*program, *arguments)],
-        capture_output=True, text=True, env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"}, timeout=timeout,
+        capture_output=True, text=True, env=environment, timeout=timeout,
     )  # fmt: skip
     output = done.stdout + done.stderr
     assert (done.returncode != 0) == (code != 0), output[-8000:]

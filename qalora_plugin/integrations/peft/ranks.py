@@ -8,6 +8,7 @@ from peft import PeftConfig
 
 from qalora_plugin.checkpoint.json_files import short
 from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.integrations.transformers.launched import is_one_of_several
 
 _OF_A_RANK = ("base_model_name_or_path", "qalora", "runtime_config")  # a path, what another check compares
 
@@ -53,7 +54,7 @@ def check_on_rank_0(check: Callable[[], None]) -> None:
         QALoraError: what ``check`` raised there, on every rank.
     """
     refusal = None
-    if not _together() or dist.get_rank() == 0:
+    if not is_one_of_several() or dist.get_rank() == 0:
         try:
             check()
         except QALoraError as error:
@@ -62,12 +63,8 @@ def check_on_rank_0(check: Callable[[], None]) -> None:
         raise QALoraError(first)
 
 
-def _together() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def _of_all_ranks(mine: Any) -> list[Any]:
-    if not _together():
+    if not is_one_of_several():
         return [mine]
     found: list[Any] = [None] * dist.get_world_size()
     try:

@@ -4,16 +4,20 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
+import torch.distributed as dist
 from transformers.integrations import deepspeed
 
 _SHARE_OUT = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
+def is_one_of_several() -> bool:
+    """Whether this process and others are a process group of torch's."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def is_launched_with(name: str) -> bool:
     """Whether this is one of several processes, to whom their launcher says so much by an environment variable."""
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return together and os.environ.get(name, "").lower() in ("1", "true")
+    return is_one_of_several() and os.environ.get(name, "").lower() in ("1", "true")
 
 
 def is_to_be_sharded() -> bool:
