@@ -187,6 +187,9 @@ def test_save_load_and_delete(base, adapter, tmp_path):
         assert torch.equal(torch.from_numpy(a), 3 * layer.lora_A["default"].weight.double())
     with pytest.raises(QALoraError, match="PEFT would leave out"):
         model.add_weighted_adapter(["default"], [1.0], "sum")
+    with pytest.raises(QALoraError, match="PEFT would leave out of the conversion"):
+        model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(adapter))
+    assert list(model.peft_config) == ["default"]
     model.delete_adapter("default")
     assert not any("lora_D" in name for name, _ in model.named_parameters())
 

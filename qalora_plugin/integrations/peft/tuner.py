@@ -57,14 +57,20 @@ class QALoraModel(LoraModel):
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
         """PEFT's, which knows A and B alone."""
-        if with_scales := [
-            name for name in adapters if (getattr(self.peft_config[name], "qalora", None) or {}).get("scales")
-        ]:
-            raise QALoraError(
-                f"adapter {with_scales[0]!r} has trained scales, which PEFT would leave out of the sum. Activate the "
-                "adapters together instead (set_adapter with a list of names)."
-            )
+        self._require_no_scales(
+            adapters, "the sum. Activate the adapters together instead (set_adapter of their names)"
+        )
         super().add_weighted_adapter(adapters, *args, **kwargs)
+
+    def subtract_mutated_init(self, output_state_dict: dict, adapter_name: str, kwargs: Any = None) -> dict:
+        """PEFT's, which knows A and B alone: of ``save_pretrained(…, path_initial_model_for_weight_conversion=…)``."""
+        self._require_no_scales(list(self.peft_config), "the conversion. Save it without")
+        return super().subtract_mutated_init(output_state_dict, adapter_name, kwargs)
+
+    def _require_no_scales(self, adapters: list[str], out_of: str) -> None:
+        for name in adapters:
+            if (getattr(self.peft_config[name], "qalora", None) or {}).get("scales"):
+                raise QALoraError(f"adapter {name!r} has trained scales, which PEFT would leave out of {out_of}.")
 
 
 PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = QALoraModel
