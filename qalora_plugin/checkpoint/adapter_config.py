@@ -9,6 +9,7 @@ from qalora_plugin.core.errors import QALoraError
 
 ADAPTER_FORMAT, SCALES_FORMAT = 1, 2  # the second with trained scales
 WISHES = ("scales", "scales_lr_ratio")  # of `qalora` in the config, what users may ask for
+_BINDS = {"format_version", "pooling", "group_size", "base_fingerprint", "model_class", "names"}
 OFFSETS_LR_RATIO, SCALES_LR_RATIO = 3.0, 1.0  # where both train; the second is settable
 _LARGEST_RATIO = 1e6
 POOLING = "sum"
@@ -35,6 +36,11 @@ class Ratios(NamedTuple):
     def of_factor(self, part: str) -> float:
         """part: ``"A"``, ``"B"``, ``"C"`` or ``"D"``."""
         return self.offsets if part in "AB" else self.scales
+
+
+def is_bound(qalora: Any) -> bool:
+    """Whether ``QALoraConfig.qalora`` ties the adapter to a base, and is not only what the user asks for."""
+    return bool(qalora) and not set(qalora).isdisjoint(_BINDS)
 
 
 def check_pooling(qalora: dict, what: str) -> None:
@@ -64,7 +70,13 @@ def check_pooling(qalora: dict, what: str) -> None:
 
 
 def check_wishes(qalora: dict, what: str) -> None:
-    """Refuse ``scales`` that are no boolean, and a ratio that is no positive number, or of nothing."""
+    """Refuse ``scales`` that are no boolean, and a ratio that is no positive number, or of nothing; of a config that
+    names no base, anything else."""
+    if not is_bound(qalora) and (unknown := sorted(map(str, set(qalora) - set(WISHES)))):
+        raise QALoraError(
+            f"{what} has qalora: {{{unknown[0]}: …}}, which is not an option there, expected {' or '.join(WISHES)}. "
+            "Remove or correct it."
+        )
     scales, ratio = qalora.get("scales"), qalora.get("scales_lr_ratio")
     if not isinstance(scales, bool | None):
         raise QALoraError(f"{what} has scales: {short(scales)}, expected true or false. Correct it.")

@@ -8,7 +8,7 @@ from typing import Any
 
 from qalora_plugin.checkpoint.folder import Checkpoint
 from qalora_plugin.checkpoint.hub import is_local
-from qalora_plugin.conversion.added import added_bytes, merged_spec
+from qalora_plugin.conversion.added import added_bytes, merged_spec, usual_dtype
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 from qalora_plugin.eval.tables import print_facts
 from qalora_plugin.formats.opened import QuantizedCheckpoint
@@ -37,6 +37,7 @@ class InspectReport:
     trainable_parameters: int = 0
     adapter_size: int = 0
     merged_extra: int = 0
+    merged_dtype: str = "float16"
     served_bits: float = 0.0  # a weight, all included
     served: str = ""
 
@@ -60,10 +61,11 @@ class InspectReport:
             rows.append(("changed scales", f"on {self.with_changed_scales} linears"))
         rows.append(("can be a base", "yes" if self.can_be_base else f"no: {self.why_not}"))
         if self.can_be_base:
+            more = f"{self.merged_extra / self.size:.1%}, {self.merged_dtype}"
             rows += [
                 (f"trainable at rank {self.rank}", f"{self.trainable_parameters / 1e6:.2f} M (all quantised linears)"),
                 ("adapter on disk", f"{self.adapter_size / 1e6:.1f} MB (float32)"),
-                ("a merge adds", f"{self.merged_extra / 1e6:.1f} MB ({self.merged_extra / self.size:.1%}, float16)"),
+                ("a merge adds", f"{self.merged_extra / 1e6:.1f} MB ({more})"),
             ]
         print_facts(f"qalora inspect {self.path}", rows)
 
@@ -102,6 +104,7 @@ def inspect(path: str | Path, rank: int = 16) -> InspectReport:
         specs = source.specs.values()
         served = served_bits(specs, source.act_order)
         kinds = Counter(f"{spec.bits} bit, g {spec.group_size}" for spec in specs)
+        dtype = usual_dtype(specs)
         parameters = sum(rank * (spec.groups + spec.out_features) for spec in specs)
         report |= {
             "quantised": len(specs),
@@ -116,7 +119,8 @@ def inspect(path: str | Path, rank: int = 16) -> InspectReport:
             "rank": rank,
             "trainable_parameters": parameters,
             "adapter_size": 4 * parameters,
-            "merged_extra": sum(added_bytes(merged_spec(spec, rank, "float16")) for spec in specs),
+            "merged_extra": sum(added_bytes(merged_spec(spec, rank, dtype)) for spec in specs),
+            "merged_dtype": dtype,
             "served_bits": served.bits_a_weight,
             "served": str(served),
         }

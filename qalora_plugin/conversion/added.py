@@ -1,7 +1,7 @@
 """What a merge adds to each linear, as it is stored: offsets, dense or factored, and changes of scales."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
@@ -53,6 +53,11 @@ def merged_specs(base: QuantizedCheckpoint, adapter: AdapterFolder, dtype: str, 
     for name in adapter.modules:
         specs[name] = merged_spec(base.specs[name], adapter.rank(name), dtype, form, adapter.has_scales)
     return specs
+
+
+def usual_dtype(specs: Iterable[GroupwiseSpec]) -> str:
+    """Of what a merge adds: where the base has offsets or changed scales already, in more than 16 bits."""
+    return "float32" if any(spec.offset_dtype or spec.scales_delta_dtype for spec in specs) else "float16"
 
 
 def merged_spec(spec: GroupwiseSpec, rank: int, dtype: str, form: str = AUTO, scales: bool = False) -> GroupwiseSpec:

@@ -22,7 +22,7 @@ from qalora_plugin.checkpoint.fingerprint import Identity, identity, is_sampled,
 from qalora_plugin.checkpoint.folder import SINGLE_NAME, Checkpoint
 from qalora_plugin.checkpoint.json_files import read_json
 from qalora_plugin.checkpoint.places import require_place
-from qalora_plugin.conversion.added import added, added_bytes, merged_specs, share_lost
+from qalora_plugin.conversion.added import added, added_bytes, merged_specs, share_lost, usual_dtype
 from qalora_plugin.conversion.card import model_card
 from qalora_plugin.conversion.strength import PICTURE_NAME, picture, strengths
 from qalora_plugin.conversion.writer import ShardWriter, write_config, write_index
@@ -156,8 +156,9 @@ def default_offset_dtype(base: QuantizedCheckpoint, adapter: AdapterFolder, form
     """float16, or float32 where the base has offsets or changed scales already: rounding those could outweigh what the
     adapter adds; or where the adapter is so small that float16 would lose more of it than ``qalora verify`` lets pass.
     """
-    changed = any(spec.offset_dtype or spec.scales_delta_dtype for spec in base.specs.values())
-    return "float32" if changed or share_lost(base, adapter, "float16", form) > _MOST_ESTIMATED else "float16"
+    usual = usual_dtype(base.specs.values())
+    too_few = usual == "float16" and share_lost(base, adapter, usual, form) > _MOST_ESTIMATED
+    return "float32" if too_few else usual
 
 
 def _kept_files(files: Checkpoint) -> dict[str, str]:

@@ -46,7 +46,8 @@ class ScaleDelta(NamedTuple):
 
     Attributes:
         d: ``[*E, G, R]``. c: ``[*E, R, N]``; with an axis of experts in front where weights are stacked.
-        every: their gradient is taken from one token in so many, and stands for that of all.
+        every: their gradient is taken from one token in so many, and stands for that of all; 1 where nothing trains,
+            for a forward pass draws which ones.
     """
 
     d: "Tensor"

@@ -55,7 +55,7 @@ class _GroupwiseLinear(torch.autograd.Function):
         run = _forward_op if torch.compiler.is_compiling() else _forward
         keep_pooled, wants_scales = any(ctx.needs_input_grad[1:3]), any(ctx.needs_input_grad[4:6])
         factors, stored = (lora_a, lora_b, scaling, d, c), (weight.tensors, weight.bits, weight.group_size)
-        y, pooled, place = run(x, *factors, keep_pooled, every > 1 and wants_scales, *stored)
+        y, pooled, place = run(x, *factors, keep_pooled, every > 1, *stored)
         ctx.scaling, ctx.weight, ctx.every = scaling, weight, every
         ctx.save_for_backward(pooled, place if len(place) else None, x if wants_scales else None, lora_a, lora_b, d, c)
         return y
@@ -90,7 +90,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``y``; ``P(x)`` (empty unless ``keep_pooled``); if ``samples``, a random number in [0, 1) (else empty).
 
-    It is drawn here, from torch's own generator on the CPU, which checkpointing and resuming put back.
+    It is drawn here, from torch's own generator on the CPU, which checkpointing and resuming put back; and whether
+    gradients are recorded or not: reentrant checkpointing runs a block first without, then with, and both draw alike.
     The last three arguments are a GroupwiseWeight.
     """
     weight = GroupwiseWeight.of(tensors, bits, group_size)

@@ -97,8 +97,7 @@ class _GroupedLinear(torch.autograd.Function):
         if any(ctx.needs_input_grad[1:3]):
             pooled = pool(x, weight) if weight.group_order is None else grouped.pool(x, weight, tiles)
         wants_scales = any(ctx.needs_input_grad[4:6])
-        samples = wants_scales and every > 1
-        place = torch.rand(1, dtype=torch.float32, device="cpu") if samples else None  # as for a linear
+        place = torch.rand(1, dtype=torch.float32, device="cpu") if every > 1 else None  # as for a linear
         ctx.save_for_backward(pooled, place, x if wants_scales else None, lora_a, lora_b, d, c)
         ctx.scaling, ctx.every, ctx.weight, ctx.tiles, ctx.rows = scaling, every, weight, tiles, len(x)
         return y

@@ -4,7 +4,7 @@ The arithmetic is in :mod:`.calibration`, the inputs of linears come from :mod:`
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from math import inf
 from pathlib import Path
@@ -30,7 +30,7 @@ from qalora_plugin.integrations.transformers.launched import is_one_of_several, 
 from qalora_plugin.layers.linear import QuantLinear
 from qalora_plugin.methods.block_inputs import Moments, blocks_of, moments
 from qalora_plugin.methods.calibration import calibrated_factors, made_up
-from qalora_plugin.methods.quantizing import calibration_rows
+from qalora_plugin.methods.quantizing import calibration_rows, require_amount
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def calibrate(
     if longest and any(len(sequence) > longest for sequence in sequences):
         raise QALoraError(f"a sequence has more tokens than the {longest} that {dense} takes. Pass shorter ones.")
     require_ids(sequences, vocabulary(twin.config), dense)
-    blocks, inside = blocks_of(twin, layers)
+    blocks, inside = blocks_of(twin, [name for name, layer in layers.items() if layer.scaling[_active(layer)]])
     _require_near(twin, {name: layers[name] for name in inside}, dense)
     errors = {}
     with Progress(disable=not progress, transient=True) as bar, _evaluating(base):
@@ -102,7 +102,8 @@ def calibrate(
                 errors[name] = _set(name, layers[name], _dense_weight(twin.get_submodule(name)), found)
     if untouched := sorted(set(layers) - set(errors)):
         logger.warning(
-            "%d linears keep an adapter that starts at zero, because no calibration text comes to them: %s …",
+            "%d linears keep an adapter that starts at zero, because no calibration text comes to them, or their alpha "
+            "is 0: %s …",
             len(untouched), untouched[0],
         )  # fmt: skip
     model.peft_config[model.active_adapter].qalora["init"] = CALIBRATED
@@ -125,7 +126,8 @@ def require_dense(config: dict[str, Any], dense: str | Path) -> None:
 def _adapted(model: Any) -> dict[str, QALoraLayer]:
     """The layers of the active adapter, by their names in the base model."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layers = {name: module for name, module in base.named_modules() if isinstance(module, QALoraLayer)}
+    found = {name: module for name, module in base.named_modules() if isinstance(module, QALoraLayer)}
+    layers = {name: layer for name, layer in found.items() if _active(layer) in layer.lora_A}
     if not layers:
         raise QALoraError("this model has no QA-LoRA adapter. Add one first: add_adapter(load_base(base), …).")
     if is_to_be_sharded():
@@ -147,6 +149,8 @@ def _adapted(model: Any) -> dict[str, QALoraLayer]:
 
 
 def _active(layer: QALoraLayer) -> str:
+    if layer.disable_adapters:
+        raise QALoraError("the adapter is disabled. Calibrate it outside of disable_adapter().")
     if len(layer.active_adapters) != 1:
         raise QALoraError(
             f"{len(layer.active_adapters)} adapters are active, expected one. Choose it with set_adapter(name)."
@@ -210,6 +214,8 @@ def _as_sequences(given: Any) -> list[list[int]]:
     Raises:
         QALoraError: none, an empty one, or something else.
     """
+    if not isinstance(given, Iterable):
+        raise QALoraError(f"text to calibrate on is {short(given)}, expected a file, a dataset's id or sequences.")
     sequences = [one.tolist() if isinstance(one, Tensor) else one for one in given]
     for sequence in sequences:
         if not isinstance(sequence, list | tuple) or not all(type(token) is int for token in sequence):
@@ -224,6 +230,7 @@ def _as_sequences(given: Any) -> list[list[int]]:
 
 def calibration_sequences(folder: Path, text: str, samples: int, length: int, seed: int) -> list[list[int]]:
     """Token ids of a text, by the tokenizer in ``folder``: ``samples·length`` of them where there are so many."""
+    require_amount(samples, length)
     length = fitting_length(model_config(folder), length)
     rows = calibration_rows(load_tokenizer(folder), text, _SHORTER * samples, length, seed)
     sequences, left = [], samples * length

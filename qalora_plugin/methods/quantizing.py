@@ -194,15 +194,20 @@ def _sizes(folder: Path, model: "PreTrainedModel") -> dict[str, tuple[int, int]]
     return sizes_in_layers(model, family.extract_layers_node(), {leaf for block in blocks for leaf in block})
 
 
+def require_amount(samples: int, length: int) -> None:
+    """Refuse numbers that make no sequence."""
+    for name, value, least in (("samples", samples, 1), ("length", length, 2)):
+        if type(value) is not int or value < least:
+            raise QALoraError(f"{name} is {value!r}, expected {least} or more.")
+
+
 def calibration_rows(tokenizer: Any, dataset: str, samples: int, length: int, seed: int) -> list[dict[str, list[int]]]:
     """``samples`` random sequences of ``length`` tokens.
 
     Raises:
         QALoraError: numbers that make no sequence, or too little text.
     """
-    for name, value, least in (("samples", samples, 1), ("length", length, 2)):
-        if value < least:
-            raise QALoraError(f"{name} is {value}, expected {least} or more.")
+    require_amount(samples, length)
     texts = read_texts(dataset) if is_text_file(dataset) else _hub_texts(dataset, 8 * samples)
     random.Random(seed).shuffle(texts)
     sequences = tokenize(tokenizer, texts, 4 * samples * length, length)

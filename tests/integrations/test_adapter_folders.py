@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from support.fabricate import make_adapter, make_base
 
@@ -74,15 +73,6 @@ def test_a_run_that_is_resumed_with_other_settings(base, tmp_path, began, goes_o
     model = add_adapter(load_base(base), **OPTIONS, **goes_on)
     with pytest.raises(QALoraError, match=match):
         model.load_adapter(folder, "default", is_trainable=True)
-
-
-def test_hot_swapping_is_for_adapters_of_one_kind(base, adapter, tmp_path):
-    """PEFT would keep the scales of the adapter that goes."""
-    without = make_adapter(base, tmp_path / "without", **OPTIONS)
-    model = load_adapter(load_base(base), adapter)
-    hotswap_adapter(model, str(adapter), "default")
-    with pytest.raises(ValueError, match="qalora"):
-        hotswap_adapter(model, str(without), "default")
 
 
 @pytest.mark.parametrize(

@@ -6,23 +6,24 @@ would scale it wrongly. In memory the type is ``LORA``, so everything that PEFT 
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, cast
 
-from peft import LoraConfig, PeftType
+from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.layer import LoraLayer
-from peft.utils import hotswap
 from torch import Tensor, nn
 
-from qalora_plugin.checkpoint.adapter_config import Ratios, check_numbers, check_pooling, check_wishes
+from qalora_plugin.checkpoint.adapter_config import Ratios, check_numbers, check_pooling, check_wishes, is_bound
 from qalora_plugin.checkpoint.adapter_folder import PEFT_TYPE
+from qalora_plugin.checkpoint.json_files import short
 from qalora_plugin.core.delta import OffsetDelta, ScaleDelta
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.unsupported import refuse_peft_fields
 from qalora_plugin.integrations.peft.conversion import leave_alone
-from qalora_plugin.integrations.peft.scales import is_bound, new_factors, scale_delta, stretched
+from qalora_plugin.integrations.peft.scales import new_factors, scale_delta, stretched
 from qalora_plugin.kernels.pooling import pool
 from qalora_plugin.layers.experts import QuantExpertLinear
 from qalora_plugin.layers.linear import QuantLinear
@@ -48,7 +49,10 @@ class QALoraConfig(LoraConfig):
     linears: int | None = field(default=None, metadata={"help": "How many modules have the adapter. Filled in."})
 
     def __post_init__(self) -> None:
+        if not isinstance(self.qalora, Mapping | None):
+            raise QALoraError(f"qalora is {short(self.qalora)}, expected an object, as {{'scales': True}}. Correct it.")
         if self.qalora is not None:
+            self.qalora = dict(self.qalora)  # often another adapter's
             self.use_qalora = False  # set in what is saved, see to_dict
         super().__post_init__()
         refuse_peft_fields(self)
@@ -74,9 +78,6 @@ class QALoraConfig(LoraConfig):
 
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = QALoraConfig  # type: ignore[index]  # PEFT looks types up as strings
 leave_alone(QALoraConfig)
-
-
-hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA].append("qalora")  # what is swapped in is of the same base and kind
 
 
 class QALoraLayer(nn.Module, LoraLayer):
@@ -161,12 +162,14 @@ class QALoraLayer(nn.Module, LoraLayer):
 
     def _scale_delta(self, names: list[str]) -> ScaleDelta | None:
         """What the adapters together make of the scales; PEFT's ``set_scale`` and the like hold for it, too."""
-        strengths = {name: self.scaling[name] / self._initial_scaling(name) for name in names}
-        return scale_delta(self.lora_D, self.lora_C, self.ratios, strengths)
+        strengths = {name: self._strength(name) for name in names if name in self.lora_D}
+        return scale_delta(self.lora_D, self.lora_C, self.ratios, strengths, self.training)
 
-    def _initial_scaling(self, name: str) -> float:
+    def _strength(self, name: str) -> float:
+        """1 for an adapter as it was trained, whatever its alpha: even 0, which leaves nothing of its offsets."""
         rank = self.r[name]
-        return self.lora_alpha[name] / (math.sqrt(rank) if self.use_rslora.get(name) else rank)
+        initial = self.lora_alpha[name] / (math.sqrt(rank) if self.use_rslora.get(name) else rank)
+        return self.scaling[name] / initial if initial else 1.0
 
     def _drops(self, name: str) -> bool:
         dropout = self.lora_dropout[name]

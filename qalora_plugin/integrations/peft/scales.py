@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qalora_plugin.checkpoint.adapter_config import WISHES, Ratios
+from qalora_plugin.checkpoint.adapter_config import Ratios
 from qalora_plugin.core.delta import ScaleDelta
 from qalora_plugin.layers.sharding import StackedFactors, factor
 
@@ -33,11 +33,6 @@ class _Stretched(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
-
-
-def is_bound(qalora: dict[str, Any] | None) -> bool:
-    """Whether ``QALoraConfig.qalora`` ties the adapter to a base, and is not only what the user asks for."""
-    return qalora is not None and not set(qalora) <= set(WISHES)
 
 
 def stretched(linear: nn.Linear | StackedFactors, ratio: float) -> Tensor:
@@ -60,19 +55,21 @@ def new_factors(groups: int, out_features: int, rank: int, init: bool | str) -> 
 
 
 def scale_delta(
-    lora_d: Any, lora_c: Any, ratios: Mapping[str, Ratios], strengths: Mapping[str, float]
+    lora_d: Any, lora_c: Any, ratios: Mapping[str, Ratios], strengths: Mapping[str, float], training: bool
 ) -> ScaleDelta | None:
     """What adapters make of the scales together: ``Σ strength·D·C``, as one product; None for nothing.
 
     Args:
-        strengths: of every adapter that is active, with scales or without; 1: as it was trained.
+        strengths: of every active adapter with scales; 1: as it was trained. training: the layer is, not evaluated.
     """
-    strengths = {name: strength for name, strength in strengths.items() if name in lora_d}
     if not strengths:
         return None
     d = [_times(stretched(lora_d[name], ratios[name].scales), strength) for name, strength in strengths.items()]
     c = [stretched(lora_c[name], ratios[name].scales) for name in strengths]
-    return ScaleDelta(*((d[0], c[0]) if len(d) == 1 else (torch.cat(d, -1), torch.cat(c, -2))), GRADIENT_EVERY)
+    # By what is held: made of it, and not recorded, nothing requires a gradient.
+    learns = training and any(lora[name].weight.requires_grad for name in strengths for lora in (lora_d, lora_c))
+    factors = (d[0], c[0]) if len(d) == 1 else (torch.cat(d, -1), torch.cat(c, -2))
+    return ScaleDelta(*factors, GRADIENT_EVERY if learns else 1)
 
 
 def _times(tensor: Tensor, factor: float) -> Tensor:

@@ -12,13 +12,16 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import hotswap
 from torch import nn
 from transformers import PreTrainedModel
 
+from qalora_plugin.checkpoint.adapter_config import is_bound
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.integrations.peft.adapter import QALoraConfig, QALoraLayer, require_adapters, require_bound
 from qalora_plugin.integrations.peft.binding import bind_config
-from qalora_plugin.integrations.peft.scales import is_bound
+from qalora_plugin.integrations.peft.experts import QALoraExpertsLayer
+from qalora_plugin.integrations.peft.hotswapping import require_one_kind
 from qalora_plugin.integrations.peft.sharded import make_shardable
 from qalora_plugin.integrations.transformers.launched import is_to_be_sharded
 from qalora_plugin.layers.linear import QuantLinear
@@ -55,12 +58,27 @@ class QALoraModel(LoraModel):
             for buffer, _ in module.named_buffers()
         ]
 
-    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
-        """PEFT's, which knows A and B alone."""
-        self._require_no_scales(
-            adapters, "the sum. Activate the adapters together instead (set_adapter of their names)"
-        )
-        super().add_weighted_adapter(adapters, *args, **kwargs)
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """PEFT's, which knows A and B alone, of linears."""
+        together = "Activate the adapters together instead (set_adapter of their names)"
+        self._require_no_scales(adapters, f"the sum. {together}")
+        layers = [module for module in self.modules() if isinstance(module, QALoraLayer)]
+        if layers and "svd" in combination_type:
+            raise QALoraError(
+                f"combination_type {combination_type!r} takes dense changes apart, and adapters of packed layers make "
+                "none. Choose 'cat', which is exact, or 'linear'."
+            )
+        if combination_type == "cat" and any(isinstance(layer, QALoraExpertsLayer) for layer in layers):
+            raise QALoraError(f"combination_type 'cat' would join experts, not their ranks. {together}.")
+        super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, *args, **kwargs)
 
     def subtract_mutated_init(self, output_state_dict: dict, adapter_name: str, kwargs: Any = None) -> dict:
         """PEFT's, which knows A and B alone: of ``save_pretrained(…, path_initial_model_for_weight_conversion=…)``."""
@@ -74,3 +92,4 @@ class QALoraModel(LoraModel):
 
 
 PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = QALoraModel
+hotswap.check_hotswap_configs_compatible = require_one_kind

@@ -1,0 +1,124 @@
+"""What PEFT does to adapters that are loaded: swapped, summed, switched off by their alpha; and wishes for new ones."""
+
+import pytest
+import torch
+from peft.utils.hotswap import hotswap_adapter
+from support.fabricate import make_adapter, make_base
+from support.steps import IDS
+
+from qalora_plugin import QALoraConfig, add_adapter, load_adapter, load_base, merge, verify
+from qalora_plugin.core.errors import QALoraError
+
+OPTIONS = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("tools") / "base")
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def loaded(base, adapter, **options):
+    return load_adapter(load_base(base, dtype=torch.float32), adapter, **options)
+
+
+@pytest.mark.parametrize(
+    ("scales", "other"),
+    [(True, {}), (True, {"r": 2, "lora_alpha": 4}), (False, {"lora_alpha": 32})],
+    ids=["as it is", "of a lower rank", "of another alpha, without scales"],
+)
+def test_swapped_for_one_of_its_kind(base, tmp_path, scales, other):
+    first, second = (
+        make_adapter(base, tmp_path / name, std=0.1, seed=seed, scales=scales, **OPTIONS | options)
+        for seed, (name, options) in enumerate((("first", {}), ("second", other)))
+    )
+    model = loaded(base, first)
+    model.peft_config["default"].qalora["init"] = "calibrated"  # what it began with is of the past
+    hotswap_adapter(model, str(second), "default")
+    torch.testing.assert_close(logits(model), logits(loaded(base, second)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("other", "match"),
+    [
+        ({"lora_alpha": 32}, r"alpha/rank is \(8.0, \{\}\), of the one that is loaded \(2.0, \{\}\)"),
+        ({"rank_pattern": {"q_proj": 2}}, "alpha/rank is"),
+        ({"scales": False}, "format_version is 1, of the one that is loaded 2"),
+        ({"scales_lr_ratio": 2.0}, "learning rates is"),
+    ],
+)
+def test_not_swapped_for_one_of_another_kind(base, tmp_path, other, match):
+    """PEFT would keep the scales of the one that goes, or change how strong they are."""
+    first = make_adapter(base, tmp_path / "first", scales=True, **OPTIONS)
+    second = make_adapter(base, tmp_path / "second", **OPTIONS | {"scales": True} | other)
+    model = loaded(base, first)
+    before = logits(model)
+    with pytest.raises(QALoraError, match=match):
+        hotswap_adapter(model, str(second), "default")
+    assert torch.equal(logits(model), before)
+
+
+def test_not_swapped_for_one_of_another_base(base, tmp_path):
+    other = make_base(tmp_path / "base", seed=1)
+    first, second = (make_adapter(where, tmp_path / where.parent.name, **OPTIONS) for where in (base, other))
+    with pytest.raises(QALoraError, match="base_fingerprint is"):
+        hotswap_adapter(loaded(base, first), str(second), "default")
+
+
+def test_sums_of_adapters(base, tmp_path):
+    model = loaded(base, make_adapter(base, tmp_path / "first", std=0.1, **OPTIONS))
+    model.load_adapter(make_adapter(base, tmp_path / "second", std=0.1, seed=1, **OPTIONS), "second")
+    for kind in ("svd", "ties_svd", "magnitude_prune_svd"):
+        with pytest.raises(QALoraError, match=f"'{kind}' takes dense changes apart.*'cat'"):
+            model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum", kind, density=0.5)
+    with pytest.raises(QALoraError, match="'svd' takes dense changes apart"):  # the default
+        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
+    model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum", combination_type="cat")
+    model.set_adapter("sum")
+    found = logits(model)
+    model.base_model.set_adapter(["default", "second"])
+    torch.testing.assert_close(found, logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_no_sum_of_experts_by_joining(mixtral):
+    model = add_adapter(load_base(mixtral), r=2, target_modules="all-linear")
+    with pytest.raises(QALoraError, match="'cat' would join experts"):
+        model.add_weighted_adapter(["default"], [1.0], "sum", "cat")
+
+
+@pytest.mark.parametrize("scales", [False, True])
+def test_an_alpha_of_zero_switches_offsets_off(base, tmp_path, scales):
+    adapter = make_adapter(base, tmp_path / "a", std=0.1, scales=scales, alpha_pattern={"q_proj": 0}, **OPTIONS)
+    merged = merge(base, adapter, tmp_path / "merged", offset_dtype="float32", progress=False).folder
+    assert verify(base, adapter, merged, sequences=IDS.tolist(), device="cpu", progress=False).passed
+    model = loaded(base, adapter, is_trainable=True)
+    model.train()(IDS, labels=IDS).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad.any() == ("q_proj" not in name or "lora_C" in name or "lora_D" in name), name
+
+
+@pytest.mark.parametrize(
+    ("wish", "match"),
+    [
+        ({"scale": True}, "qalora: {scale: …}, which is not an option there, expected scales or scales_lr_ratio"),
+        ({"scales": True, "init": "calibrated"}, "qalora: {init: …}, which is not an option there"),
+        (["scales"], r"qalora is \['scales'\], expected an object"),
+        ("scales", "qalora is 'scales', expected an object"),
+    ],
+)
+def test_wishes_that_are_none(wish, match):
+    with pytest.raises(QALoraError, match=match):
+        QALoraConfig(r=4, qalora=wish)
+
+
+def test_a_config_made_of_anothers_is_its_own(base):
+    model = add_adapter(load_base(base), **OPTIONS)
+    bound = model.peft_config["default"].qalora
+    config = QALoraConfig(r=2, target_modules=["q_proj"], qalora=bound)
+    config.qalora["init"] = "calibrated"
+    assert "init" not in bound
