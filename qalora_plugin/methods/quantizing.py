@@ -5,7 +5,7 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import chdir, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -100,8 +100,9 @@ def quantize(
         method = found.get("quant_method") if isinstance(found, dict) else found
         raise QALoraError(f"{model} is quantised already ({method}). Pass the original 16-bit model.")
     files, empty = Checkpoint.open(folder), empty_model(folder)
+    to_be_quantized = _sizes(folder, empty)
     if budget is None:
-        require_sizes(_sizes(folder, empty), bits, group_size)
+        require_sizes(to_be_quantized, bits, group_size)
     has_experts = any(".experts." in name for name, _ in empty.named_parameters())
     if gptaq and has_experts:
         raise QALoraError(
@@ -119,7 +120,9 @@ def quantize(
     calibration = calibration_rows(tokenizer, dataset, samples, fitting, seed)
     require_ids((row["input_ids"] for row in calibration), vocabulary(empty.config), model)
     files.require_finite(track(files.tensors, "reading", transient=True))
-    plan = {} if budget is None else plan_for(folder, [row["input_ids"] for row in calibration], budget, fisher)
+    plan = {}
+    if budget is not None:
+        plan = plan_for(folder, [row["input_ids"] for row in calibration], budget, fisher, to_be_quantized)
     if plan:
         (bits, group_size), _ = Counter(plan.values()).most_common(1)[0]
     fewest = min((choice.bits for choice in plan.values()), default=bits)
@@ -147,8 +150,14 @@ def quantize(
     return out
 
 
-def plan_for(folder: Path, sequences: list[list[int]], budget: float, fisher: bool) -> dict[str, Choice]:
-    """Bits and group size of every linear of a 16-bit model, within ``budget`` bits a weight, all included."""
+def plan_for(
+    folder: Path, sequences: list[list[int]], budget: float, fisher: bool, to_be_quantized: Collection[str] = ()
+) -> dict[str, Choice]:
+    """Bits and group size of every linear of a 16-bit model, within ``budget`` bits a weight, all included.
+
+    Args:
+        to_be_quantized: those that count, where that is known; else all but the head.
+    """
     model = load_model(folder, dtype=torch.bfloat16).eval()
     stacked = (name for name, part in model.named_parameters() if ".experts." in name and part.dim() > 2)
     if experts := next(stacked, None):
@@ -158,6 +167,8 @@ def plan_for(folder: Path, sequences: list[list[int]], budget: float, fisher: bo
         )
     head = model.get_output_embeddings()
     linears = {name: part for name, part in model.named_modules() if isinstance(part, Linear) and part is not head}
+    if to_be_quantized:
+        linears = {name: part for name, part in linears.items() if name in to_be_quantized}
     if not linears:
         raise QALoraError(f"a {type(model).__name__} holds no linears to spend a budget on. Give bits instead.")
     require_possible(sizes(linears), budget)

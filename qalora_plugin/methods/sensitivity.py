@@ -62,18 +62,24 @@ def measure(
                 (model(inputs_embeds=embedded, labels=tokens, use_cache=False).loss * (len(ids) - 1)).backward()
             else:
                 model(tokens, use_cache=False)
+    for name in linears:
+        if not inputs[name].any():
+            raise _cannot_tell(f"{name} is not reached by calibration text")
     costs = {
         name: _costs(as_matrix(linear), inputs[name], outputs.get(name))
         for name, linear in track(linears.items(), "measuring", len(linears), disable=not progress, transient=True)
     }
     for name, found in costs.items():
-        if not inputs[name].any() or not all(map(math.isfinite, found.values())):
-            why = "holds NaN or Inf, or is given them" if inputs[name].any() else "is not reached by calibration text"
-            raise QALoraError(
-                f"{name} {why}, so nothing says what it loses at fewer bits. Give bits and group_size instead of a "
-                "budget, or another model."
-            )
+        if not all(map(math.isfinite, found.values())):
+            raise _cannot_tell(f"{name} holds NaN or Inf, or is given them")
     return [_layer(names, linears, costs) for names in fused(linears)]
+
+
+def _cannot_tell(why: str) -> QALoraError:
+    return QALoraError(
+        f"{why}, so nothing says what it loses at fewer bits. Give bits and group_size instead of a budget, or another "
+        "model."
+    )
 
 
 def sizes(linears: Mapping[str, Linear]) -> list[Layer]:

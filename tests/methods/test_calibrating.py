@@ -13,7 +13,7 @@ from support.fabricate import make_adapter, make_base
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from qalora_plugin import add_adapter, calibrate, load_adapter, load_base, merge
+from qalora_plugin import QALoraConfig, add_adapter, calibrate, load_adapter, load_base, merge
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.methods import calibrating
 from qalora_plugin.methods.block_inputs import blocks_of, moments
@@ -156,6 +156,25 @@ def test_errors_are_those_of_the_outputs(folders):
     assert errors[name].after == pytest.approx(off.square().sum().item() / len(x), rel=1e-3)
 
 
+def test_of_linears_that_the_active_adapter_is_on(folders, caplog):
+    """Another one beside it stays as it is; what an alpha of 0 switches off does, too."""
+    model = with_adapter(folders[0])
+    bound = model.peft_config["default"].qalora
+    options = {"target_modules": ["q_proj", "up_proj"], "alpha_pattern": {"q_proj": 0}}
+    model.add_adapter("second", QALoraConfig(r=4, qalora=bound, **options))
+    with model.disable_adapter(), pytest.raises(QALoraError, match=r"Calibrate it outside of disable_adapter\(\)"):
+        calibrate(model, folders[1], SEQUENCES, progress=False)
+    model.set_adapter("second")
+    errors = calibrate(model, folders[1], SEQUENCES, progress=False)
+    assert {name.rpartition(".")[2] for name in errors} == {"up_proj"}
+    assert "2 linears keep an adapter that starts at zero" in caplog.text
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            assert parameter.any() == ("second" in name and "up_proj" in name), name
+    assert model.peft_config["second"].qalora["init"] == "calibrated"
+    assert "init" not in model.peft_config["default"].qalora
+
+
 def test_text_is_read_as_quantize_reads_it(folders, tmp_path, caplog):
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": f"{i} is a number " * 20}) for i in range(9)))
     model = with_adapter(folders[0], target_modules=["q_proj", "lm_head", "down_proj"])
@@ -267,6 +286,9 @@ def test_sequences_may_be_tensors(folders):
         ([[5, -1]], {}, "token -1 is none"),
         (__file__, {"samples": 0}, "samples is 0, expected 1 or more"),
         (__file__, {"length": 1}, "length is 1, expected 2 or more"),
+        (__file__, {"samples": "3"}, "samples is '3', expected 1 or more"),
+        (__file__, {"length": 64.0}, "length is 64.0, expected 2 or more"),
+        (None, {}, "text to calibrate on is None, expected a file"),
     ],
 )
 def test_text_that_is_none(folders, text, options, match):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from families.architectures import build
 from safetensors.torch import load_file, save_file
 from support.fabricate import make_base, make_tokenizer
 from transformers import (
@@ -24,7 +25,7 @@ from transformers import (
 )
 
 from qalora_plugin.core.errors import QALoraError
-from qalora_plugin.methods import quantizing
+from qalora_plugin.methods import quantizing, sensitivity
 from qalora_plugin.methods.dense_source import empty_model, require_sizes, sizes_in_layers
 from qalora_plugin.methods.quantizing import plan_for, quantize
 
@@ -284,6 +285,18 @@ def test_a_budget_of_gpt2(saved, fisher):
     """Its linears are ``Conv1D``, whose weights lie the other way round."""
     chosen = plan_for(saved(gpt2()), [list(range(4, 60))], 4.5, fisher)
     assert {name.partition("h.0.")[2] for name in chosen} == {leaf for block in GPT2[1] for leaf in block}
+
+
+def test_a_budget_of_a_model_with_vision(saved, monkeypatch):
+    """What is not quantized does not count, and what no text comes to is refused before costs are measured."""
+    model = build("gemma3")
+    folder, text = saved(model), [name for name, _ in model.named_modules() if ".language_model." in f".{name}"]
+    found = plan_for(folder, SEQUENCES, 4.5, False, text)
+    assert found.keys() <= set(text)
+    assert len(found) == 7 * model.config.text_config.num_hidden_layers
+    monkeypatch.setattr(sensitivity, "_costs", lambda *_: pytest.fail("measured"))
+    with pytest.raises(QALoraError, match=r"vision\S+ is not reached by calibration text"):
+        plan_for(folder, SEQUENCES, 4.5, False)
 
 
 def test_a_config_that_transformers_cannot_build(refused, saved):
