@@ -5,14 +5,13 @@
     .venv/bin/python benchmarks/accuracy.py --only lora-gptq    runs whose name has this in it
     .venv/bin/python benchmarks/accuracy.py --summary           only the table of what has been run
 
-What was run is never run again: stop it, and call it again to go on. Nor is, where nothing was run yet, what stands in
-``accuracy.csv`` of ``--out``: a table is added to from any machine; for one of your own, name another folder.
-SmolLM2-135M-Instruct comes out of its wheel; gsm8k from the Hub, or from ``--gsm8k FOLDER`` with ``gsm8k_train.jsonl``
-and ``gsm8k_test.jsonl``.
+What was run is never run again: stop it, and call it again to go on. Nor is what stands in ``accuracy.csv`` of
+``--out``: a table is added to from any machine; for one of your own, name another folder. What failed is tried again.
+A rehearsal has places of its own. SmolLM2-135M-Instruct comes out of its wheel; gsm8k from the Hub, or from
+``--gsm8k FOLDER`` with ``gsm8k_train.jsonl`` and ``gsm8k_test.jsonl``.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -25,13 +24,22 @@ from tuning.jobs import job_of
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def known(args: argparse.Namespace) -> list[dict]:
+    """What was run, here or elsewhere: of each job the last row, if it ever did not fail one that did not."""
+    before = args.out / "accuracy.csv"
+    rows = [*(summary.read_csv(before) if before.is_file() else ()), *plan.read(args.work / "runs" / "results.jsonl")]
+    found: dict[str, dict] = {}
+    for row in rows:
+        if not (plan.failed(row) and job_of(row).name in found):
+            found[job_of(row).name] = row
+    return list(found.values())
+
+
 def run(args: argparse.Namespace) -> None:
     """Workers on all jobs that are left, until there are none."""
-    results, before = args.work / "runs" / "results.jsonl", args.out / "accuracy.csv"
-    if not results.is_file() and before.is_file():
-        results.parent.mkdir(parents=True, exist_ok=True)
-        results.write_text("".join(json.dumps(row) + "\n" for row in summary.read_csv(before)))
-    done = {job_of(row).name for row in plan.read(results)}
+    rows = [row for row in known(args) if not plan.failed(row)]
+    plan.write(args.work / "runs" / "results.jsonl", rows)
+    done = {job_of(row).name for row in rows}
     taken = args.work / "runs" / "taken"
     for mark in taken.glob("*") if taken.is_dir() else ():
         if mark.name not in done:  # somebody was stopped
@@ -51,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "accuracy", help="%(default)s")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of accuracy.csv and accuracy.png")
+    parser.add_argument("--out", type=Path, help=f"folder of accuracy.csv and accuracy.png; default: {RESULTS}")
     parser.add_argument("--gsm8k", type=Path, help="folder of its two files; default: from the Hub")
     parser.add_argument(
         "--quantizer", type=Path, default=ROOT / ".venv-serve" / "bin" / "python", help="with GPTQModel"
@@ -59,21 +67,25 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--only", default="")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="take no new job after so many")
-    parser.add_argument("--limit", type=int, help="steps and rows, for a rehearsal")
+    parser.add_argument("--limit", type=int, help="steps and rows, for a rehearsal, in WORK/rehearsal")
     parser.add_argument("--summary", action="store_true", help="run nothing")
     args = parser.parse_args()
-    args.work = args.work.absolute()
+    args.work = args.work.absolute() / ("rehearsal" if args.limit else "")
+    args.out = args.out or (args.work if args.limit else RESULTS)
     if not args.summary:
         prepare(args.work, args.gsm8k)
         run(args)
-    rows = plan.read(args.work / "runs" / "results.jsonl")
+    rows = known(args)
     if not rows:
         raise SystemExit(f"{args.work} holds no results. Leave --summary out to run the jobs.")
     args.out.mkdir(parents=True, exist_ok=True)
     found = summary.cells(rows)
     summary.write_csv(rows, args.work / "model", args.out / "accuracy.csv")
-    summary.plot(found, args.work / "model", args.out / "accuracy.png")
+    if found:
+        summary.plot(found, args.work / "model", args.out / "accuracy.png")
     print(summary.markdown(found, args.work / "model"))
+    if failures := [f"{job_of(row).name}: {row['note']}" for row in rows if plan.failed(row)]:
+        raise SystemExit("These failed, and what needs them was left out:\n" + "\n".join(failures))
 
 
 if __name__ == "__main__":

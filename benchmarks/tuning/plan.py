@@ -99,5 +99,17 @@ def jobs(results: list[dict]) -> list[Job]:
     return list(dict.fromkeys([*first(), *table(results)]))
 
 
+def failed(row: dict) -> bool:
+    """Whether a row only says why nothing was found, as where training diverged."""
+    return "note" in row
+
+
+def write(results: Path, rows: Iterable[dict]) -> None:
+    results.parent.mkdir(parents=True, exist_ok=True)
+    part = results.with_suffix(".part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    part.replace(results)
+
+
 def read(results: Path) -> list[dict]:
     return [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []

@@ -45,8 +45,8 @@ class Bench:
     def next_job(self, only: str) -> Job | bool | None:
         """A job that is this process's now; True: some wait for what others make; None: nothing is left."""
         results = plan.read(self.results)
-        done = {job_of(row).name for row in results if "note" not in row}
-        failed = {job_of(row).name for row in results if "note" in row}
+        failed = {job_of(row).name for row in results if plan.failed(row)}
+        done = {job_of(row).name for row in results} - failed
         left = [job for job in plan.jobs(results) if job.name not in done | failed]
         wanted = {name for job in left if only in job.name for name in (job.name, job.needs)}
         waiting = False
@@ -65,7 +65,8 @@ class Bench:
     def do(self, job: Job) -> dict[str, object]:
         """What a job found."""
         if job.method == QUANTIZE:
-            return self.quantize(self.data / "model", self.data / "bases" / job.base, job)
+            base = self.data / "bases" / job.base
+            return {} if base.is_dir() else self.quantize(self.data / "model", base, job)
         places = Places(self.data, self.work / "adapters" / job.name, self.work / "merged" / job.name, self.device)
         for folder in (places.adapter, places.merged):
             shutil.rmtree(folder, ignore_errors=True)

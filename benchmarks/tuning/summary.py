@@ -97,13 +97,15 @@ def cells(rows: Iterable[dict]) -> list[Cell]:
 
 
 def write_csv(rows: list[dict], model: Path, out: Path) -> None:
-    with out.open("w", newline="") as file:
+    part = out.with_suffix(".part")
+    with part.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         for row in sorted(rows, key=lambda row: job_of(row).name):
             if row["method"] != QUANTIZE:
                 row = {"bits_a_weight": bits_a_weight(job_of(row), model), **row}
                 writer.writerow({key: short(value) for key, value in row.items()})
+    part.replace(out)
 
 
 def read_csv(path: Path) -> list[dict]:
