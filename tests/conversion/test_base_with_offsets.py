@@ -157,6 +157,16 @@ def test_offsets_only_where_the_base_has_some(base, part, tmp_path):
     assert inspect(merged).with_offsets == len(having)
 
 
+@pytest.mark.parametrize("has_offsets", [False, True])
+def test_inspect_foretells_what_a_merge_adds(base, tmp_path, has_offsets):
+    own = with_offsets(base, tmp_path / "base") if has_offsets else base
+    foretold = inspect(own)
+    merge(own, make_adapter(own, tmp_path / "adapter", r=16), tmp_path / "out", progress=False)
+    offsets = load_file(tmp_path / "out" / "offsets.safetensors")
+    assert foretold.merged_extra == sum(part.numel() * part.element_size() for part in offsets.values())
+    assert {str(part.dtype) for part in offsets.values()} == {f"torch.{foretold.merged_dtype}"}
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 def test_files_without_offsets_are_linked(base, part, tmp_path, shards):
     """As an import writes them: offsets in files of their own."""
