@@ -1,5 +1,5 @@
-"""CPUs with AMX: Linux is asked for it before a process uses it, and the faster path is taken. No machine of the tests
-has it: what is asked is looked at, and the timing runs on what there is."""
+"""CPUs with AMX: Linux is asked for it before a process uses it, and the faster path is taken. A machine of the tests
+may not have it: what is asked is looked at, and the timing runs on what there is."""
 
 import pytest
 import torch
@@ -91,6 +91,7 @@ def test_both_linears_that_are_timed_compute_the_same():
 @pytest.mark.parametrize(("seconds", "expected"), [((1.0, 1.0, 1.3), FUSED), ((1.0, 1.0, 0.7), SEPARATE)])
 def test_the_faster_one_is_taken(cache, machine, monkeypatch, seconds, expected):
     machine(True)
+    monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "0")
     times = iter([[1.0, 1.0, 1.0], list(seconds)])
     monkeypatch.setattr(amx, "_seconds", lambda linear: next(times))
     config = QALoraConfig.from_config({"quant_method": "qalora", "bits": 4, "group_size": 32, "format_version": 1})
@@ -112,9 +113,19 @@ def test_a_path_that_is_not_there_is_not_taken_for_its_speed(monkeypatch):
 @pytest.mark.parametrize("change", [{"group_size": 48}, {"group_size": None}, {"serving_path": "dense"}])
 def test_nothing_is_timed_where_nothing_is_to_choose(machine, monkeypatch, change):
     machine(True)
+    monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "0")
     monkeypatch.setattr(amx, "faster_path", None)
     quantization = {"quant_method": "qalora", "bits": 4, "group_size": 32, "format_version": 1}
     assert QALoraConfig.from_config(quantization | change).timed_path is None
+
+
+def test_a_kernel_that_quantizes_activations_is_not_compared(machine, monkeypatch):
+    """As vLLM's does with AMX, if not told otherwise: it would be fast, and less exact."""
+    machine(True)
+    monkeypatch.delenv("VLLM_CPU_INT4_W4A8", raising=False)
+    monkeypatch.setattr(amx, "faster_path", None)
+    config = QALoraConfig.from_config({"quant_method": "qalora", "bits": 4, "group_size": 32, "format_version": 1})
+    assert config.timed_path is None
 
 
 def test_nothing_is_timed_without_amx(machine, monkeypatch):

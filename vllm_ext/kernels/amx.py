@@ -5,7 +5,8 @@ model runs on torch's int4 kernel, nothing of oneDNN may have run before vLLM's 
 would die of an illegal instruction.
 
 There vLLM's own kernel multiplies with them and torch's int4 kernel does not, so that ``fused-zeros`` need not be the
-faster path: it is found out by timing one linear, once for a machine and version.
+faster path: it is found out by timing one linear, once for a machine and version. (That is, where vLLM multiplies in
+bfloat16. Unless VLLM_CPU_INT4_W4A8=0 tells it to, it multiplies in INT8, and is not compared.)
 """
 
 import hashlib

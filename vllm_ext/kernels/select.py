@@ -8,7 +8,9 @@ Without a word from the user the first that is possible runs. One exception: Mac
 where ``−8·scales + offsets`` would be rounded to bfloat16 once and lose about a tenth of the contribution of an adapter
 that shifts by a tenth of a step (a hundredth in float16), while without offsets nothing is rounded. (The zeros of an
 asymmetric 4-bit base Machete rounds anyway.) There, and with 8 bits in bfloat16, fused-zeros has to be forced.
-On a CPU with AMX, too, vLLM's kernel may be faster than fused-zeros: ``amx`` times both, and the config has the result.
+On a CPU with AMX vLLM's kernel quantizes activations to INT8, token by token, which moves log-probabilities three times
+as far as bfloat16 does: it has to be forced there. Where VLLM_CPU_INT4_W4A8=0 has it compute in bfloat16, it may be the
+faster one: ``amx`` times both, and the config has the result.
 The environment's ``QALORA_PATH``, or ``serving_path`` in ``quantization_config``, forces a path for every layer.
 """
 
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
+from vllm import envs
 from vllm.logger import init_logger
 from vllm.model_executor.kernels.linear import MPLinearKernel
 from vllm.platforms import current_platform
@@ -79,9 +82,10 @@ def forced_path(quantization: dict) -> str | None:
 
 
 def timed_path(quantization: dict, code: str) -> str | None:
-    """Which of both paths was faster on this CPU, where that is not known beforehand: on one with AMX."""
-    group_size = quantization.get("group_size")
-    if current_platform.is_cpu() and amx.has_amx() and group_size in GROUP_SIZES:
+    """Which of both paths was faster on this CPU, where that is not known beforehand and both compute the same: with
+    AMX, and activations that vLLM leaves as they are."""
+    group_size, quantizes_activations = quantization.get("group_size"), getattr(envs, "VLLM_CPU_INT4_W4A8", False)
+    if current_platform.is_cpu() and amx.has_amx() and not quantizes_activations and group_size in GROUP_SIZES:
         with suppress(NoKernel):
             return amx.faster_path(group_size, code)
     return None
