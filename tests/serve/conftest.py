@@ -8,6 +8,7 @@ import torch
 os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # LLM() in this process: no start-up of another, and errors arrive as raised
     "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_INT4_W4A8": "0",  # with AMX vLLM's kernel would quantize activations, too: what is compared is not that
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
