@@ -5,6 +5,7 @@ import pytest
 import torch
 from support.hardware import needs_kernel
 from support.vllm_layers import K
+from vllm import envs
 
 from vllm_ext.config import QALoraConfig
 from vllm_ext.kernels import amx, select
@@ -91,7 +92,6 @@ def test_both_linears_that_are_timed_compute_the_same():
 @pytest.mark.parametrize(("seconds", "expected"), [((1.0, 1.0, 1.3), FUSED), ((1.0, 1.0, 0.7), SEPARATE)])
 def test_the_faster_one_is_taken(cache, machine, monkeypatch, seconds, expected):
     machine(True)
-    monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "0")
     times = iter([[1.0, 1.0, 1.0], list(seconds)])
     monkeypatch.setattr(amx, "_seconds", lambda linear: next(times))
     config = QALoraConfig.from_config({"quant_method": "qalora", "bits": 4, "group_size": 32, "format_version": 1})
@@ -113,7 +113,6 @@ def test_a_path_that_is_not_there_is_not_taken_for_its_speed(monkeypatch):
 @pytest.mark.parametrize("change", [{"group_size": 48}, {"group_size": None}, {"serving_path": "dense"}])
 def test_nothing_is_timed_where_nothing_is_to_choose(machine, monkeypatch, change):
     machine(True)
-    monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "0")
     monkeypatch.setattr(amx, "faster_path", None)
     quantization = {"quant_method": "qalora", "bits": 4, "group_size": 32, "format_version": 1}
     assert QALoraConfig.from_config(quantization | change).timed_path is None
@@ -122,7 +121,7 @@ def test_nothing_is_timed_where_nothing_is_to_choose(machine, monkeypatch, chang
 def test_a_kernel_that_quantizes_activations_is_not_compared(machine, monkeypatch):
     """As vLLM's does with AMX, if not told otherwise: it would be fast, and less exact."""
     machine(True)
-    monkeypatch.delenv("VLLM_CPU_INT4_W4A8", raising=False)
+    monkeypatch.setitem(envs.environment_variables, "VLLM_CPU_INT4_W4A8", lambda: True)
     monkeypatch.setattr(amx, "faster_path", None)
     config = QALoraConfig.from_config({"quant_method": "qalora", "bits": 4, "group_size": 32, "format_version": 1})
     assert config.timed_path is None

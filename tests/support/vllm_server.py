@@ -40,7 +40,6 @@ class Server:
         self.command += ["--tensor-parallel-size", str(ranks), "--pipeline-parallel-size", str(stages)]
         self.command = [str(part) for part in (*self.command, *SMALL, *options)]
         self.environment = {**os.environ, **ENVIRONMENT}
-        self.environment.pop("VLLM_CPU_INT4_W4A8", None)  # as users start it, whatever else the tests of a process set
         if ranks * stages > 1:
             self.environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(ranks * stages)))
 

@@ -11,6 +11,7 @@ from vllm.scalar_type import scalar_types
 
 from qalora_plugin.core.packing import pack_rows
 from vllm_ext.compat import Layer, kernel_config
+from vllm_ext.kernels import amx
 from vllm_ext.kernels.cpu_int4 import Int4PackKernel
 
 # (bits, with zero-points) → type of the codes; 2 and 3 bits have no kernel
@@ -81,8 +82,10 @@ def find_kernel(
         kernel_type = choose_mp_linear_kernel(config)
     except ValueError as error:
         raise NoKernel(" ".join(str(error).split())) from error
-    if current_platform.is_cpu() and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
-        raise NoKernel(f"{kernel_type.__name__} needs AVX512 or another instruction set that this CPU lacks")
+    if current_platform.is_cpu():
+        if not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+            raise NoKernel(f"{kernel_type.__name__} needs AVX512 or another instruction set that this CPU lacks")
+        amx.request()  # in bfloat16 it multiplies with tiles that it has not asked for
     return kernel_type(config, **_PARAMETERS)
 
 
