@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from tuning.jobs import REQUANTIZE, SEEDS, Job, quantized
 
+from qalora_plugin.checkpoint.replacing import replace_text
+
 
 class Base(NamedTuple):
     """How a base is quantized."""
@@ -106,9 +108,7 @@ def failed(row: dict) -> bool:
 
 def write(results: Path, rows: Iterable[dict]) -> None:
     results.parent.mkdir(parents=True, exist_ok=True)
-    part = results.with_suffix(".part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    part.replace(results)
+    replace_text(results, "".join(json.dumps(row) + "\n" for row in rows), 0o644)
 
 
 def read(results: Path) -> list[dict]:

@@ -1,6 +1,7 @@
 """The accuracy table: runs as CSV, their means over seeds as Markdown, loss against served bits as a plot."""
 
 import csv
+import io
 import json
 import statistics
 from collections import defaultdict
@@ -12,6 +13,7 @@ from report import short
 from transformers import AutoConfig
 from tuning.jobs import QUANTIZE, RANK, REQUANTIZE, Job, job_of
 
+from qalora_plugin.checkpoint.replacing import replace_text
 from qalora_plugin.conversion.added import merged_spec
 from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.served_bits import served_bits
@@ -97,15 +99,14 @@ def cells(rows: Iterable[dict]) -> list[Cell]:
 
 
 def write_csv(rows: list[dict], model: Path, out: Path) -> None:
-    part = out.with_suffix(".part")
-    with part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")
-        writer.writeheader()
-        for row in sorted(rows, key=lambda row: job_of(row).name):
-            if row["method"] != QUANTIZE:
-                row = {"bits_a_weight": bits_a_weight(job_of(row), model), **row}
-                writer.writerow({key: short(value) for key, value in row.items()})
-    part.replace(out)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    for row in sorted(rows, key=lambda row: job_of(row).name):
+        if row["method"] != QUANTIZE:
+            row = {"bits_a_weight": bits_a_weight(job_of(row), model), **row}
+            writer.writerow({key: short(value) for key, value in row.items()})
+    replace_text(out, text.getvalue(), 0o644)
 
 
 def read_csv(path: Path) -> list[dict]:

@@ -3,13 +3,12 @@
 It puts other numbers, and another α/R, into layers that stay: what else of them an adapter depends on must be alike.
 """
 
-import math
 from typing import Any
 
 from peft import PeftConfig
 from peft.utils import hotswap
 
-from qalora_plugin.checkpoint.adapter_config import Ratios
+from qalora_plugin.checkpoint.adapter_config import Ratios, scaling_of
 from qalora_plugin.checkpoint.json_files import short
 from qalora_plugin.core.errors import QALoraError
 
@@ -37,6 +36,5 @@ def _kind(config: Any) -> dict[str, Any]:
     qalora = getattr(config, "qalora", None) or {}
     kind = {key: qalora.get(key) for key in _OF_ITS_BASE}
     # A layer knows by α/R how strong PEFT has made an adapter since, scales included; PEFT swaps it for the offsets.
-    rank = math.sqrt(config.r) if config.use_rslora else config.r
-    strength = (config.lora_alpha / rank, config.rank_pattern) if qalora.get("scales") else None
+    strength = (scaling_of(vars(config), ""), config.rank_pattern) if qalora.get("scales") else None
     return kind | {"learning rates": Ratios.of(qalora), "alpha/rank": strength}
