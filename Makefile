@@ -75,9 +75,11 @@ format: .venv/.installed
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-# Not tests/serve: those run where vLLM is. tests/e2e calls programs of both environments.
+# Not tests/serve: those run where vLLM is. Those that start real programs, of both environments, have the machine to
+# themselves.
 test-train: .venv/.installed .venv-serve/.installed .cache/auto_gptq .cache/autoawq .cache/auto_round
-	.venv/bin/python -m pytest tests --ignore tests/serve --durations 10
+	.venv/bin/python -m pytest tests --ignore tests/serve -m "not e2e" --numprocesses 2 --dist loadfile --durations 10
+	.venv/bin/python -m pytest tests --ignore tests/serve -m e2e --durations 10
 
 # Not part of `make test`: DeepSpeed is not installed where all other tests run, for transformers and accelerate import it
 # wherever it is.

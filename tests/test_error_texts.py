@@ -74,7 +74,6 @@ def test_an_adapter_that_records_no_base(base, adapter, tmp_path):
         (lambda c: c.pop("peft_type"), "is an adapter without peft_type"),
         (lambda c: c.update(peft_type="LORA"), "is a PEFT LORA adapter with use_qalora"),
     ],
-    ids=str,
 )
 def test_configs_of_adapters(adapter, tmp_path, change, message):
     with pytest.raises(QALoraError, match=message):
@@ -94,7 +93,6 @@ def test_configs_of_adapters(adapter, tmp_path, change, message):
         ),
         (lambda c: c["quantization_config"].update(group_size=48), "group size 48 does not divide in_features 128"),
     ],
-    ids=str,
 )
 def test_configs_of_bases(base, tmp_path, change, message):
     with pytest.raises(QALoraError, match=message):

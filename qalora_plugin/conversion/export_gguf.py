@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.progress import track
 
 from qalora_plugin.checkpoint.atomic import new_file, require_space
 from qalora_plugin.checkpoint.places import require_place
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
+from qalora_plugin.core.progress import track
 from qalora_plugin.formats.base import Unsupported
 from qalora_plugin.formats.gguf import require_gguf
 from qalora_plugin.formats.gguf.architectures import Architecture, norm_shift, of_config, row_order, tensor_names
@@ -263,7 +263,7 @@ def _write(
     for factors in extra.values():
         writer.write_tensor_data(factors)
     settings = config.to_dict()
-    for tensor in track(plan, "exporting", disable=not progress, transient=True):
+    for tensor in track(plan, "exporting", shown=progress):
         order = row_order(architecture, settings, tensor.source, tensor.shape[0])
         try:
             if tensor.module is not None:

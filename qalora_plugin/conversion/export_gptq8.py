@@ -12,14 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.progress import track
-
 from qalora_plugin.checkpoint.atomic import new_folder, require_space
 from qalora_plugin.checkpoint.companions import copy_companions
 from qalora_plugin.checkpoint.places import require_place
 from qalora_plugin.conversion.gptq_config import gptq_config
 from qalora_plugin.conversion.writer import write_model
 from qalora_plugin.core.errors import os_errors_in_one_line, printable
+from qalora_plugin.core.progress import track
 from qalora_plugin.core.weight import GroupwiseWeight
 from qalora_plugin.formats.base import Unsupported
 from qalora_plugin.formats.gptq import Gptq
@@ -148,7 +147,7 @@ def _tensors(
     """All tensors, in the checkpoint's order; ``result`` learns of what is lost."""
     target = Gptq({"checkpoint_format": V1})
     parts = {name: set(source.format.parts(spec)) - {"bias"} for name, spec in source.specs.items()}
-    for tensor in track(source.files.tensors, "re-quantizing", disable=not progress, transient=True):
+    for tensor in track(source.files.tensors, "re-quantizing", shown=progress):
         name, _, part = tensor.rpartition(".")
         if part not in parts.get(name, ()):
             yield tensor, source.files.tensor(tensor)

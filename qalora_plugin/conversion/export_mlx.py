@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.progress import track
-
 from qalora_plugin.checkpoint.atomic import new_folder, require_space
 from qalora_plugin.checkpoint.companions import copy_companions
 from qalora_plugin.checkpoint.json_files import write_json
 from qalora_plugin.checkpoint.places import require_place
 from qalora_plugin.conversion.writer import ShardWriter, write_index
 from qalora_plugin.core.errors import os_errors_in_one_line, printable
+from qalora_plugin.core.progress import track
 from qalora_plugin.core.weight import GroupwiseWeight
 from qalora_plugin.formats.base import Unsupported
 from qalora_plugin.formats.gptq import is_act_order
@@ -92,9 +91,7 @@ def export_mlx(
     result = MlxExport(out, len(specs))
     with new_folder(out) as work:
         shards = ShardWriter(work, "model")
-        for name, tensor in track(
-            _tensors(source, writer, result), "exporting", _count(source), disable=not progress, transient=True
-        ):
+        for name, tensor in track(_tensors(source, writer, result), "exporting", _count(source), shown=progress):
             shards.add(name, tensor)
         write_index(work, shards.finish(), shards.nbytes)
         result.nbytes = shards.nbytes

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 from safetensors.numpy import save_file
 
 from qalora_plugin.checkpoint.adapter_config import ADAPTER_FORMAT, POOLING
@@ -26,6 +24,7 @@ from qalora_plugin.checkpoint.json_files import write_json
 from qalora_plugin.checkpoint.places import require_place
 from qalora_plugin.checkpoint.tensors import all_finite
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
+from qalora_plugin.core.progress import track
 from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.gptq import is_act_order
 from qalora_plugin.formats.lora_folder import PooledLora
@@ -98,9 +97,7 @@ def import_adapter(
     bound["qalora"]["group_size"] = group_sizes.pop() if len(group_sizes) == 1 else None
 
     def factors() -> Iterator[tuple[str, np.ndarray]]:
-        for name in track(
-            opened.modules, "importing", disable=not progress, transient=True, console=Console(stderr=True)
-        ):
+        for name in track(opened.modules, "importing", shown=progress):
             yield from zip(_keys(name), _converted(kind, opened, source.specs[name], repeats[name]), strict=True)
 
     size = sum(4 * opened.rank(spec.name) * (spec.groups + spec.out_features) for spec in specs)

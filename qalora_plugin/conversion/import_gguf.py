@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.progress import track
 
 from qalora_plugin.checkpoint.atomic import new_folder, require_space
 from qalora_plugin.checkpoint.json_files import write_json
 from qalora_plugin.checkpoint.places import require_place
 from qalora_plugin.conversion.writer import write_model
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
+from qalora_plugin.core.progress import track
 from qalora_plugin.formats.fusion import unservable
 from qalora_plugin.formats.gguf import require_gguf
 from qalora_plugin.formats.gguf.architectures import Architecture, norm_shift, of_file, row_order
@@ -112,7 +112,7 @@ def import_gguf(
         logger.warning("%s: %s", source, result.unservable)
     quantization = _quantization_config(placed, file) | {"quant_method": result.method}
     with new_folder(out) as work:
-        steps = track(placed, "importing", disable=not progress, transient=True)
+        steps = track(placed, "importing", shown=progress)
         write_model(
             work, _as_json(config, model_class), quantization, _tensors(steps, file, architecture, config, result)
         )

@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import track
-
 from qalora_plugin.checkpoint.adapter_folder import CONFIG_NAME
 from qalora_plugin.checkpoint.atomic import new_folder, require_space
 from qalora_plugin.checkpoint.companions import copy_companions
@@ -21,6 +18,7 @@ from qalora_plugin.checkpoint.places import require_place
 from qalora_plugin.conversion.import_adapter import ImportedAdapter, import_adapter
 from qalora_plugin.conversion.writer import Array, write_model
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
+from qalora_plugin.core.progress import track
 from qalora_plugin.formats.gptq_zeros import V2
 from qalora_plugin.formats.lora_folder import to_safetensors
 from qalora_plugin.formats.official import OFFICIAL, OfficialMerge, tell_reading
@@ -134,9 +132,7 @@ def _tensors(
     """Everything that is to be written, in checkpoint order, one linear at a time."""
     ours = QALora({"checkpoint_format": V2})
     replaced = {f"{name}.{part}" for name in merged.specs for part in ("qweight", "qzeros", "scales", "g_idx")}
-    for name in track(
-        list(files.tensors), "importing", disable=not progress, transient=True, console=Console(stderr=True)
-    ):
+    for name in track(list(files.tensors), "importing", shown=progress):
         module = name.removesuffix(".qweight")
         if name.endswith(".qweight") and module in merged.specs:
             spec = merged.specs[module]

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.progress import track
-
 from qalora_plugin.checkpoint.atomic import new_folder, require_space
 from qalora_plugin.checkpoint.companions import copy_companions
 from qalora_plugin.checkpoint.folder import Checkpoint
@@ -20,6 +18,7 @@ from qalora_plugin.checkpoint.places import require_place
 from qalora_plugin.conversion.gptq_config import gptq_config
 from qalora_plugin.conversion.writer import write_model
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
+from qalora_plugin.core.progress import track
 from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.core.words import codes_per_period
 from qalora_plugin.formats.awq import Awq
@@ -133,7 +132,7 @@ def _tensors(
 ) -> "Iterator[tuple[str, Tensor]]":
     """All tensors of the new folder, in the order of the old one."""
     target, written = Gptq({"checkpoint_format": V2}), set()
-    for tensor in track(files.tensors, "importing", disable=not progress, transient=True):
+    for tensor in track(files.tensors, "importing", shown=progress):
         name = owned.get(tensor)
         if name is None:
             yield tensor, files.tensor(tensor)

@@ -13,8 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.progress import track
-
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
 from qalora_plugin.checkpoint.atomic import link_or_copy, new_folder, require_space, same_disk
 from qalora_plugin.checkpoint.companions import carry_special_tokens, copy_companions
@@ -27,6 +25,7 @@ from qalora_plugin.conversion.card import model_card
 from qalora_plugin.conversion.strength import PICTURE_NAME, picture, strengths
 from qalora_plugin.conversion.writer import ShardWriter, write_config, write_index
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
+from qalora_plugin.core.progress import track
 from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.gptq import MERGED
 from qalora_plugin.formats.opened import QuantizedCheckpoint
@@ -225,7 +224,7 @@ def _write_added(
     wanted, lost, suffering = defaultdict[str, float](float), defaultdict[str, float](float), 0
     count = len(adapter.modules) * (2 if adapter.has_scales else 1)
     steps = added(base, adapter, specs, SHARD_BYTES)
-    for one in track(steps, "merging", count, disable=not progress, transient=True):
+    for one in track(steps, "merging", count, shown=progress):
         for name, tensor in one.tensors.items():
             writer.add(name, tensor)
         wanted[one.part] += one.wanted

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from qalora_plugin.checkpoint.atomic import require_space
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
+from qalora_plugin.core.progress import track
 from qalora_plugin.eval.examples import Example
 from qalora_plugin.eval.logits import full_precision
 
@@ -143,7 +143,7 @@ def _predictions(
     model = model.eval()
     batches = _batches(examples, chosen, batch)
     with full_precision():
-        for numbers in track(batches, description, disable=not progress, transient=True):
+        for numbers in track(batches, description, shown=progress):
             longest = max(len(examples[i].ids) for i in numbers)
             rows = [examples[i].ids + [0] * (longest - len(examples[i].ids)) for i in numbers]
             logits = model(input_ids=torch.tensor(rows, device=model.device)).logits

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.progress import track
 
 from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.core.progress import track
 from qalora_plugin.eval.examples import Row, prompt_ids
 from qalora_plugin.eval.limits import positions
 from qalora_plugin.eval.logits import full_precision
@@ -149,7 +149,7 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     batches = [order[start : start + at_once] for start in range(0, len(order), at_once)]
     with full_precision():
-        for numbers in track(batches, description, disable=not progress, transient=True):
+        for numbers in track(batches, description, shown=progress):
             longest = max(len(prompts[i]) for i in numbers)
             room = max_new_tokens if most is None else min(max_new_tokens, most - longest)
             if room < 1:

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -33,6 +32,7 @@ from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
 from qalora_plugin.checkpoint.folder import Checkpoint
 from qalora_plugin.checkpoint.json_files import short
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
+from qalora_plugin.core.progress import track
 from qalora_plugin.core.reference import (
     adapter_offsets,
     adapter_scales,
@@ -155,7 +155,7 @@ def _config_differences(source: Checkpoint, result: Checkpoint) -> tuple[str, ..
 def _compare_tensors(source: Checkpoint, result: Checkpoint, names: list[str], progress: bool) -> tuple[int, str]:
     """How many of these tensors are in the merged checkpoint bit for bit, and a hash over all of them."""
     digest, identical = hashlib.sha256(), 0
-    for name in track(names, "tensors", disable=not progress, transient=True):
+    for name in track(names, "tensors", shown=progress):
         info, other = source.tensors[name], result.tensors.get(name)
         data = _bytes_of(source.tensor(name))
         digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
@@ -188,7 +188,7 @@ def _compare_weights(
         if lacking := sorted(had.union(adapted) - changed):
             raise QALoraError(f"{result.folder}: {lacking[0]} has no {what}, but it should. Merge again.")
     largest, in_roundings, error, contribution = 0.0, 0.0, 0.0, 0.0
-    for name in track(adapter.modules, "weights", disable=not progress, transient=True):
+    for name in track(adapter.modules, "weights", shown=progress):
         scales_dtype = result.specs[name].scales_delta_dtype
         before, after = _unrounded(source, name), _unrounded(result, name)
         group = column_groups(before)

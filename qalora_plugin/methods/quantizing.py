@@ -13,13 +13,13 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.progress import track
 
 from qalora_plugin.checkpoint.atomic import new_folder, require_absent
 from qalora_plugin.checkpoint.folder import Checkpoint, read_config
 from qalora_plugin.checkpoint.hub import resolve
 from qalora_plugin.checkpoint.places import absolute, require_place
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
+from qalora_plugin.core.progress import track
 from qalora_plugin.core.words import SUPPORTED_BITS
 from qalora_plugin.eval.limits import fitting_length, vocabulary
 from qalora_plugin.eval.tokens import is_text_file, load_tokenizer, read_texts, require_ids, tokenize
@@ -119,7 +119,7 @@ def quantize(
         logger.warning("sequences of %d tokens, not %d: %s has no more positions.", fitting, length, model)
     calibration = calibration_rows(tokenizer, dataset, samples, fitting, seed)
     require_ids((row["input_ids"] for row in calibration), vocabulary(empty.config), model)
-    files.require_finite(track(files.tensors, "reading", transient=True))
+    files.require_finite(track(files.tensors, "reading"))
     plan = {}
     if budget is not None:
         plan = plan_for(folder, [row["input_ids"] for row in calibration], budget, fisher, to_be_quantized)

@@ -18,11 +18,11 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, cast
 
 import torch
-from rich.progress import track
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.core.progress import track
 from qalora_plugin.core.words import codes_per_period
 from qalora_plugin.formats.fusion import FUSED
 from qalora_plugin.methods.bit_allocation import CHOICES, Choice, Layer
@@ -55,7 +55,7 @@ def measure(
         inputs = stack.enter_context(_second_moments(linears))
         outputs = stack.enter_context(_second_moments(linears, of_gradients=True)) if fisher else {}
         stack.enter_context(torch.set_grad_enabled(fisher))
-        for ids in track(list(sequences), "calibrating", disable=not progress, transient=True):
+        for ids in track(list(sequences), "calibrating", shown=progress):
             tokens = torch.tensor([ids], device=device)
             if fisher:
                 embedded = model.get_input_embeddings()(tokens).requires_grad_()  # or nothing would have a gradient
@@ -67,7 +67,7 @@ def measure(
             raise _cannot_tell(f"{name} is not reached by calibration text")
     costs = {
         name: _costs(as_matrix(linear), inputs[name], outputs.get(name))
-        for name, linear in track(linears.items(), "measuring", len(linears), disable=not progress, transient=True)
+        for name, linear in track(linears.items(), "measuring", len(linears), shown=progress)
     }
     for name, found in costs.items():
         if not all(map(math.isfinite, found.values())):

@@ -128,7 +128,7 @@ def test_memory_does_not_grow_with_the_offsets(base, adapter, tmp_path, monkeypa
         {"use_rslora": True},
         {"tensors": lambda t: t[UP_A][0, :1].mul_(2)},
     ],
-    ids=str,
+    ids="".join,  # the names of the fields
 )
 def test_merged_already_means_the_same_scaling_too(base, adapter, merged, tmp_path, change):
     change = dict(change)

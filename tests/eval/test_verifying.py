@@ -150,9 +150,7 @@ def swapped_groups(tensors):
 
 
 @pytest.mark.parametrize("std", [0.02, 1.0])
-@pytest.mark.parametrize(
-    "wrong", [scaled(1.002), scaled(0.5), scaled(-1), one_offset, swapped_linears, swapped_groups], ids=str
-)
+@pytest.mark.parametrize("wrong", [scaled(1.002), scaled(0.5), scaled(-1), one_offset, swapped_linears, swapped_groups])
 def test_wrong_merges_fail(base, tmp_path, wrong, std):
     adapter = make_adapter(base, tmp_path / "a", std=std)
     merged = merge(base, adapter, tmp_path / "m", progress=False).folder
