@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+TASKS = ("gsm8k", "functions")
 RANK = 16
 SEEDS = (0, 1, 2)
 STEPS = 100

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from tuning.jobs import REQUANTIZE, SEEDS, Job, quantized
+from tuning.jobs import REQUANTIZE, SEEDS, TASKS, Job, quantized
 
 from qalora_plugin.checkpoint.replacing import replace_text
 
@@ -48,9 +48,8 @@ def first() -> list[Job]:
         for lr in tried
     ]
     needed = [quantized(*base) for base in (FOUR, TWO, THREE, *BY_GPTAQ, FOUR_64)]
-    tasks = ("gsm8k", "functions")
-    untuned = [Job(task, "16-bit") for task in tasks]
-    untuned += [Job(task, "base", *base) for task in tasks for base in (FOUR, THREE, TWO, *BY_GPTAQ, FOUR_64, *OTHERS)]
+    untuned = [Job(task, "16-bit") for task in TASKS]
+    untuned += [Job(task, "base", *base) for task in TASKS for base in (FOUR, THREE, TWO, *BY_GPTAQ, FOUR_64, *OTHERS)]
     lora, rest = rates[:3], rates[3:]
     return [needed[0], *lora, *needed[1:], *rest, *(quantized(*base) for base in OTHERS), *untuned]
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from report import short
 from transformers import AutoConfig
-from tuning.jobs import QUANTIZE, RANK, REQUANTIZE, Job, job_of
+from tuning.jobs import QUANTIZE, RANK, REQUANTIZE, TASKS, Job, job_of
 
 from qalora_plugin.checkpoint.replacing import replace_text
 from qalora_plugin.conversion.added import merged_spec
@@ -42,7 +42,7 @@ COLUMNS = [
     "steps", "trained", "first_loss", "last_loss", "step_seconds", "train_seconds", "peak_mb", "machine", "torch",
     "transformers", "peft", "commit", "date", "note",
 ]  # fmt: skip
-
+FOUND = ("loss", "top1", "prose")  # of which differences are of interest
 TEXT = {"task", "method", "machine", "torch", "transformers", "peft", "commit", "date", "note"}
 
 
@@ -105,7 +105,8 @@ def write_csv(rows: list[dict], model: Path, out: Path) -> None:
     for row in sorted(rows, key=lambda row: job_of(row).name):
         if row["method"] != QUANTIZE:
             row = {"bits_a_weight": bits_a_weight(job_of(row), model), **row}
-            writer.writerow({key: short(value) for key, value in row.items()})
+            found = {name: round(row[name], 4) for name in FOUND if name in row}
+            writer.writerow({key: short(value) for key, value in row.items()} | found)
     replace_text(out, text.getvalue(), 0o644)
 
 
@@ -126,8 +127,10 @@ def _base_of(job: Job) -> tuple[int, int, bool, bool]:
 def markdown(found: list[Cell], model: Path) -> str:
     """One table a task; differences are from LoRA on the 16-bit model."""
     lines = []
-    for task in dict.fromkeys(cell.job.task for cell in found):
+    for task in TASKS:
         here = [cell for cell in found if cell.job.task == task]
+        if not here:
+            continue
         limit = next((cell.loss for cell in here if cell.job.method == "lora"), None)
         lines += [f"**{task}**", "", "| base | method | loss | − LoRA's | seeds | prose | served bits |"]
         lines += ["|---|---|---|---|---|---|---|"]
