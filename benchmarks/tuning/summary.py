@@ -105,8 +105,7 @@ def write_csv(rows: list[dict], model: Path, out: Path) -> None:
     for row in sorted(rows, key=lambda row: job_of(row).name):
         if row["method"] != QUANTIZE:
             row = {"bits_a_weight": bits_a_weight(job_of(row), model), **row}
-            found = {name: round(row[name], 4) for name in FOUND if name in row}
-            writer.writerow({key: short(value) for key, value in row.items()} | found)
+            writer.writerow({key: round(value, 4) if key in FOUND else short(value) for key, value in row.items()})
     replace_text(out, text.getvalue(), 0o644)
 
 

@@ -67,7 +67,7 @@ def measure(
             raise _cannot_tell(f"{name} is not reached by calibration text")
     costs = {
         name: _costs(as_matrix(linear), inputs[name], outputs.get(name))
-        for name, linear in track(linears.items(), "measuring", len(linears), shown=progress)
+        for name, linear in track(linears.items(), "measuring", shown=progress)
     }
     for name, found in costs.items():
         if not all(map(math.isfinite, found.values())):
