@@ -20,7 +20,7 @@ def tuning(monkeypatch):
 
 def tuned(plan, loss):
     """Results of all rates, each with ``loss(method, rate)``."""
-    return [vars(job) | {"loss": loss(job.method, job.lr)} for job in plan.first() if job.lr]
+    return [vars(job) | {"loss": loss(job.method, job.lr), "prose": 3.0} for job in plan.first() if job.lr]
 
 
 def test_nothing_of_a_method_before_its_rate_is_known(tuning):
@@ -119,3 +119,20 @@ def test_what_failed_is_said_and_tried_again(tmp_path):
     found = read(work / "runs" / "results.jsonl")
     assert [(row["method"], "note" in row) for row in found] == [("quantize", False), ("offsets", False)]
     assert (work / "accuracy.csv").is_file()
+
+
+def test_heals_what_a_lora_left(tmp_path, tuning):
+    """Half the steps a LoRA, quantized (here by a base that is ready), half the steps ours."""
+    work = tmp_path / "work" / "rehearsal"
+    make_base(tmp_path / "base", bits=3, twin=work / "model")
+    quantizer = tmp_path / "quantizer"
+    quantizer.write_text(f'#!/bin/sh\ntest -f "$3/model.safetensors" && cp -r {tmp_path / "base"} "$4"\n')
+    quantizer.chmod(0o755)
+    tuning.write(work / "runs" / "results.jsonl", tuned(tuning, lambda method, lr: lr))
+    name = "gsm8k-lora-gptq-scales-3-32-mse-gptaq-0.003-0"
+    rehearsed(tmp_path / "work", tmp_path / "gsm8k", "--quantizer", quantizer, "--only", name)
+    (found,) = (row for row in read(work / "runs" / "results.jsonl") if row["method"] == "lora-gptq-scales")
+    assert "note" not in found, found
+    assert found["steps"] == 2
+    assert found["loss"] > 0
+    assert not list((work / "runs" / "requantized").iterdir())

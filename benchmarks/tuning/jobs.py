@@ -10,7 +10,7 @@ STEPS = 100
 BATCH = 32  # rows a step
 LONGEST = 256  # tokens of a row; longer ones are left out
 TESTED = 600  # held-out rows at most
-QUANTIZE, REQUANTIZE = "quantize", "lora-gptq"
+QUANTIZE, REQUANTIZE, HEALED = "quantize", "lora-gptq", "lora-gptq-scales"
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Job:
     """One run.
 
     Attributes:
-        task: a folder of data. method: :data:`QUANTIZE`, :data:`REQUANTIZE` or one of :mod:`tuning.methods`.
+        task: a folder of data. method: :data:`QUANTIZE`, :data:`REQUANTIZE`, :data:`HEALED` (half the steps a LoRA on
+            16 bits, that merged and quantized, half the steps ours on it) or one of :mod:`tuning.methods`.
         bits, group_size, clip, gptaq: of its base, or of what it quantizes; 0, False for those on the 16-bit model.
         lr: the peak of its learning rate; 0: nothing is trained.
     """
@@ -47,7 +48,7 @@ class Job:
         """Of what has to be done before: a base, or a trained LoRA; "" for nothing."""
         if self.method == REQUANTIZE:
             return Job(self.task, "lora", lr=self.lr, seed=self.seed).name
-        if self.method == QUANTIZE or not self.bits:
+        if self.method in (QUANTIZE, HEALED) or not self.bits:
             return ""
         return quantized(self.bits, self.group_size, self.clip, self.gptaq).name
 

@@ -32,10 +32,11 @@ class Places:
     """Where a run finds what it needs, and leaves its adapter.
 
     Attributes:
-        data: folder that :func:`tuning.data.prepare` filled; its ``bases`` are quantized. adapter, merged: new folders.
+        data: folder that :func:`tuning.data.prepare` filled. bases: what was quantized. adapter, merged: new folders.
     """
 
     data: Path
+    bases: Path
     adapter: Path
     merged: Path
     device: str
@@ -45,7 +46,7 @@ class Places:
         return self.data / "model"
 
     def base(self, job: Job) -> Path:
-        return self.data / "bases" / job.base
+        return self.bases / job.base
 
 
 def dense(places: Places, dtype: torch.dtype) -> PreTrainedModel:
@@ -195,9 +196,8 @@ def untuned(job: Job, places: Places) -> nn.Module:
     return load_base(places.base(job), dtype=torch.float32, device_map=places.device)
 
 
-def merge_lora(job: Job, places: Places) -> Path:
+def merge_lora(adapter: Path, places: Places) -> Path:
     """The 16-bit model that a trained LoRA makes, as a folder to quantize."""
-    adapter = places.adapter.parent / job.needs
     model = PeftModel.from_pretrained(dense(places, torch.float32), adapter).merge_and_unload()
     model.to(torch.bfloat16).save_pretrained(places.merged)
     AutoTokenizer.from_pretrained(places.dense).save_pretrained(places.merged)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from tuning.jobs import REQUANTIZE, SEEDS, TASKS, Job, quantized
+from tuning.jobs import HEALED, REQUANTIZE, SEEDS, TASKS, Job, quantized
 
 from qalora_plugin.checkpoint.replacing import replace_text
 
@@ -35,7 +35,7 @@ RATES = {
 }
 LIKE = {  # whose rate a method takes, if not its own
     "qlora": "lora", "peft": "offsets", "scales-all-tokens": "scales", "scales-calibrated": "scales",
-    REQUANTIZE: "lora",
+    REQUANTIZE: "lora", HEALED: "scales",
 }  # fmt: skip
 ON_16_BIT = ("lora", "galore")
 
@@ -63,6 +63,7 @@ def table(results: Iterable[dict]) -> list[Job]:
     wanted += [("gsm8k", method, base) for base in (FOUR, TWO, THREE) for method in ("offsets", "scales")]
     wanted += [("gsm8k", REQUANTIZE, base) for base in (FOUR, TWO, THREE)]
     wanted += [("gsm8k", "scales-all-tokens", base) for base in (FOUR, TWO)]
+    wanted += [("gsm8k", HEALED, base) for base in (THREE_A, TWO_A)]
     wanted += [("functions", "lora", None)]
     wanted += [("functions", method, base) for base in BY_GPTAQ for method in ("scales", REQUANTIZE, "offsets")]
     wanted += [("gsm8k", method, base) for base in (FOUR_64_A, FOUR_64) for method in ("scales", "offsets", REQUANTIZE)]

@@ -4,6 +4,7 @@ Several such processes may work side by side on one folder.
 """
 
 import argparse
+import dataclasses
 import gc
 import json
 import shutil
@@ -15,8 +16,8 @@ import torch
 from report import describe
 from transformers import AutoTokenizer, set_seed
 from tuning import plan, rows
-from tuning.jobs import BATCH, LONGEST, QUANTIZE, REQUANTIZE, STEPS, TESTED, Job, job_of
-from tuning.methods import METHODS, Places, merge_lora, untuned
+from tuning.jobs import BATCH, HEALED, LONGEST, QUANTIZE, REQUANTIZE, STEPS, TESTED, Job, job_of
+from tuning.methods import METHODS, Places, build_lora, build_scales, merge_lora, merged, untuned
 from tuning.training import train
 
 from qalora_plugin import load_base
@@ -67,7 +68,8 @@ class Bench:
         if job.method == QUANTIZE:
             base = self.data / "bases" / job.base
             return {} if base.is_dir() else self.quantize(self.data / "model", base, job)
-        places = Places(self.data, self.work / "adapters" / job.name, self.work / "merged" / job.name, self.device)
+        adapter, folder = self.work / "adapters" / job.name, self.work / "merged" / job.name
+        places = Places(self.data, self.data / "bases", adapter, folder, self.device)
         for folder in (places.adapter, places.merged):
             shutil.rmtree(folder, ignore_errors=True)
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -76,20 +78,43 @@ class Bench:
             if not (self.work / "adapters" / job.needs).is_dir():  # found on another machine
                 self.do(Job(job.task, "lora", lr=job.lr, seed=job.seed))
             made = self.work / "requantized" / job.name
-            found = self.quantize(merge_lora(job, places), made, job)
+            found = self.quantize(merge_lora(self.work / "adapters" / job.needs, places), made, job)
             found |= self.measure(load_base(made, dtype=torch.float32, device_map=self.device), job)
             shutil.rmtree(made)
+        elif job.method == HEALED:
+            found = self.heal(job, places)
         elif job.method not in METHODS:
             found = self.measure(untuned(job, places), job)
         else:
             build, finish = METHODS[job.method]
             model = build(job, places)
-            trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-            found = {"trained": trained} | train(model, job, self.batches(job), self.work / "trainer", self.device)
+            found = self.train(model, job, self.batches(job))
             found |= self.measure(finish(model, job, places), job)
         for folder in (places.merged, *([] if job.method in KEPT else [places.adapter])):
             shutil.rmtree(folder, ignore_errors=True)
         return found
+
+    def heal(self, job: Job, places: Places) -> dict[str, object]:
+        """One run in two halves: what the second trains on is quantized from what the first made."""
+        batches = self.batches(job)
+        half = len(batches) // 2
+        model = build_lora(job, places)
+        self.train(model, job, batches[:half])
+        model.save_pretrained(places.adapter)
+        healed = dataclasses.replace(places, bases=self.work / "requantized" / job.name)
+        shutil.rmtree(healed.bases, ignore_errors=True)
+        found = self.quantize(merge_lora(places.adapter, places), healed.base(job), job)
+        for folder in (places.adapter, places.merged):
+            shutil.rmtree(folder)
+        model = build_scales(job, healed)
+        found |= self.train(model, job, batches[half:])
+        found |= self.measure(merged(model, job, healed), job) | {"steps": len(batches)}
+        shutil.rmtree(healed.bases)
+        return found
+
+    def train(self, model: torch.nn.Module, job: Job, batches: list) -> dict[str, object]:
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        return {"trained": trained} | train(model, job, batches, self.work / "trainer", self.device)
 
     def batches(self, job: Job) -> list:
         examples = rows.read(self.data / job.task / "train.jsonl", self.tokenizer, LONGEST)

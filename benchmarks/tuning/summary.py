@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from report import short
 from transformers import AutoConfig
-from tuning.jobs import QUANTIZE, RANK, REQUANTIZE, TASKS, Job, job_of
+from tuning.jobs import HEALED, QUANTIZE, RANK, REQUANTIZE, TASKS, Job, job_of
 
 from qalora_plugin.checkpoint.replacing import replace_text
 from qalora_plugin.conversion.added import merged_spec
@@ -35,6 +35,7 @@ LABELS = {
     "scales": "**offsets and scales**",
     "scales-all-tokens": "the same, gradient of all tokens",
     "scales-calibrated": "**offsets and scales, calibrated start**",
+    HEALED: "LoRA → merge → GPTQ → **offsets and scales**, half the steps each",
 }
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # a byte for 64 weights, and a float32 for 256 of these bytes
 COLUMNS = [
