@@ -189,7 +189,7 @@ def evaluate(
     import torch
 
     from qalora_plugin.commands.evaluating import evaluate
-    from qalora_plugin.eval.running import Settings
+    from qalora_plugin.eval.planning import Settings
 
     settings = Settings(
         dtype=dtype, device=("cuda" if torch.cuda.is_available() else "cpu") if device is None else device,

@@ -128,8 +128,12 @@ def _row(kind: LayerKind, dtype: torch.dtype, kernel: str, why_not_faster: str |
 
 def _serving(kinds: list[LayerKind]) -> Iterator[dict]:
     """What vLLM will run for adapted layers of these kinds, on one rank."""
-    import vllm
-
+    try:
+        import vllm
+    except Exception as error:  # whatever a broken installation raises: that it is, is what is asked for
+        why = f"vLLM cannot be imported here: {type(error).__name__}: {error}"
+        yield {"layers": "all", "dtype": "all", "kernel": "none", "why_not_faster": why}
+        return
     from vllm_ext import compat
 
     if problem := compat.problem(vllm.__version__):

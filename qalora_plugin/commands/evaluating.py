@@ -7,11 +7,12 @@ import torch
 from rich.console import Console
 
 from qalora_plugin.checkpoint.atomic import require_absent
-from qalora_plugin.checkpoint.places import require_writable
+from qalora_plugin.checkpoint.places import absolute, require_writable
 from qalora_plugin.core.errors import QALoraError, printable
 from qalora_plugin.eval.models import Subject, open_all
+from qalora_plugin.eval.planning import Settings, plan, read_data
 from qalora_plugin.eval.results import Result, append_csv, as_json, plot, require_plotting, show
-from qalora_plugin.eval.running import Settings, measure, plan
+from qalora_plugin.eval.running import measure
 from qalora_plugin.eval.tasks import Tasks
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -51,6 +52,7 @@ def evaluate(
     _require_use(settings, texts, sets, names, reference, tasks_path)
     if settings.dtype not in DTYPES:
         raise QALoraError(f"--dtype is {settings.dtype!r}, expected {', '.join(DTYPES)}.")
+    csv, png = csv and absolute(csv), png and absolute(png)
     for out in (csv, png):
         if out is not None:
             require_absent(out)
@@ -58,32 +60,34 @@ def evaluate(
         require_plotting()
         if not texts and not sets:
             raise QALoraError("--png draws losses. Pass --text FILE or --jsonl FILE.")
-    if csv is not None and not csv.absolute().parent.is_dir():
-        raise QALoraError(f"the folder {csv.absolute().parent} for --csv does not exist. Make it first.")
+    if csv is not None and not csv.parent.is_dir():
+        raise QALoraError(f"the folder {csv.parent} for --csv does not exist. Make it first.")
     for out, name in ((csv, "--csv"), (png, "--png")):
         if out is not None:
-            require_writable(out.absolute(), name)
-    if csv is not None and png is not None and csv.absolute() == png.absolute():
+            require_writable(out, name)
+    if csv is not None and csv == png:
         raise QALoraError(f"--csv and --png are both {csv}. Give each a file of its own.")
     _require_device(settings.device)
+    data = read_data(texts, sets, settings)
     asked = Tasks(names, tasks_path, settings.rows) if names else None
     subjects = open_all(models, adapters, revision)
     opened = None if reference is None else Subject.open(reference)
-    made = plan(subjects, texts, sets, settings, opened, asked)
+    made = plan(subjects, data, settings, opened, asked)
     messages = Console(stderr=True, soft_wrap=True)
     for note in made.notes:
         messages.print(f"note: {printable(note)}", markup=False, highlight=False)
     results: list[Result] = []
-    for found in measure(made, progress=not json and Console().is_terminal):
-        results += found
-        if csv is not None:
-            append_csv(csv, found)
+    about = asdict(settings) | {"reference": reference, "tasks": names, "torch": torch.__version__}
+    try:
+        for found in measure(made, progress=not json and Console().is_terminal):
+            results.append(found)
+            if csv is not None:
+                append_csv(csv, found)
+    finally:  # where the second model fails, the first was measured all the same
+        if results:
+            print(as_json(results, about)) if json else show(results)
     if png is not None:
         plot(results, png)
-    if json:
-        print(as_json(results, asdict(settings) | {"reference": reference, "tasks": names, "torch": torch.__version__}))
-    else:
-        show(results)
     return results
 
 
@@ -116,5 +120,5 @@ def _require_device(device: str) -> None:
     """Refuse one that is not here, or that computes nothing (meta)."""
     try:
         torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise QALoraError(f"--device {device} cannot be used here: {str(error)[:120]}. Use another, as cpu.") from error

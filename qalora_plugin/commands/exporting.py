@@ -64,7 +64,10 @@ def gptq8(
 ) -> None:
     """For stock tools: 8-bit symmetric GPTQ, quantized again. Lossy; the loss is printed."""
     from qalora_plugin.conversion.export_gptq8 import export_gptq8
+    from qalora_plugin.core.errors import QALoraError
 
+    if tokens and tokens < 2:
+        raise QALoraError(f"--tokens is {tokens}, expected 0, or 2 and more.")
     print_summary(export_gptq8(merged, out, group_size=group_size))
     if tokens:
         from qalora_plugin.eval.requantized import measure_requantized

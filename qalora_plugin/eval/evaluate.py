@@ -6,7 +6,7 @@ reference's float32 logits of some of the tokens wait in a file on disk, which h
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import exp, inf
 from pathlib import Path
@@ -22,6 +22,7 @@ from qalora_plugin.core.progress import track
 from qalora_plugin.eval.examples import Example
 from qalora_plugin.eval.logits import full_precision
 
+_AHEAD = 0.01  # of the largest logit; models that look ahead differ by tenths, rounding is the same for both
 BATCH_TOKENS = 2048  # with padding; at 128 k words their float32 logits take 1 GB
 
 
@@ -65,23 +66,25 @@ class StoredLogits:
 
 
 @contextmanager
-@os_errors_in_one_line()
 def stored_logits(
     model: Any, examples: Sequence[Example], tokens: int = 4096, progress: bool = False, batch: int = BATCH_TOKENS
 ) -> Iterator[StoredLogits]:
     """Run a reference model on the first examples, as many as hold ``tokens`` that count (one at least).
 
-    The file lies where temporary files do (``TMPDIR``) and is gone afterwards.
+    The file lies where temporary files do (``TMPDIR``) and is gone afterwards. The model is let go of before.
 
     Raises:
         QALoraError: no token counts, or the disk has no room for them.
     """
     _require_some(examples)
     vocabulary = _vocabulary(model, examples[0])
-    with tempfile.TemporaryFile() as file:
-        stored = StoredLogits(examples, tokens, vocabulary, file)
-        for i, logits in _predictions(model, examples, list(stored.rows), progress, "reference", batch):
-            stored.array[stored.rows[i]] = logits.cpu().numpy()
+    with ExitStack() as stack:
+        with os_errors_in_one_line():
+            file = stack.enter_context(tempfile.TemporaryFile())
+            stored = StoredLogits(examples, tokens, vocabulary, file)
+            for i, logits in _predictions(model, examples, list(stored.rows), progress, "reference", batch):
+                stored.array[stored.rows[i]] = logits.cpu().numpy()
+        del model
         yield stored
         del stored.array
 
@@ -140,9 +143,8 @@ def _predictions(
 
     Padding is on the right, out of every token's sight.
     """
-    model = model.eval()
     batches = _batches(examples, chosen, batch)
-    with full_precision():
+    with evaluating(model), full_precision():
         for numbers in track(batches, description, shown=progress):
             longest = max(len(examples[i].ids) for i in numbers)
             rows = [examples[i].ids + [0] * (longest - len(examples[i].ids)) for i in numbers]
@@ -160,6 +162,27 @@ def _batches(examples: Sequence[Example], chosen: Iterable[int], batch: int) -> 
         else:
             batches.append([i])
     return batches
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """The model without dropout; afterwards as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@torch.inference_mode()
+def looks_ahead(model: Any) -> bool:
+    """Whether what a model says of a token depends on later ones, as where text is a prefix that is seen whole: then
+    the losses mean nothing."""
+    ids = torch.tensor([[1] * 8, [1] * 4 + [2] * 4], device=model.device)
+    with evaluating(model):
+        first, other = (model(input_ids=row[None]).logits[0, :4].float() for row in ids)
+    return bool((first - other).abs().max() > _AHEAD * first.abs().max())
 
 
 @torch.inference_mode()

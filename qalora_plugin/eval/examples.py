@@ -16,6 +16,7 @@ from qalora_plugin.eval.tokens import ENCODING, parse_line
 
 _PAIRS = (("question", "answer"), ("prompt", "completion"))
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")
+_OTHER_ANSWER = "\ue000"  # begins and ends as no answer does
 _EXPECTED = '{"messages": […]}, {"question", "answer"}, {"prompt", "completion"} or {"text"}'
 
 
@@ -58,23 +59,48 @@ class Row:
             return self.plain
         return _in_template(tokenizer, list(self.messages), add_generation_prompt=True)
 
+    def before_answer(self, tokenizer: Any) -> str:
+        """What stands before the answer in a text to train on: more than the prompt where a template adds thoughts."""
+        return self._in_parts(tokenizer)[0] if self.messages and tokenizer.chat_template else self.plain
+
     def example(self, tokenizer: Any) -> Example:
         """Tokens of question and answer. The answer ends as the chat template ends it, else with the end of text."""
-        prompt = self.prompt(tokenizer)
         if not self.messages:
             return Example(tokenizer(self.answer).input_ids)
-        before = prompt_ids(tokenizer, prompt)
-        after = tokenizer(self.answer, add_special_tokens=False).input_ids
-        return Example([*before, *after, *self._end(tokenizer, prompt)], max(1, len(before)))
+        eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        if not tokenizer.chat_template:
+            before = prompt_ids(tokenizer, self.plain)
+            after = tokenizer(self.answer, add_special_tokens=False).input_ids
+            return Example([*before, *after, *eos], max(1, len(before)))
+        context, answer, end = self._in_parts(tokenizer)
+        ids = tokenizer(context + answer + end, add_special_tokens=False).input_ids
+        before = tokenizer(context, add_special_tokens=False).input_ids  # which may end in half a token, as a space
+        return Example(ids if end else [*ids, *eos], max(1, _alike(ids, before)))
 
-    def _end(self, tokenizer: Any, prompt: str) -> list[int]:
-        if tokenizer.chat_template:
-            answered = [*self.messages, {"role": "assistant", "content": self.answer}]
-            whole = _in_template(tokenizer, answered)
-            end = whole.removeprefix(prompt + self.answer).strip()
-            if whole.startswith(prompt + self.answer) and end:  # some templates edit the answer, or add thoughts
-                return tokenizer(end, add_special_tokens=False).input_ids
-        return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    def _in_parts(self, tokenizer: Any) -> tuple[str, str, str]:
+        """What the chat template writes before the answer, as the answer and after it: the two ends are what stays
+        where another answer is written. Some templates edit answers, or add thoughts.
+
+        Raises:
+            QALoraError: it writes no answer.
+        """
+        written, other = (
+            _in_template(tokenizer, [*self.messages, {"role": "assistant", "content": content}])
+            for content in (self.answer, _OTHER_ANSWER)
+        )
+        start = _alike(written, other)
+        stop = len(written) - _alike(written[start:][::-1], other[start:][::-1])
+        if not written[start:stop].strip():
+            raise QALoraError(
+                f"the tokenizer's chat template writes nothing of the answer {short(self.answer)}. Use another one."
+            )
+        return written[:start], written[start:stop], written[stop:].rstrip()
+
+
+def _alike(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many items both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (here, there) in pairs if here != there), min(len(one), len(other)))
 
 
 def _in_template(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> str:

@@ -14,6 +14,7 @@ import torch
 
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.progress import track
+from qalora_plugin.eval.evaluate import evaluating
 from qalora_plugin.eval.examples import Row, prompt_ids
 from qalora_plugin.eval.limits import positions
 from qalora_plugin.eval.logits import full_precision
@@ -55,14 +56,21 @@ class Judge:
         """
         Args:
             pattern: a regular expression of the result, its first group if it has any, where it first matches.
-                Default: what stands behind ``####`` if that is in every answer, else the whole answer.
+                Default: what stands behind ``####`` if answers have that, else the whole answer.
 
         Raises:
-            QALoraError: no rows, no regular expression, or an answer has no result by it.
+            QALoraError: no rows, no regular expression, an answer has no result by it, or some have ``####``, others
+                not or more than once.
         """
         if not rows:
             raise QALoraError("there is no row to answer. Pass rows with questions and answers.")
-        self.marked = pattern is None and all(MARK in row.answer for row in rows)
+        marks = [row.answer.count(MARK) for row in rows] if pattern is None else []
+        self.marked = any(marks)
+        if odd := next((row for row, count in zip(rows, marks, strict=False) if self.marked and count != 1), None):
+            raise QALoraError(
+                f"the answer {odd.answer[-80:]!r} has {MARK} {odd.answer.count(MARK)} times, and others have it before "
+                f"their result. Give every answer one {MARK}, or pass an --answer-pattern that finds the results."
+            )
         try:
             self._pattern = re.compile((_AFTER_MARK if self.marked else r"(?s)\s*(.+)") if pattern is None else pattern)
         except re.error as error:
@@ -117,7 +125,8 @@ def exact_match(
     forced = "" if with_reasoning or not judge.marked else MARK
     if not with_reasoning and judge.reasons and not judge.marked:
         rows = [row.asking(_ASK) for row in rows]
-    prompts = [prompt_ids(tokenizer, row.prompt(tokenizer) + forced) for row in rows]
+    asked = [row.before_answer(tokenizer) + forced if forced else row.prompt(tokenizer) for row in rows]
+    prompts = [prompt_ids(tokenizer, prompt) for prompt in asked]
     texts, unfinished = generate(model, tokenizer, prompts, most, progress, description)
     return judge.answers(texts, unfinished, with_reasoning or not judge.reasons)
 
@@ -143,12 +152,13 @@ def generate(
         "max_length": None, "eos_token_id": ends or None, "pad_token_id": pad,
         "temperature": None, "top_p": None, "top_k": None,
     }  # fmt: skip
-    model = model.eval()
     most = positions(model.config)
     texts, unfinished = [""] * len(prompts), 0
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    batches = [order[start : start + at_once] for start in range(0, len(order), at_once)]
-    with full_precision():
+    fitting = [i for i in order if most is None or len(prompts[i]) + max_new_tokens <= most]
+    batches = [fitting[start : start + at_once] for start in range(0, len(fitting), at_once)]
+    batches += [[i] for i in order[len(fitting) :]]  # each has a room of its own
+    with evaluating(model), full_precision():
         for numbers in track(batches, description, shown=progress):
             longest = max(len(prompts[i]) for i in numbers)
             room = max_new_tokens if most is None else min(max_new_tokens, most - longest)
@@ -178,4 +188,4 @@ def _ends(model: Any, tokenizer: Any) -> list[int]:
 
 
 def _plain(result: str) -> str:
-    return re.sub(r"(?<=\d),(?=\d)|\$", "", result).strip().rstrip(".").strip()
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))|\$", "", result).strip().rstrip(".").strip()

@@ -12,7 +12,7 @@ from qalora_plugin.checkpoint.adapter_folder import CONFIG_NAME, AdapterFolder
 from qalora_plugin.checkpoint.folder import INDEX_NAME, SINGLE_NAME, Checkpoint
 from qalora_plugin.checkpoint.hub import expanded, is_local, require_use_of_revision
 from qalora_plugin.core.errors import QALoraError, printable
-from qalora_plugin.eval.limits import fitting_length, model_config, positions, vocabulary
+from qalora_plugin.eval.limits import model_config, positions, vocabulary
 from qalora_plugin.eval.tokens import load_tokenizer
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.formats.served_bits import SizeReport, served_bits
@@ -113,10 +113,6 @@ class Subject:
         """Most tokens of a sequence, as the config says; None if it does not."""
         return positions(self._config)
 
-    def fitting_length(self, length: int) -> int:
-        """See :func:`.limits.fitting_length`."""
-        return fitting_length(self._config, length)
-
     @property
     def vocabulary(self) -> int | None:
         """Tokens that it has embeddings and logits for, as the config says; None if it does not."""
@@ -127,10 +123,13 @@ class Subject:
         return model_config(self.files.folder)
 
     def _require_model(self) -> None:
-        """Refuse a folder whose config transformers makes no model of that continues text."""
+        """Refuse a folder that is no model which continues text, or a dense one with a tensor less than that has."""
+        from qalora_plugin.integrations.transformers.dense_models import require_whole
         from qalora_plugin.integrations.transformers.loading import auto_class
 
         auto_class(self._config, None)
+        if self.quantized is None:
+            require_whole(self.files.folder, self.label)
 
     @cached_property
     def tokenizer(self) -> Any:

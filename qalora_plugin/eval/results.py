@@ -100,14 +100,14 @@ def as_json(results: Sequence[Result], settings: dict[str, Any]) -> str:
 
 
 @os_errors_in_one_line()
-def append_csv(path: Path, results: Sequence[Result]) -> None:
-    """Add rows, under a header if the file is new: a run that is cut off keeps what it measured."""
+def append_csv(path: Path, result: Result) -> None:
+    """Add a row, under a header if the file is new: a run that is cut off keeps what it measured."""
     is_new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Result)])
         if is_new:
             writer.writeheader()
-        writer.writerows(asdict(result) for result in results)
+        writer.writerow(asdict(result))
 
 
 def require_plotting() -> None:
@@ -135,14 +135,21 @@ def plot(results: Sequence[Result], path: Path) -> None:
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     for panel, name in zip(panels, names, strict=True):
         for result in (result for result in drawn if result.data == name):
-            panel.plot(result.served_bits, result.loss, "o", color=f"C{models.index(result.model)}")
+            panel.plot(result.served_bits, result.loss, "o", color=_color(models.index(result.model)))
         panel.set(title=_shown(name), xlabel="served bits a weight", ylabel="loss, nats a token")
         panel.margins(0.15)
         panel.grid(alpha=0.3)
-    marks = [Line2D([], [], marker="o", ls="", color=f"C{i}", label=_shown(name)) for i, name in enumerate(models)]
+    marks = [Line2D([], [], marker="o", ls="", color=_color(i), label=_shown(name)) for i, name in enumerate(models)]
     figure.legend(handles=marks, loc="outside lower center", fontsize=8)
     with new_file(path) as work:
         figure.savefig(work, dpi=150, format="png")
+
+
+def _color(number: int) -> tuple[float, float, float, float]:
+    """One of twenty: ten strong ones first."""
+    from matplotlib import colormaps
+
+    return colormaps["tab20"]((*range(0, 20, 2), *range(1, 20, 2))[number % 20])
 
 
 def _shown(text: str) -> str:

@@ -28,18 +28,22 @@ class Tasks:
             folder: of further task files, as ``lm_eval --include_path``. limit: examples of each task.
 
         Raises:
-            QALoraError: lm_eval is not installed, or does not know a task.
+            QALoraError: lm_eval is not installed, does not know a task, or cannot load its data.
         """
         if not find_spec("lm_eval"):
             raise QALoraError("--tasks needs lm_eval, which is not installed here: pip install 'qalora[eval]'")
         if folder is not None and not folder.is_dir():
             raise QALoraError(f"--tasks-path {folder} is no folder. Pass the folder of the task files.")
-        from lm_eval.tasks import TaskManager
+        from lm_eval.tasks import TaskManager, get_task_dict
 
         self.names, self.limit = list(names), limit
         self._manager = TaskManager(include_path=None if folder is None else str(folder))
         if unknown := [name for name in self.names if not self._manager.match_tasks([name])]:
             raise QALoraError(f"lm_eval knows no task {unknown[0]!r}. See its list: lm_eval ls tasks.")
+        try:
+            get_task_dict([*self.names], self._manager)  # now, not after an hour of other measuring
+        except Exception as error:  # whatever it, datasets and the Hub raise
+            raise QALoraError(f"lm_eval cannot load {', '.join(self.names)}: {error}") from error
 
     def scores(self, model: Any, tokenizer: Any, batch_size: int = 8) -> list[TaskScore]:
         """Run them on a model where it is.

@@ -2,7 +2,7 @@
 
 import json
 import pydoc
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,10 @@ from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 
 SEQUENCE_LENGTH = 256
 ENCODING = "utf-8-sig"  # with or without the mark that Windows' editors begin a file with
+_SAMPLE = "Held out, 12. Привет, 你好"  # every tokenizer knows some of it
 _ID_COLUMNS = ("input_ids", "chosen_ids", "chosen_input_ids", "prompt_ids", "prompt_input_ids")
+_CHATS = ("messages", "conversations")  # whose messages hold "content", or "value"; beside them stand ids and sources
+_DATA_SUFFIXES = (".json", ".parquet", ".arrow", ".csv", ".tsv")
 _DOCUMENTED = (
     "argparse",
     "asyncio",
@@ -27,14 +30,18 @@ _DOCUMENTED = (
 )
 
 
-def sample_dataset(dataset: Iterable[dict[str, Any]] | None, max_tokens: int) -> list[list[int]]:
-    """First sequences of a tokenised dataset, up to ``max_tokens`` in all; ``[]`` if it has no known column of ids."""
+def sample_dataset(dataset: Iterable[Any] | None, max_tokens: int) -> list[list[int]]:
+    """First sequences of a tokenised dataset, up to ``max_tokens`` in all; ``[]`` if its rows hold no known ids."""
     sequences, total = [], 0
     for row in islice(dataset or (), max_tokens):
-        column = next((name for name in _ID_COLUMNS if row.get(name) is not None), None)
-        if column is None or total >= max_tokens:
+        columns = row if isinstance(row, Mapping) else {}
+        ids = next((columns[name] for name in _ID_COLUMNS if columns.get(name) is not None), None)
+        if ids is None or total >= max_tokens:
             break
-        sequence = [int(token) for token in row[column]][: max_tokens - total]
+        try:
+            sequence = [int(token) for token in ids][: max_tokens - total]
+        except (TypeError, ValueError, RuntimeError):  # rows of a kind of their own, as batches
+            break
         if len(sequence) > 1:
             sequences.append(sequence)
             total += len(sequence)
@@ -48,7 +55,7 @@ def is_text_file(text: str) -> bool:
 
 @os_errors_in_one_line()
 def read_texts(path: str | Path) -> list[str]:
-    """Texts of a local file: ``.jsonl`` line by line (all string values of a line joined), else the file as one text.
+    """Texts of a local file: ``.jsonl`` line by line (see :func:`joined_text`), else the file as one text.
 
     Raises:
         QALoraError: no such file, empty, or not JSON lines.
@@ -56,6 +63,8 @@ def read_texts(path: str | Path) -> list[str]:
     path = expanded(path)
     if not path.is_file():
         raise QALoraError(f"the text file {path} does not exist. Pass a .txt or .jsonl file.")
+    if path.suffix in _DATA_SUFFIXES:
+        raise QALoraError(f"{path} holds data, not text. Pass a .txt file, or a .jsonl file with a JSON value a line.")
     try:
         content = path.read_text(encoding=ENCODING)
     except UnicodeDecodeError as error:
@@ -65,7 +74,7 @@ def read_texts(path: str | Path) -> list[str]:
     else:
         try:
             rows = [parse_line(line) for line in content.split("\n") if line.strip()]  # splitlines cuts inside of texts
-            texts = [row if isinstance(row, str) else "\n".join(_strings(row)) for row in rows]
+            texts = [joined_text(row) for row in rows]
         except (ValueError, RecursionError) as error:
             raise QALoraError(f"{path} is not JSON lines: {error}. Write one JSON value a line.") from error
     texts = [text for text in texts if text.strip()]
@@ -82,8 +91,17 @@ def parse_line(line: str) -> Any:
     return found
 
 
+def joined_text(row: Any) -> str:
+    """The text of a row: every string in a JSON value, depth first; of a row that holds a chat, what is said there."""
+    chats = [row[key] for key in _CHATS if isinstance(row, dict) and isinstance(row.get(key), list) and row[key]]
+    if chats:
+        said = [message.get("content", message.get("value")) for message in chats[0] if isinstance(message, dict)]
+        if texts := [text for text in said if isinstance(text, str)]:
+            return "\n".join(texts)
+    return "\n".join(_strings(row))
+
+
 def _strings(row: Any) -> Iterable[str]:
-    """Every string in a JSON value, depth first (``{"messages": [{"content": …}]}`` included)."""
     if isinstance(row, str):
         yield row
     elif isinstance(row, (dict, list)):
@@ -99,16 +117,23 @@ def default_texts() -> list[str]:
 def load_tokenizer(folder: str | Path) -> Any:
     """
     Raises:
-        QALoraError: transformers cannot load it.
+        QALoraError: transformers cannot load it, or makes one up that knows no text.
     """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        known = set(tokenizer(_SAMPLE, add_special_tokens=False).input_ids)
     except Exception as error:  # whatever tokenizers of any kind and age raise
         raise QALoraError(
             f"{folder} has no tokenizer that can be loaded ({error}). Put its tokenizer's files there."
         ) from error
+    if not known - set(tokenizer.all_special_ids):
+        raise QALoraError(
+            f"{folder} has no tokenizer: without its files transformers makes a {type(tokenizer).__name__} of "
+            f"{len(tokenizer)} tokens, which knows no text. Put its tokenizer's files there."
+        )
+    return tokenizer
 
 
 def require_ids(sequences: Iterable[list[int]], vocabulary: int | None, model: object) -> None:
@@ -131,8 +156,10 @@ def tokenize(tokenizer: Any, texts: list[str], max_tokens: int, length: int = SE
     """Cut texts into sequences of at most ``length`` tokens, ``max_tokens`` in all.
 
     Raises:
-        QALoraError: no text has two tokens, of which the second could be predicted.
+        QALoraError: no text has two tokens, of which the second could be predicted, or that few are asked for.
     """
+    if max_tokens < 2:
+        raise QALoraError(f"{max_tokens} tokens were asked for, expected 2 or more: the first predicts the second.")
     sequences, left = [], max_tokens
     for text in texts:
         ids = tokenizer(text[: left * 16]).input_ids

@@ -101,3 +101,11 @@ def test_summary_of_a_model(base):
 
     (line,) = training_summary(load_base(base, dtype=torch.float32), torch.float32)
     assert line.startswith("14 packed linears in torch.float32: plain torch unpacks")
+
+
+def test_a_broken_vllm_is_what_it_reports(monkeypatch, tmp_path):
+    (tmp_path / "vllm.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    (row,) = diagnose().serving
+    assert row["why_not_faster"].startswith("vLLM cannot be imported here: ImportError: libcudart.so.13")

@@ -223,7 +223,7 @@ def test_data_that_hold_nothing_to_predict(base, tmp_path):
     (tmp_path / "one.txt").write_text("a")
     (tmp_path / "one.jsonl").write_text('{"text": "a"}\n')
     assert "longer than one token" in refused(base, "--text", tmp_path / "one.txt")
-    assert "no second token to predict" in refused(base, "--jsonl", tmp_path / "one.jsonl")
+    assert "without a second token to predict" in refused(base, "--jsonl", tmp_path / "one.jsonl")
 
 
 def test_models_that_count_their_positions_by_another_name(files, tmp_path):
@@ -281,7 +281,9 @@ def test_a_model_that_overflows_has_no_figures(dense, files, tmp_path):
     make_tokenizer().save_pretrained(tmp_path / "large")
     text = ("--text", files / "text.txt", "--csv", tmp_path / "x.csv")
     half = (*text, "--dtype", "float16")
-    said = run(dense, tmp_path / "large", *half, code=1).stderr.splitlines()[-1]
+    failed = run(dense, tmp_path / "large", *half, code=1)
+    assert "text.txt, 119 tokens" in failed.stdout  # the table of the first
+    said = failed.stderr.splitlines()[-1]
     assert f"the loss of {tmp_path / 'large'} is nan on text.txt" in said
     assert "float16" in said
     assert "Pass --dtype float32" in said
@@ -294,7 +296,7 @@ def test_a_model_that_overflows_has_no_figures(dense, files, tmp_path):
 
 def test_places_and_devices_that_cannot_be_used(base, files, tmp_path):
     text = ("--text", files / "text.txt")
-    for device in ("nonesuch", "meta", "xpu"):
+    for device in ("nonesuch", "meta", "xpu", "hpu"):
         assert f"--device {device} cannot be used here" in refused(base, *text, "--device", device)
     for option in ("--csv", "--png"):
         assert f"{option} is /proc/x, but /proc is not writable" in refused(base, *text, option, "/proc/x")

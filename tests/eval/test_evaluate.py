@@ -1,12 +1,14 @@
 """Losses, top-1 and divergence, against float64 sums over one sequence at a time."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from qalora_plugin import load_base
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.eval import evaluate
-from qalora_plugin.eval.evaluate import Measured, mean_loss, stored_logits
+from qalora_plugin.eval.evaluate import Measured, looks_ahead, mean_loss, stored_logits
 from qalora_plugin.eval.examples import Example
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -76,6 +78,46 @@ def test_another_vocabulary(models):
         stored.array = stored.array[:, :100]
         with pytest.raises(QALoraError, match="100 logits a token, this model 128"):
             mean_loss(models[1], EXAMPLES, stored)
+
+
+def test_a_disk_that_is_full(models, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evaluate.np, "memmap", full)
+    with pytest.raises(QALoraError, match="No space left on device"), stored_logits(models[0], EXAMPLES):
+        pass
+
+
+def test_a_model_in_training_stays_so(models):
+    models[0].train()
+    try:
+        mean_loss(models[0], EXAMPLES)
+        assert models[0].training
+        assert models[0].model.layers[0].training
+    finally:
+        models[0].eval()
+
+
+class SeesAll(torch.nn.Module):
+    """Gives every token the mean of all."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, causal):
+        super().__init__()
+        self.embedding, self.causal = torch.nn.Embedding(8, 8), causal
+
+    def forward(self, input_ids):
+        x = self.embedding(input_ids)
+        means = x.cumsum(1) if self.causal else x.mean(1, keepdim=True).expand_as(x)
+        return SimpleNamespace(logits=means)
+
+
+def test_models_that_see_what_they_should_predict(models):
+    assert looks_ahead(SeesAll(causal=False))
+    assert not looks_ahead(SeesAll(causal=True))
+    assert not any(map(looks_ahead, models))
 
 
 def test_a_model_that_is_lost():

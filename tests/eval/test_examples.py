@@ -1,6 +1,8 @@
 """Rows of a file: what a model is given, and which tokens count."""
 
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 from support.fabricate import make_tokenizer
@@ -49,10 +51,50 @@ def test_without_a_template(row, prompt):
     assert example.start == len(tokenizer(prompt).input_ids)
 
 
-def test_a_template_that_edits_answers_ends_with_the_end_of_text(chat):
-    chat.chat_template = TEMPLATE.replace("m.content", "m.content | upper")
-    example = as_row({"question": "two?", "answer": "two"}).example(chat)
-    assert example.ids[example.start :] == [*chat("two").input_ids, chat.eos_token_id]
+EDITED = {  # template's way with an answer → what counts for "two\n"
+    "{{ m.content | upper }}": "TWO\n</s>",
+    "{{ m.content | trim }}": "two</s>",
+    "<think>\n\n</think>\n\n{{ m.content | trim }}": "two</s>",
+    "{{ m.content | trim }} ok": "two ok</s>",
+    "{{ m.content | trim }} ": "two </s>",
+}
+
+
+@pytest.mark.parametrize("written", EDITED)
+def test_what_counts_is_what_a_template_makes_of_the_answer(written, chat):
+    """As in training, where it writes the whole chat: some edit answers, or put thoughts before them."""
+    chat.chat_template = TEMPLATE.replace("{{ m.content }}", written)
+    row = as_row({"question": "two?", "answer": "two\n"})
+    example = row.example(chat)
+    messages = [{"role": "user", "content": "two?"}, {"role": "assistant", "content": "two\n"}]
+    whole = chat(chat.apply_chat_template(messages, tokenize=False).strip(), add_special_tokens=False).input_ids
+    assert example.ids == whole
+    assert whole[example.start :] == chat(EDITED[written], add_special_tokens=False).input_ids
+    assert row.before_answer(chat).endswith(written.partition("{{")[0])
+
+
+class Words:
+    """A tokenizer that joins a space with the word behind it, as most do."""
+
+    eos_token_id = 0
+    chat_template = "there is one"
+
+    def apply_chat_template(self, messages, tokenize, **_):
+        return "".join(f"[{message['role']}] {message['content']}." for message in messages)
+
+    def __call__(self, text, add_special_tokens):
+        return SimpleNamespace(input_ids=re.findall(r" ?\w+|\W", text))
+
+
+def test_a_space_before_the_answer_is_its_first_words():
+    example = as_row(SAME[1]).example(Words())
+    assert example.ids[example.start :] == [" 2", "."]
+
+
+def test_a_template_that_leaves_answers_out(chat):
+    chat.chat_template = "{% for m in messages if m.role == 'user' %}<s>{{ m.content }}</s>{% endfor %}"
+    with pytest.raises(QALoraError, match="writes nothing of the answer '2'"):
+        as_row(SAME[1]).example(chat)
 
 
 def test_another_end_than_the_end_of_text(chat):

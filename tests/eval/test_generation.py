@@ -33,6 +33,20 @@ def test_gsm8k(text):
     assert (reasoned.right == 2, direct.right == 2) == WRITTEN[text]  # the second row's are right
 
 
+@pytest.mark.parametrize("odd", ["4", "#### Step 1\n2 + 2\n#### 4", "Much. ####"])
+def test_marks_that_are_not_everywhere_once(odd):
+    """Taken as it comes, one such row would change what all are compared by."""
+    rows = [*GSM8K, as_row({"question": "q", "answer": odd})]
+    with pytest.raises(QALoraError, match=r"(?i)pass an --answer-pattern"):
+        Judge(rows)
+    assert Judge(rows[:2]).marked
+
+
+def test_commas_of_lists_count():
+    assert Judge([as_row({"question": "q", "answer": "3,4"})]).answers(["34"], 0, True).right == 0
+    assert Judge([as_row({"question": "q", "answer": "1,234,567"})]).answers(["1234567."], 0, True).right == 1
+
+
 def test_whole_answers():
     judge = Judge(PLAIN)
     assert (judge.marked, judge.reasons) == (False, False)
@@ -78,6 +92,18 @@ def test_batches_change_nothing(model, tokenizer):
         alone = model.generate(torch.tensor([row]), max_new_tokens=6, do_sample=False)[0, len(row) :]
         assert text == tokenizer.decode(alone, skip_special_tokens=True)
     assert 0 <= unfinished <= 3
+
+
+def test_a_long_row_takes_nothing_from_others(model, tokenizer, monkeypatch):
+    ids = [tokenizer(prompt).input_ids for prompt in (PROMPTS[0], PROMPTS[1], PROMPTS[0])]
+    long, longer = ids[0] * 3, ids[0] * 4
+    expected, _ = generate(model, tokenizer, ids, 6)
+    monkeypatch.setattr(model.config, "max_position_embeddings", len(long) + 2)
+    texts, _ = generate(model, tokenizer, [*ids, long, longer], 6)
+    assert texts[:3] == expected
+    assert texts[4] == ""  # there is no room for it
+    assert len(tokenizer(texts[3]).input_ids) <= 2
+    assert generate(model, tokenizer, [longer], 6) == ([""], 1)
 
 
 def test_what_ends_an_answer(model, tokenizer):

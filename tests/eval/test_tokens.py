@@ -3,7 +3,14 @@ from support.fabricate import make_tokenizer
 
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.eval.examples import read_rows
-from qalora_plugin.eval.tokens import default_texts, read_texts, sample_dataset, tokenize
+from qalora_plugin.eval.tokens import (
+    default_texts,
+    joined_text,
+    load_tokenizer,
+    read_texts,
+    sample_dataset,
+    tokenize,
+)
 
 
 def test_sample_dataset_takes_ids_up_to_the_limit():
@@ -12,13 +19,15 @@ def test_sample_dataset_takes_ids_up_to_the_limit():
     assert sample_dataset([{"chosen_ids": [4, 5], "text": "x"}], 7) == [[4, 5]]
     assert sample_dataset([{"text": "x"}], 7) == []
     assert sample_dataset(None, 7) == []
+    for strange in ([("a", 1)], [{"input_ids": [[1, 2]]}], [{"input_ids": 5}], [{"input_ids": "text"}], ["x"]):
+        assert sample_dataset(strange, 7) == []
 
 
 def test_read_texts(tmp_path):
     (tmp_path / "a.txt").write_text("hello")
     (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}], "n": 1}\n"plain"\n')
     assert read_texts(tmp_path / "a.txt") == ["hello"]
-    assert read_texts(tmp_path / "a.jsonl") == ["user\nhi", "plain"]
+    assert read_texts(tmp_path / "a.jsonl") == ["hi", "plain"]
 
 
 @pytest.mark.parametrize("read", [read_texts, lambda path: [row.answer for row in read_rows(path)]])
@@ -35,8 +44,35 @@ def test_bad_texts(tmp_path, content, match):
         read_texts(tmp_path / "bad.jsonl")
     with pytest.raises(QALoraError, match="does not exist"):
         read_texts(tmp_path / "none.txt")
+    (tmp_path / "bad.json").write_text("[]")
+    with pytest.raises(QALoraError, match="holds data, not text"):
+        read_texts(tmp_path / "bad.json")
+
+
+def test_of_chats_what_was_said():
+    """Beside the messages stand ids and sources, which nobody writes."""
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "you"}]
+    row = {"prompt_id": "f0e3", "messages": said, "source": "hub"}
+    assert joined_text(row) == "hi\nyou"
+    shared = {"id": "1", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "you"}]}
+    assert joined_text(shared) == "hi\nyou"
+    assert joined_text({"messages": [], "text": "plain"}) == "plain"
+    assert joined_text({"messages": ["a", "b"]}) == "a\nb"
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "qwen3", "gemma2"])
+def test_a_tokenizer_without_its_files(model_type, tmp_path):
+    """transformers makes an empty one for these, and every text would be one unknown token or none."""
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{model_type}", "vocab_size": 128}}')
+    with pytest.raises(QALoraError, match="has no tokenizer"):
+        load_tokenizer(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path)("hi").input_ids == make_tokenizer()("hi").input_ids
 
 
 def test_tokenize_cuts_and_stops():
     sequences = tokenize(make_tokenizer(), default_texts(), max_tokens=1000, length=256)
     assert [len(sequence) for sequence in sequences] == [256, 256, 256, 232]
+    for few in (1, -5):
+        with pytest.raises(QALoraError, match=f"{few} tokens were asked for, expected 2 or more"):
+            tokenize(make_tokenizer(), default_texts(), few)

@@ -41,3 +41,22 @@ def load_dense(folder: Path, name: str, **kwargs: Any) -> "PreTrainedModel":
             "the folder again."
         )
     return model
+
+
+def require_whole(folder: Path, name: str) -> None:
+    """Refuse a dense model that :func:`load_dense` would refuse, without reading its weights.
+
+    Raises:
+        QALoraError: as :func:`load_dense`, or transformers cannot load it.
+    """
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        load_dense(folder, name, device_map="meta")
+    except (ImportError, OSError, RuntimeError) as error:  # a package or a file is missing
+        raise QALoraError(f"{name} cannot be loaded: {error}") from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
