@@ -7,7 +7,15 @@ from collections.abc import Iterable
 from qalora_plugin.core.weight import GroupwiseSpec
 
 _EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+FUSED = (  # by their names in transformers, in vLLM 0.32
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("c_fc_0", "c_fc_1"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+)
 _OWN_EXPERTS = ("deepseek_v4", "minimax_m3_vl", "minimax_m3_vl_text")  # model types; read in vLLM 0.32
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from qalora_plugin.core.weight import GroupwiseSpec
 
 _DTYPE_BITS = {"float16": 16, "bfloat16": 16, "float32": 32, "float64": 64}
-_INDEX_BITS = 32  # of a column's group
+INDEX_BITS = 32  # of a column's group
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def served_bits(specs: Iterable[GroupwiseSpec], act_order: bool = False) -> Size
         bits["zeros"] += spec.bits * each
         bits["offsets"] += offset_bits(spec)
         bits["scales_delta"] += dtype_bits(spec.scales_delta_dtype) * each
-        bits["column order"] += _INDEX_BITS * spec.in_features if act_order and spec.has_g_idx else 0
+        bits["column order"] += INDEX_BITS * spec.in_features if act_order and spec.has_g_idx else 0
     return SizeReport(weights, {part: count for part, count in bits.items() if count})
 
 

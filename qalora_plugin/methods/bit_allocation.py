@@ -6,6 +6,7 @@ x is binary; a choice c is a pair (bits, group size). Linears that a server runs
 layer i, so that they end up alike. Solved by HiGHS through scipy: a model of 70B in seconds.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -43,11 +44,17 @@ class Layer:
     Attributes:
         names: of the linears. weights: how many numbers they hold.
         costs: of every choice that their sizes allow, in any unit that adds up over layers.
+        fixed_bits: what they take whatever is chosen: in act-order, the group of every column.
     """
 
     names: tuple[str, ...]
     weights: int
     costs: Mapping[Choice, float]
+    fixed_bits: int = 0
+
+    def bits(self, choice: Choice) -> float:
+        """All that serving them takes."""
+        return self.weights * choice.bits_per_weight + self.fixed_bits
 
 
 def allocate(layers: Sequence[Layer], budget: float) -> dict[str, Choice]:
@@ -63,7 +70,7 @@ def allocate(layers: Sequence[Layer], budget: float) -> dict[str, Choice]:
     require_possible(layers, budget)
     pairs = [(i, choice) for i, layer in enumerate(layers) for choice in layer.costs]
     costs = np.array([layers[i].costs[choice] for i, choice in pairs], dtype=np.float64)
-    sizes = np.array([layers[i].weights * choice.bits_per_weight / total for i, choice in pairs])
+    sizes = np.array([layers[i].bits(choice) / total for i, choice in pairs])
     of_layer = csr_array((np.ones(len(pairs)), ([i for i, _ in pairs], range(len(pairs)))))
     found = milp(
         costs / max(costs.max(), 1e-300),
@@ -82,8 +89,7 @@ def allocate(layers: Sequence[Layer], budget: float) -> dict[str, Choice]:
 
 def served_bits(layers: Sequence[Layer], chosen: Mapping[str, Choice]) -> float:
     """Bits a weight of an allocation, all included."""
-    used = sum(layer.weights * chosen[layer.names[0]].bits_per_weight for layer in layers)
-    return used / sum(layer.weights for layer in layers)
+    return sum(layer.bits(chosen[layer.names[0]]) for layer in layers) / sum(layer.weights for layer in layers)
 
 
 def require_possible(layers: Sequence[Layer], budget: float) -> None:
@@ -97,12 +103,10 @@ def require_possible(layers: Sequence[Layer], budget: float) -> None:
             raise QALoraError(
                 f"{layer.names[0]} fits no group size of {GROUP_SIZES}. Give bits and group_size instead of a budget."
             )
-    least, most = (
-        sum(layer.weights * pick(choice.bits_per_weight for choice in layer.costs) for layer in layers) / total
-        for pick in (min, max)
-    )
+    least, most = (sum(pick(map(layer.bits, layer.costs)) for layer in layers) / total for pick in (min, max))
     if not budget >= least:  # NaN, too
         raise QALoraError(
-            f"a budget of {budget} bits a weight cannot be met: the smallest choice everywhere takes {least:.2f}, the "
-            f"largest {most:.2f} (codes, scales, zero-points and offsets). Use a budget between the two."
+            f"a budget of {budget} bits a weight cannot be met: the smallest choice everywhere takes "
+            f"{math.ceil(least * 100) / 100:.2f}, the largest {most:.2f} (codes, scales, zero-points and offsets). Use "
+            "a budget between the two."
         )

@@ -22,7 +22,7 @@ from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 from qalora_plugin.core.progress import track
 from qalora_plugin.core.words import SUPPORTED_BITS
 from qalora_plugin.eval.limits import fitting_length, vocabulary
-from qalora_plugin.eval.tokens import is_text_file, load_tokenizer, read_texts, require_ids, tokenize
+from qalora_plugin.eval.tokens import is_text_file, joined_text, load_tokenizer, read_texts, require_ids, tokenize
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.integrations.transformers.loading import load_model
 from qalora_plugin.methods.bit_allocation import Choice, allocate, require_possible, served_bits
@@ -122,7 +122,7 @@ def quantize(
     files.require_finite(track(files.tensors, "reading"))
     plan = {}
     if budget is not None:
-        plan = plan_for(folder, [row["input_ids"] for row in calibration], budget, fisher, to_be_quantized)
+        plan = plan_for(folder, [row["input_ids"] for row in calibration], budget, fisher, to_be_quantized, act_order)
     if plan:
         (bits, group_size), _ = Counter(plan.values()).most_common(1)[0]
     fewest = min((choice.bits for choice in plan.values()), default=bits)
@@ -151,12 +151,17 @@ def quantize(
 
 
 def plan_for(
-    folder: Path, sequences: list[list[int]], budget: float, fisher: bool, to_be_quantized: Collection[str] = ()
+    folder: Path,
+    sequences: list[list[int]],
+    budget: float,
+    fisher: bool,
+    to_be_quantized: Collection[str] = (),
+    act_order: bool = False,
 ) -> dict[str, Choice]:
     """Bits and group size of every linear of a 16-bit model, within ``budget`` bits a weight, all included.
 
     Args:
-        to_be_quantized: those that count, where that is known; else all but the head.
+        to_be_quantized: those that count, where that is known; else all but the head. act_order: of the base.
     """
     model = load_model(folder, dtype=torch.bfloat16).eval()
     stacked = (name for name, part in model.named_parameters() if ".experts." in name and part.dim() > 2)
@@ -171,8 +176,8 @@ def plan_for(
         linears = {name: part for name, part in linears.items() if name in to_be_quantized}
     if not linears:
         raise QALoraError(f"a {type(model).__name__} holds no linears to spend a budget on. Give bits instead.")
-    require_possible(sizes(linears), budget)
-    layers = measure(model, linears, sequences[:_MEASURED], fisher)
+    require_possible(sizes(linears, act_order), budget)
+    layers = measure(model, linears, sequences[:_MEASURED], fisher, act_order)
     chosen = allocate(layers, budget)
     counts = Counter(chosen.values())
     kinds = ", ".join(f"{counts[choice]} × {choice.bits} bit g {choice.group_size}" for choice in sorted(counts))
@@ -237,9 +242,9 @@ def _hub_texts(name: str, rows: int) -> list[str]:
     from datasets import load_dataset
 
     try:
-        dataset = load_dataset(name, split="train", streaming=True)
-    except (OSError, ValueError) as error:
+        return [joined_text(row) for row in load_dataset(name, split="train", streaming=True).take(rows)]
+    except Exception as error:  # whatever datasets, the Hub and the network raise, between two rows, too
         raise QALoraError(
-            f"{name!r} is neither a local .txt/.jsonl file nor a dataset that can be had from the Hub: {error}"
+            f"{name!r} is neither a local .txt/.jsonl file nor a dataset that can be had from the Hub: {error}. Pass "
+            "one of these, or try again."
         ) from error
-    return ["\n".join(value for value in row.values() if isinstance(value, str)) for row in dataset.take(rows)]

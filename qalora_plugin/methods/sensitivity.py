@@ -25,6 +25,7 @@ from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.progress import track
 from qalora_plugin.core.words import codes_per_period
 from qalora_plugin.formats.fusion import FUSED
+from qalora_plugin.formats.served_bits import INDEX_BITS
 from qalora_plugin.methods.bit_allocation import CHOICES, Choice, Layer
 from qalora_plugin.methods.dense_source import Linear, as_matrix
 
@@ -39,12 +40,14 @@ def measure(
     linears: Mapping[str, Linear],
     sequences: Iterable[list[int]],
     fisher: bool = False,
+    act_order: bool = False,
     progress: bool = True,
 ) -> list[Layer]:
     """The layers of ``linears``, by name, with the cost of every choice that their sizes allow.
 
     Args:
-        sequences: token ids of calibration text. fisher: weight by it; takes a backward pass.
+        sequences: token ids of calibration text. fisher: weight by it; takes a backward pass. act_order: of what will
+            be made of them.
 
     Raises:
         QALoraError: a linear that no text comes to, or that holds or is given NaN: nothing says what it would lose.
@@ -72,7 +75,7 @@ def measure(
     for name, found in costs.items():
         if not all(map(math.isfinite, found.values())):
             raise _cannot_tell(f"{name} holds NaN or Inf, or is given them")
-    return [_layer(names, linears, costs) for names in fused(linears)]
+    return [_layer(names, linears, costs, act_order) for names in fused(linears)]
 
 
 def _cannot_tell(why: str) -> QALoraError:
@@ -82,10 +85,10 @@ def _cannot_tell(why: str) -> QALoraError:
     )
 
 
-def sizes(linears: Mapping[str, Linear]) -> list[Layer]:
+def sizes(linears: Mapping[str, Linear], act_order: bool = False) -> list[Layer]:
     """The layers of ``linears``, and what choices their sizes allow; costs are not known yet, and 0."""
     free = {name: dict.fromkeys(_choices(as_matrix(linear)), 0.0) for name, linear in linears.items()}
-    return [_layer(names, linears, free) for names in fused(linears)]
+    return [_layer(names, linears, free, act_order) for names in fused(linears)]
 
 
 def fused(names: Iterable[str]) -> list[tuple[str, ...]]:
@@ -98,12 +101,15 @@ def fused(names: Iterable[str]) -> list[tuple[str, ...]]:
     return [tuple(found) for found in together.values()]
 
 
-def _layer(names: tuple[str, ...], linears: Mapping[str, Linear], costs: Mapping[str, dict[Choice, float]]) -> Layer:
+def _layer(
+    names: tuple[str, ...], linears: Mapping[str, Linear], costs: Mapping[str, dict[Choice, float]], act_order: bool
+) -> Layer:
     possible = set.intersection(*(set(costs[name]) for name in names))
     return Layer(
         names,
         sum(linears[name].weight.numel() for name in names),
         {choice: sum(costs[name][choice] for name in names) for choice in CHOICES if choice in possible},
+        sum(INDEX_BITS * as_matrix(linears[name]).shape[1] for name in names) if act_order else 0,
     )
 
 

@@ -58,3 +58,15 @@ def test_a_budget_that_nothing_meets_names_the_nearest():
 def test_what_a_choice_takes():
     assert Choice(4, 32).bits_per_weight == 4 + 36 / 32
     assert Choice(2, 128).bits_per_weight == 2 + 34 / 128
+
+
+def test_what_every_choice_takes_beside_counts():
+    """In act-order the group of every column, which no choice of bits makes smaller."""
+    plain = layers(6)
+    ordered = [Layer(one.names, one.weights, one.costs, fixed_bits=one.weights // 8) for one in plain]
+    chosen = allocate(ordered, 3.3)
+    assert served_bits(ordered, chosen) <= 3.3 + 1e-9
+    assert served_bits(plain, chosen) == pytest.approx(served_bits(ordered, chosen) - 1 / 8)
+    assert allocate(plain, 3.3 - 1 / 8) == chosen
+    with pytest.raises(QALoraError, match="cannot be met"):
+        allocate(ordered, 2.35)  # which nothing beside would leave room for

@@ -131,7 +131,7 @@ def test_models(refused, dense, merged, tmp_path):
 @pytest.mark.parametrize("budget", [1.5, float("nan")])
 def test_a_budget_that_nothing_meets_is_refused_before_anything_is_measured(dense, monkeypatch, budget):
     monkeypatch.setattr(quantizing, "measure", lambda *_: pytest.fail("measured"))
-    with pytest.raises(QALoraError, match=r"cannot be met: the smallest choice everywhere takes 2\.47"):
+    with pytest.raises(QALoraError, match=r"cannot be met: the smallest choice everywhere takes 2\.48"):
         plan_for(dense, SEQUENCES, budget, False)
 
 
@@ -304,3 +304,30 @@ def test_a_config_that_transformers_cannot_build(refused, saved):
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"hidden_act": "none such"}))
     assert "cannot be loaded as a 16-bit model" in refused(folder)
+
+
+CHATS = [
+    {"prompt_id": "f0e3", "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "you"}]}
+]
+
+
+class Hub:
+    """A dataset that comes row by row, over a network that may end."""
+
+    def __init__(self, rows, error=None):
+        self.rows, self.error = rows, error
+
+    def take(self, count):
+        yield from self.rows[:count]
+        if self.error:
+            raise self.error
+
+
+def test_texts_of_a_hubs_chats(monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Hub(CHATS))
+    assert quantizing._hub_texts("some/chats", 8) == ["hi\nyou"]
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Hub(CHATS, TimeoutError("read timed out")))
+    with pytest.raises(
+        QALoraError, match=r"neither a local .* nor a dataset that can be had from the Hub: read timed out"
+    ):
+        quantizing._hub_texts("some/chats", 8)

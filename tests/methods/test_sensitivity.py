@@ -134,3 +134,18 @@ def test_a_conv1d_costs_what_the_linear_of_the_same_weight_does():
     assert found == expected
     x, y = torch.rand(64) + 0.1, torch.rand(96)
     assert _costs(as_matrix(conv), x, y) == pytest.approx(_costs(linear.weight, x, y))
+
+
+def test_the_order_of_columns_counts(one_layer):
+    linears = {name: part for name, part in one_layer.model.named_modules() if isinstance(part, nn.Linear)}
+    for plain, ordered in zip(sizes(linears), sizes(linears, act_order=True), strict=True):
+        columns = sum(linears[name].in_features for name in plain.names)
+        assert (plain.fixed_bits, ordered.fixed_bits) == (0, 32 * columns)
+
+
+def test_what_vllm_fuses_in_other_families():
+    names = ["a.in_proj_qkv", "a.in_proj_z", "a.in_proj_b", "a.in_proj_a", "a.out_proj", "a.kv_a_proj_with_mqa"]
+    assert fused([*names, "a.q_a_proj"]) == [
+        ("a.in_proj_qkv", "a.in_proj_z"), ("a.in_proj_b", "a.in_proj_a"), ("a.out_proj",),
+        ("a.kv_a_proj_with_mqa", "a.q_a_proj"),
+    ]  # fmt: skip
