@@ -102,6 +102,14 @@ def check_config(config: dict, path: Path) -> None:
     """Refuse what no PEFT adapter has in its config where a merge reads it."""
 
     remedy = "Save the adapter again"
+    check_kinds(config, path, remedy)
+    recorded = (config.get("qalora") or {}).get("base_fingerprint")
+    _require(isinstance(recorded, str | None), path, "qalora.base_fingerprint", recorded, "a string", remedy)
+    check_numbers(config, path, remedy)
+
+
+def check_kinds(config: dict, what: object, remedy: str) -> None:
+    """Refuse values of another kind than PEFT's fields have: of a ``LoraConfig`` or a stored one."""
     for name, kind, expected in (
         ("qalora", dict, "an object"),
         ("rank_pattern", dict, "an object"),
@@ -109,10 +117,16 @@ def check_config(config: dict, path: Path) -> None:
         ("use_rslora", bool, "a boolean"),
         ("base_model_name_or_path", str, "a string"),
     ):
-        _require(isinstance(config.get(name), kind | None), path, name, config.get(name), expected, remedy)
-    recorded = (config.get("qalora") or {}).get("base_fingerprint")
-    _require(isinstance(recorded, str | None), path, "qalora.base_fingerprint", recorded, "a string", remedy)
-    check_numbers(config, path, remedy)
+        _require(isinstance(config.get(name), kind | None), what, name, config.get(name), expected, remedy)
+    listed = (
+        ("target_modules", str, "names"),
+        ("exclude_modules", str, "names"),
+        ("layers_to_transform", int, "numbers"),
+    )
+    for name, item, expected in listed:
+        found = config.get(name)
+        parts = found if isinstance(found, list | set | tuple) else () if found is None else (found,)
+        _require(all(isinstance(part, item) for part in parts), what, name, found, expected, remedy)
 
 
 def check_numbers(config: dict, what: object, remedy: str) -> None:

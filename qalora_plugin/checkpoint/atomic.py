@@ -22,6 +22,7 @@ from qalora_plugin.checkpoint.termination import Termination
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 
 _CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS}
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FOLDER, _LOCK = "folder", "lock"
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -120,7 +121,7 @@ def _make_work_folder(parent: int, out: Path) -> tuple[Path, int, int]:
             handle = os.open(work.name, _OPEN_FOLDER, dir_fd=parent)
             lock = os.open(_LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=handle)
             own = os.fstat(lock).st_uid == os.fstat(handle).st_uid  # whoever a network disk takes us for
-            if own and _take(lock) and _is_named(handle, _LOCK, lock):
+            if own and _take(lock) is not False and _is_named(handle, _LOCK, lock):
                 return work, handle, lock
         except (FileNotFoundError, NotADirectoryError):
             pass
@@ -160,9 +161,10 @@ def _sweep_one(parent: int, name: str, handle: int, out: Path) -> None:
             os.rmdir(name, dir_fd=parent)
         return
     try:
-        if not _take(lock):
+        taken = _take(lock)
+        if taken is False:
             raise QALoraError(f"another process is writing {out} right now. Wait for it, or choose another name.")
-        if _is_named(handle, _LOCK, lock):
+        if taken and _is_named(handle, _LOCK, lock):
             _remove(parent, name, handle)
     finally:
         os.close(lock)
@@ -263,11 +265,16 @@ def _prefix(out: Path) -> str:
     return f".{os.fsdecode(os.fsencode(out.name)[:_LONGEST_NAME])}.partial-"
 
 
-def _take(lock: int) -> bool:
+def _take(lock: int) -> bool | None:
+    """Whether the lock is ours now; None on a disk without locks (some of Lustre): there leftovers stay."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return None
     return True
 
 
@@ -280,11 +287,7 @@ def _is_named(folder: int, name: str, handle: int) -> bool:
 
 
 def _is_there(folder: int, name: str) -> bool:
-    try:
-        os.stat(name, dir_fd=folder, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return True
+    return os.access(name, os.F_OK, dir_fd=folder, follow_symlinks=False)
 
 
 def _is_out_of_space(error: BaseException) -> bool:

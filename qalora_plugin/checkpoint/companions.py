@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 _TOKENIZER_CONFIG, _TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"
 _TOKENIZER_FILES = (
     "tokenizer*.json", _TOKENS_MAP, "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken",
-    "*.model", "chat_template*.json", "*.jinja",
+    "*.model", "*.model.v*", "tekken.json", "chat_template*.json", "*.jinja",
 )  # fmt: skip
 _PROCESSOR_FILES = ("*processor_config.json",)
 _OTHER_FILES = (
@@ -25,6 +25,7 @@ _OTHER_FILES = (
     "USE_POLICY*", "modeling_*.py", "configuration_*.py", "tokenization_*.py", "tokenizer_*.py", "processing_*.py",
     "*_processing_*.py", "feature_extraction_*.py",
 )  # fmt: skip
+_NAMED_TEMPLATES = "additional_chat_templates"  # a folder, as transformers writes it
 _CODE_FILES = ("*.py",)  # all of a model that has its own: the files import one another
 _LARGEST = 256 << 20  # bytes; the largest tokenizers take 40 MB
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")
@@ -47,13 +48,17 @@ def copy_companions(base: Path, adapter: Path, work: Path) -> None:
     for path in adapter.iterdir():
         if _is_any_of(path, trained):
             _copy_companion(path, adapter, work)
+    named = (adapter if _has_tokenizer(adapter) else base) / _NAMED_TEMPLATES
+    for path in named.glob("*.jinja"):
+        (work / _NAMED_TEMPLATES).mkdir(exist_ok=True)
+        _copy_companion(path, named.parent, work / _NAMED_TEMPLATES)
 
 
 def _copy_companion(path: Path, folder: Path, work: Path) -> None:
     if path.name.startswith(".") or not path.is_file():
         return
     why_not = None
-    if path.resolve().parent not in _own_places(folder.resolve()):
+    if path.resolve().parent not in {*_own_places(folder.resolve()), folder.resolve() / _NAMED_TEMPLATES}:
         why_not = "it is a link that leads out of its folder. Put the file itself there if it belongs to the model"
     elif path.stat().st_size > _LARGEST:
         why_not = f"it has {path.stat().st_size / 1e6:.0f} MB"

@@ -6,7 +6,10 @@ from typing import Any
 
 from qalora_plugin.core.errors import QALoraError
 
-_HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+_HUB_PATTERNS = [
+    "*.safetensors", "*.json", "*.txt", "*.model", "*.model.v*", "*.jinja", "*.tiktoken", "*.py", "LICENSE*",
+    "LICENCE*", "License*", "license*", "NOTICE*", "Notice*", "COPYING*", "USE_POLICY*",
+]  # fmt: skip
 
 
 def is_local(path: str | Path) -> bool:

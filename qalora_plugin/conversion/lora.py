@@ -15,12 +15,12 @@ from safetensors.numpy import save_file
 
 from qalora_plugin.checkpoint.adapter_folder import CONFIG_NAME, WEIGHTS_NAME, AdapterFolder
 from qalora_plugin.checkpoint.atomic import new_folder, require_absent, require_space
-from qalora_plugin.checkpoint.hub import expanded
+from qalora_plugin.checkpoint.places import absolute, require_place
 from qalora_plugin.checkpoint.tensors import all_finite
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 
-_OURS = ("qalora", "qalora_group_size", "use_qalora", "exclude_modules")
+_OURS = ("qalora", "qalora_group_size", "use_qalora", "exclude_modules", "linears", "shared_a")
 
 
 @dataclass
@@ -54,10 +54,9 @@ def export_lora(
 
     Raises:
         QALoraError: not an adapter of ours, one with trained scales, another base, no base to be found, or ``out``
-            exists.
+            exists, lies in the base's folder or cannot be written.
     """
-    out = expanded(out)
-    require_absent(out)
+    require_absent(out := absolute(out))
     opened = AdapterFolder.open(adapter)
     if opened.experts:
         raise QALoraError(
@@ -72,6 +71,7 @@ def export_lora(
     base = base or opened.config.get("base_model_name_or_path")
     if not base:
         raise QALoraError(f"the adapter {opened.folder} does not name its base. Pass it: --base BASE.")
+    require_place(out, base, "the output")
     source = QuantizedCheckpoint.open(base, revision)
     source.check_values()
     opened.require_base(source.fingerprint(opened.base_fingerprint), base)

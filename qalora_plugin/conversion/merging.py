@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
 from qalora_plugin.checkpoint.atomic import link_or_copy, new_folder, require_space, same_disk
@@ -22,6 +23,7 @@ from qalora_plugin.checkpoint.json_files import read_json
 from qalora_plugin.checkpoint.places import require_place
 from qalora_plugin.conversion.added import added, added_bytes, merged_specs, share_lost, usual_dtype
 from qalora_plugin.conversion.card import model_card
+from qalora_plugin.conversion.gptq_config import gptq_config
 from qalora_plugin.conversion.strength import PICTURE_NAME, picture, strengths
 from qalora_plugin.conversion.writer import ShardWriter, write_config, write_index
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
@@ -146,6 +148,7 @@ def merge(
         served = served_bits(specs.values(), source.act_order)
         card = model_card(out.name, quantization, opened, new_bytes, files.nbytes, served, factored)
         (work / "README.md").write_text(card, encoding="utf-8")
+        QuantizedCheckpoint.open(work)  # what could not be opened is no merge
         _require_unchanged(files, shards)
     logger.info("merged %d linears into %s (%.1f MB new)", len(opened.modules), out, new_bytes / 1e6)
     return MergeResult(out, len(opened.modules), new_bytes, linked, factored, served)
@@ -250,10 +253,17 @@ def _write_added(
 def _quantization_config(base: QuantizedCheckpoint) -> dict:
     """The base's quantization, as its tensors show it where configs are known to err (``sym``, ``desc_act``)."""
     stated, specs = base.files.quantization, base.specs.values()
-    return {
+    settings: dict[str, Any] = {
         "bits": Counter(spec.bits for spec in specs).most_common(1)[0][0],  # if the base names none
         "group_size": Counter(spec.group_size for spec in specs).most_common(1)[0][0],
         **{key: stated[key] for key in _KEPT_KEYS if stated.get(key) is not None},
+    }
+    kinds = {(spec.bits, -1 if spec.groups == 1 else spec.group_size) for spec in specs}
+    if len(kinds) > 1 and not stated.get("dynamic"):  # said in words of another tool's, as AutoRound's extra_config
+        found = gptq_config(base.files, base.specs, base.format.reading, base.symmetric)
+        settings |= {key: found[key] for key in ("bits", "group_size", "dynamic") if key in found}
+    return {
+        **settings,
         "desc_act": base.act_order,
         "sym": base.symmetric,
         "checkpoint_format": base.format.reading,

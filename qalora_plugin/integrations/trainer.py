@@ -18,6 +18,7 @@ from qalora_plugin.eval.tokens import sample_dataset
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.formats.qalora import AUTO, require_offset_dtype, require_offset_form
 from qalora_plugin.integrations.peft.adapter import QALoraLayer
+from qalora_plugin.integrations.peft.binding import require_own_embeddings
 from qalora_plugin.integrations.peft.ranks import require_one_adapter, require_one_base
 from qalora_plugin.integrations.peft.resuming import unwrapped
 from qalora_plugin.integrations.peft.sharded import make_shardable, refuse_fsdp1
@@ -39,6 +40,24 @@ def _require_alone(model: Any) -> None:
         )
 
 
+def _require_mergeable(model: Any, config: Any) -> None:
+    """Refuse to train what no merge could hold, which PEFT and transformers allow after the adapter was made."""
+    if config.modules_to_save:
+        raise QALoraError(
+            f"the adapter would save {', '.join(config.modules_to_save)} beside itself, and no merge could hold that. "
+            "Take the model as add_adapter(load_base(…), …) makes it."
+        )
+    trained = [name for name, part in model.named_parameters() if part.requires_grad and "lora_" not in name]
+    if trained:
+        raise QALoraError(
+            f"{len(trained)} parameters train beside the adapter ({trained[0]} …), and a merge keeps the base's. "
+            "Freeze them: requires_grad_(False)."
+        )
+    if not is_to_be_sharded() and hasattr(model, "get_base_model"):
+        base = model.get_base_model()
+        require_own_embeddings(base, base.hf_quantizer.checkpoint)
+
+
 def _adapted(model: Any) -> set[str]:
     """The adapted linears, by their names on disk."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -47,7 +66,18 @@ def _adapted(model: Any) -> set[str]:
     return {quantizer.names[unwrapped(name)] for name in layers}
 
 
-class QALoraMergeCallback(TrainerCallback):
+class AveragedWeights(TrainerCallback):
+    """Ends training with the weights that a schedule-free optimizer evaluates. It trains others, and transformers goes
+    back to those after each evaluation."""
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if callable(average := getattr(kwargs.get("optimizer"), "eval", None)):
+            average()
+
+
+class QALoraMergeCallback(AveragedWeights):
     """Save adapter and tokenizer to ``args.output_dir`` and merge them into ``out`` at the end of training.
 
     Args:
@@ -138,6 +168,7 @@ class QALoraMergeCallback(TrainerCallback):
                 "peft_config=LoraConfig(…)."
             )
         _require_alone(model)
+        _require_mergeable(model, config)
         require_one_base(config.qalora["base_fingerprint"])
         self._require_places(args)
         self._require_base(config, model)
@@ -153,6 +184,7 @@ class QALoraMergeCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = kwargs["model"]
+        super().on_train_end(args, state, control, **kwargs)
         # Where ranks share the weights, all of them give their parts.
         whole = {"state_dict": full_adapter(model)} if is_to_be_sharded() else {}
         if state.is_world_process_zero:
@@ -172,5 +204,6 @@ class QALoraMergeCallback(TrainerCallback):
 
     def _samples(self, loaders: dict[str, Any]) -> list[list[int]] | None:
         """Token sequences of the run's data; None if it holds no ids, as before TRL's GRPO generates."""
-        loader = loaders.get("eval_dataloader") or loaders.get("train_dataloader")
+        given = (loaders.get(name) for name in ("eval_dataloader", "train_dataloader"))
+        loader = next((one for one in given if one is not None), None)  # streams have no length to be true by
         return sample_dataset(getattr(loader, "dataset", None), self.verify_tokens) or None

@@ -1,5 +1,6 @@
 """Folders that are complete or absent: nothing of anybody else's is touched, whatever lies in the way."""
 
+import errno
 import os
 import re
 import signal
@@ -249,3 +250,19 @@ def test_whether_a_place_can_be_written_is_found_out_without_a_trace(tmp_path, m
     monkeypatch.setattr(places, "mkdtemp", lambda **_: pytest.fail("something with a name"))
     places.require_writable(tmp_path / "out", "--out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_locks(tmp_path, monkeypatch):
+    """Lustre, unless mounted for them: work goes on, and what killed runs left there stays."""
+
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(atomic.fcntl, "flock", no_locks)
+    left = tmp_path / ".out.partial-1"
+    (left / "folder").mkdir(parents=True)
+    (left / "lock").touch()
+    with new_folder(tmp_path / "out") as work:
+        (work / "file").write_text("whole")
+    assert (tmp_path / "out" / "file").read_text() == "whole"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial-1", "out"]

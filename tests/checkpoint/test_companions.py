@@ -151,3 +151,19 @@ def test_a_tokenizer_that_cannot_be_loaded_fails_no_merge(base, adapter, tmp_pat
     out = merge(base, folder, tmp_path / "out", progress=False).folder
     assert token_ids(out) == token_ids(base)
     assert "a tokenizer cannot be loaded" in caplog.text
+
+
+def test_all_that_tokenizers_are_made_of_and_licences_come_along(base, adapter, tmp_path):
+    old = old_base(base, tmp_path / "base")
+    named = old / "additional_chat_templates"
+    named.mkdir()
+    files = ("tekken.json", "tokenizer.model.v3", "USE_POLICY.md", "additional_chat_templates/tool_use.jinja")
+    for name in files:
+        (old / name).write_text("{}")
+    (named / "notes.txt").write_text("not a template")
+    out = merge(old, adapter, tmp_path / "out", progress=False).folder
+    assert all((out / name).read_text() == "{}" for name in files)
+    assert not (out / "additional_chat_templates" / "notes.txt").exists()
+    own = trained(adapter, tmp_path / "own")
+    out = merge(old, own, tmp_path / "again", progress=False).folder
+    assert not (out / "additional_chat_templates").exists()  # it is another tokenizer's

@@ -90,3 +90,14 @@ def test_diverged_adapter_is_refused(base, adapter, tmp_path):
     save_file(tensors, broken / "adapter_model.safetensors")
     with pytest.raises(QALoraError, match="holds NaN or Inf"):
         export_lora(broken, tmp_path / "out", base)
+
+
+def test_nothing_of_ours_is_left_in_the_config(base, adapter, tmp_path):
+    config = json.loads((export_lora(adapter, tmp_path / "out", base).folder / "adapter_config.json").read_text())
+    assert config.keys() <= set(peft.LoraConfig.__dataclass_fields__) | {"peft_version"}
+
+
+def test_the_base_stays_as_it_is(base, adapter):
+    with pytest.raises(QALoraError, match="which is the base's folder, or inside it"):
+        export_lora(adapter, base / "lora", base)
+    assert not (base / "lora").exists()

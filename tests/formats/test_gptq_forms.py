@@ -166,6 +166,9 @@ def test_auto_rounds_settings_by_module(tmp_path):
     }
     edit(base, **AUTO_ROUND, dynamic=None, packing_format="auto_round:auto_gptq", extra_config=extra)
     assert same(weights(base), expected)
+    adapter = make_adapter(base, tmp_path / "adapter")
+    merged = merge(base, adapter, tmp_path / "merged", progress=False).folder
+    assert verify(base, adapter, merged, [IDS[0].tolist()], device="cpu", progress=False).passed
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Loading through transformers: bases with ``load_base``, merged checkpoints with plain ``from_pretrained``."""
 
+import json
 import shutil
 
 import pytest
@@ -124,3 +125,19 @@ def test_a_class_with_a_head_of_its_own_loads_a_merged_model(merged):
     """Its head is new, as transformers says; what the checkpoint's own class has is not to be missing."""
     model = AutoModelForSequenceClassification.from_pretrained(merged, num_labels=3)
     assert model.score.weight.shape[0] == 3
+
+
+def test_code_of_a_models_own_is_asked_for_once(tmp_path):
+    """``trust_remote_code`` and the like reach the config, too, which comes before the model."""
+    folder = make_base(tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    auto = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": auto}))
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    model = load_base(folder, trust_remote_code=True, dtype=torch.float32)
+    assert type(model).__name__ == "OwnModel"
+    assert isinstance(model.model.layers[0].mlp.up_proj, QuantLinear)

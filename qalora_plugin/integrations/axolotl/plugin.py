@@ -122,12 +122,14 @@ class QALoraPlugin(BasePlugin):
         """Say once what training runs on, and keep a few token sequences for the verification after the merge."""
         if cfg.adapter != ADAPTER:
             return
+        from qalora_plugin.integrations.trainer import AveragedWeights
         from qalora_plugin.layers.summary import training_dtype, training_summary
 
         for line in training_summary(
             trainer.model, training_dtype(trainer.model, trainer.args.bf16, trainer.args.fp16)
         ):
             LOG.info("qalora: %s", line)
+        trainer.add_callback(AveragedWeights())
         if cfg.rl:
             # TRL wraps the base in the adapter itself, and Axolotl then saves both: let the base save the adapter.
             trainer.model.get_base_model().save_pretrained = trainer.model.save_pretrained
@@ -173,6 +175,8 @@ class _MergedOnSave:
         return self
 
     def save_pretrained(self, folder: str, **kwargs: Any) -> None:
+        if self._cfg.qalora.merge_dir:
+            LOG.warning("qalora.merge_dir is where training merges; axolotl merge-lora always writes %s", folder)
         _merge(self._cfg, self._cfg.lora_model_dir, folder)
 
 

@@ -161,7 +161,7 @@ def targeted(
     as_named = (lambda given: given) if names is None else names.as_in_model
     config = LoraConfig(
         target_modules=as_named(cfg.get("lora_target_modules") or [])
-        if not cfg.get("lora_target_linear")
+        if not (cfg.get("lora_target_linear") or cfg.get("lora_target_modules") == "all-linear")
         else sorted(_leaves(modules if names is None else names.stored)),
         exclude_modules=as_named(cfg.get("lora_exclude_modules") or None),
         layers_to_transform=cfg.get("peft_layers_to_transform"),

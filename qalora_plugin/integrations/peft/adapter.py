@@ -16,7 +16,14 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from qalora_plugin.checkpoint.adapter_config import Ratios, check_numbers, check_pooling, check_wishes, is_bound
+from qalora_plugin.checkpoint.adapter_config import (
+    Ratios,
+    check_kinds,
+    check_numbers,
+    check_pooling,
+    check_wishes,
+    is_bound,
+)
 from qalora_plugin.checkpoint.adapter_folder import PEFT_TYPE
 from qalora_plugin.checkpoint.json_files import short
 from qalora_plugin.core.delta import OffsetDelta, ScaleDelta
@@ -54,6 +61,9 @@ class QALoraConfig(LoraConfig):
         if self.qalora is not None:
             self.qalora = dict(self.qalora)  # often another adapter's
             self.use_qalora = False  # set in what is saved, see to_dict
+        check_kinds(vars(self), "the adapter's config", "Correct it")
+        if self.lora_dropout is None:
+            self.lora_dropout = 0.0
         super().__post_init__()
         refuse_peft_fields(self)
         if isinstance(self.r, Integral) and not isinstance(self.r, bool):

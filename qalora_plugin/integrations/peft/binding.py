@@ -31,6 +31,8 @@ from qalora_plugin.layers.linear import QuantLinear, ReadableQuantLinear
 
 logger = logging.getLogger(__name__)
 
+_WITH_A_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
 _DENSE_LAYERS = (
     nn.Linear,
     Conv1D,
@@ -51,6 +53,11 @@ def bind_config(
         scales, scales_lr_ratio: of :class:`QALoraConfig`; default: as ``config`` asks for, if it does.
     """
     require_new_base(model)
+    if (task := getattr(config.task_type, "value", config.task_type)) in _WITH_A_HEAD:
+        raise QALoraError(
+            f"task_type {task!r} trains a head of its own beside the adapter, which no merge could hold. Use "
+            "'CAUSAL_LM'."
+        )
     quantizer: Any = model.hf_quantizer
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
     given = getattr(config, "qalora", None) or {}
@@ -60,16 +67,9 @@ def bind_config(
     fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
     for name in ("peft_type", "runtime_config", "qalora"):
         fields.pop(name, None)
-    _require_own_embeddings(model, quantizer.checkpoint)
+    require_own_embeddings(model, quantizer.checkpoint)
     bound = QALoraConfig(**fields)
-    if not bound.target_modules:
-        raise QALoraError("no target_modules are given. Pass target_modules='all-linear', or names of linears.")
-    names = _linear_names(model, quantizer.names, layers)
-    for field in FIELDS:
-        setattr(bound, field, names.as_in_model(getattr(bound, field)))
-    check_config_patterns(vars(bound), list(layers), "the adapter's config")  # what no merge would read later
-    names.check(vars(bound))
-    targets = _restrict_to_quantized(model, bound, layers)
+    targets = aim(model, bound)
     group_sizes = {layers[name].group_size for name in targets}
     bound.qalora = {
         "format_version": ADAPTER_FORMAT,
@@ -87,6 +87,37 @@ def bind_config(
     return bound
 
 
+def aim(model: PreTrainedModel, config: QALoraConfig) -> list[str]:
+    """Turn ``config``'s targets to the quantized linears alone, by their names in the model; returns these linears.
+
+    Raises:
+        QALoraError: none, or something that can have no adapter.
+    """
+    if not config.target_modules:
+        raise QALoraError("no target_modules are given. Pass target_modules='all-linear', or names of linears.")
+    modules = _without_adapters(model)
+    layers = {name: module for name, module in modules.items() if isinstance(module, QuantLinear)}
+    quantizer: Any = model.hf_quantizer
+    names = _linear_names(modules, quantizer.names, layers)
+    for field in FIELDS:
+        setattr(config, field, names.as_in_model(getattr(config, field)))
+    check_config_patterns(vars(config), list(layers), "the adapter's config")  # what no merge would read later
+    names.check(vars(config))
+    return _restrict_to_quantized(model, config, modules, layers)
+
+
+def _without_adapters(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by name, as if those that have an adapter had none."""
+    found, inside = {}, "\0"
+    for name, module in model.named_modules():
+        if name.startswith(inside):
+            continue
+        if isinstance(module, QALoraLayer):
+            inside, module = f"{name}.", module.get_base_layer()
+        found[name] = module
+    return found
+
+
 def require_new_base(model: nn.Module) -> None:
     """Refuse what :func:`load_base` has not loaded, or what has an adapter already."""
     linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
@@ -102,16 +133,16 @@ def require_new_base(model: nn.Module) -> None:
         )
 
 
-def _linear_names(model: PreTrainedModel, names: dict[str, str], layers: dict[str, QuantLinear]) -> LinearNames:
+def _linear_names(modules: Iterable[str], names: dict[str, str], layers: dict[str, QuantLinear]) -> LinearNames:
     stored = {}
     for name, layer in layers.items():
         parent, _, leaf = names[name].rpartition(".")
         experts = range(layer.experts) if isinstance(layer, QuantExpertLinear) else ()
         stored[name] = [f"{parent}.{i}.{leaf}" for i in experts] or [names[name]]
-    return LinearNames(stored, (name for name, _ in model.named_modules()))
+    return LinearNames(stored, modules)
 
 
-def _require_own_embeddings(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+def require_own_embeddings(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Refuse embeddings that were resized for new tokens: PEFT would save them, and a merge could not hold them."""
     embeddings: Any = model.get_input_embeddings()
     names = {f"{name}.weight" for name, module in model.named_modules() if module is embeddings}
@@ -124,7 +155,9 @@ def _require_own_embeddings(model: PreTrainedModel, checkpoint: Checkpoint) -> N
         )
 
 
-def _restrict_to_quantized(model: PreTrainedModel, config: QALoraConfig, layers: dict[str, QuantLinear]) -> list[str]:
+def _restrict_to_quantized(
+    model: PreTrainedModel, config: QALoraConfig, modules: dict[str, nn.Module], layers: dict[str, QuantLinear]
+) -> list[str]:
     """Exclude what the target patterns match besides, saying so; returns the quantised linears that get an adapter."""
     every = config.target_modules == "all-linear"
     if every:
@@ -133,17 +166,17 @@ def _restrict_to_quantized(model: PreTrainedModel, config: QALoraConfig, layers:
         config.target_modules = targets  # type: ignore[assignment]  # PEFT itself makes a set of a list
     matched = {
         name: isinstance(module, (*_DENSE_LAYERS, QuantLinear, QuantExperts))
-        for name, module in model.named_modules()
+        for name, module in modules.items()
         if name and check_target_module_exists(config, name)
     }
     if other := next((name for name, can_have_one in matched.items() if not (can_have_one or every)), None):
         raise QALoraError(
-            f"target_modules match {other}, a {type(model.get_submodule(other)).__name__}, which can have no adapter. "
+            f"target_modules match {other}, a {type(modules[other]).__name__}, which can have no adapter. "
             f"Name linears: {_leaves(layers)}."
         )
     barred = {name for name in layers if name in matched and _is_barred(config, model, name, layers[name])}
     quantised = [name for name in layers if name in matched.keys() - barred]
-    holders = {name for name in matched if isinstance(model.get_submodule(name), QuantExperts)}  # of what is matched
+    holders = {name for name in matched if isinstance(modules[name], QuantExperts)}  # of what is matched
     dense = matched.keys() - layers.keys() - holders
     if not quantised:
         found = sorted(dense) or sorted(barred)

@@ -7,8 +7,10 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+from transformers.integrations import PeftAdapterMixin
 
 from qalora_plugin.checkpoint.adapter_config import (
     Ratios,
@@ -26,7 +28,10 @@ from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.integrations.peft.adapter import QALoraConfig, QALoraLayer
 from qalora_plugin.layers.linear import QuantLinear
 
+_OTHERS = {kind.value for kind in PeftType} - {PeftType.LORA.value}  # prompts, norms …: nothing of ours
 _END = "Resume with the settings it began with, or begin anew."
+_MAIN = "default"  # the adapter that PEFT saves into a folder itself
+_STATE = "trainer_state.json"
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
@@ -43,9 +48,19 @@ def _check_base_first(load: Callable) -> Callable:
         folder = Path(model_id, kwargs.get("subfolder") or "")
         if is_local(folder):
             _require_fitting(self, folder, adapter_name)
-        return load(self, model_id, adapter_name, *args, **kwargs)
+        found = load(self, model_id, adapter_name, *args, **kwargs)
+        if folder.name == adapter_name and _is_left_out(self, folder.parent):
+            load_adapter(self, folder.parent, _MAIN, is_trainable=True)
+        return found
 
     return load_adapter
+
+
+def _is_left_out(model: PeftModel, checkpoint: Path) -> bool:
+    """Whether a training run is resumed that has two adapters: transformers (``Trainer._load_from_checkpoint``, 5.19)
+    then loads those of subfolders alone, as TRL's ``ref``, and not the one that is trained, which lies beside them."""
+    is_resumed = (checkpoint / _STATE).is_file() and (checkpoint / CONFIG_NAME).is_file()
+    return is_resumed and isinstance(model.peft_config.get(_MAIN), QALoraConfig)
 
 
 def unwrapped(name: str) -> str:
@@ -94,20 +109,29 @@ def require_same_run(model: PeftModel, checkpoint: Path, weights: bool) -> None:
 
 def _require_fitting(model: PeftModel, folder: Path, adapter_name: str) -> None:
     """Of an adapter as PEFT saves it: the base's, whole, and if the model has one of that name, such a one."""
-    layer = next((module for module in model.modules() if isinstance(module, QuantLinear)), None)
-    if layer is None or not layer.base_fingerprint:
+    if (saved := _whole(model, model.get_base_model(), folder)) is None:
         return
-    quantizer: Any = model.get_base_model().hf_quantizer
-    saved = AdapterFolder.open(folder)
-    _require_base(model, saved.config, folder)
-    saved.check_fits(quantizer.opened.specs)
-    saved.check_values()
     trained = {name: (saved.rank(stored), saved.scaling(stored)) for stored, name in saved.keys.items()}
     if isinstance(model.peft_config.get(adapter_name), QALoraConfig):
         _require_same_adapter(model, adapter_name, folder, saved.config["qalora"], trained)
 
 
-def _require_base(model: PeftModel, saved: dict[str, Any], folder: Path) -> None:
+def _whole(model: nn.Module, base_model: Any, folder: Path) -> AdapterFolder | None:
+    """An adapter of the base that was loaded, nothing of it missing; None where there is no such base, or it is of a
+    kind of PEFT's own."""
+    layer = next((module for module in model.modules() if isinstance(module, QuantLinear)), None)
+    if layer is None or not layer.base_fingerprint:
+        return None
+    if (folder / CONFIG_NAME).is_file() and read_json(folder / CONFIG_NAME).get("peft_type") in _OTHERS:
+        return None
+    saved = AdapterFolder.open(folder)
+    _require_base(model, saved.config, folder)
+    saved.check_fits(base_model.hf_quantizer.opened.specs)
+    saved.check_values()
+    return saved
+
+
+def _require_base(model: nn.Module, saved: dict[str, Any], folder: Path) -> None:
     layer = next(module for module in model.modules() if isinstance(module, QuantLinear))
     if layer.base_fingerprint:
         found = layer.base_fingerprint(saved["qalora"].get("base_fingerprint"))
@@ -149,4 +173,18 @@ def _require_same_adapter(
             )
 
 
+def _check_whole_first(load: Callable) -> Callable:
+    """transformers' own ``model.load_adapter``, likewise."""
+
+    @wraps(load)
+    def load_adapter(self: Any, peft_model_id: str | Path | None = None, *args: Any, **kwargs: Any) -> Any:
+        if peft_model_id is not None and is_local(peft_model_id):
+            options = kwargs.get("adapter_kwargs") or {}
+            _whole(self, self, Path(peft_model_id, options.get("subfolder") or ""))
+        return load(self, peft_model_id, *args, **kwargs)
+
+    return load_adapter
+
+
+PeftAdapterMixin.load_adapter = _check_whole_first(PeftAdapterMixin.load_adapter)  # type: ignore[method-assign]
 PeftModel.load_adapter = _check_base_first(PeftModel.load_adapter)  # type: ignore[method-assign]  # on purpose

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from qalora_plugin.checkpoint.adapter_config import is_bound
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.integrations.peft.adapter import QALoraConfig, QALoraLayer, require_adapters, require_bound
-from qalora_plugin.integrations.peft.binding import bind_config
+from qalora_plugin.integrations.peft.binding import aim, bind_config
 from qalora_plugin.integrations.peft.experts import QALoraExpertsLayer
 from qalora_plugin.integrations.peft.hotswapping import require_one_kind
 from qalora_plugin.integrations.peft.sharded import make_shardable
@@ -39,7 +39,9 @@ class QALoraModel(LoraModel):
                 config = self._prepare_adapter_config(copy(config), self.get_model_config(model))  # default targets
                 self.peft_config[adapter_name] = bind_config(cast(PreTrainedModel, model), config)
             elif not is_first:  # PEFT makes an empty one of "all-linear" here, for no linear of torch's is left
-                require_bound(adapter_name, config, any(layer.base_fingerprint for layer in layers.values()))
+                bound = require_bound(adapter_name, config, any(layer.base_fingerprint for layer in layers.values()))
+                if bound.linears is None and not bound.inference_mode and hasattr(model, "hf_quantizer"):  # a new one
+                    aim(cast(PreTrainedModel, model), bound)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if layers and is_first:
             config = self.peft_config[adapter_name]

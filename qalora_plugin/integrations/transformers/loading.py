@@ -197,7 +197,8 @@ def load_base(path: str | Path, revision: str | None = None, **kwargs: Any) -> "
     folder = resolve(path, revision, **{key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs})
     QuantizedCheckpoint.open(folder)
     if overrides := config_overrides(folder):
-        config = kwargs.get("config") or AutoConfig.from_pretrained(folder)
+        options = {key: kwargs[key] for key in (*_HUB_OPTIONS, "trust_remote_code") if key in kwargs}
+        config = kwargs.get("config") or AutoConfig.from_pretrained(folder, **options)
         config.update(overrides)
         kwargs["config"] = config
     if is_sent_its_weights():
