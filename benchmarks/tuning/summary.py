@@ -37,6 +37,7 @@ LABELS = {
     "scales-calibrated": "**offsets and scales, calibrated start**",
     HEALED: "LoRA → merge → GPTQ → **offsets and scales**, half the steps each",
 }
+_TRIAL = "(trial)"
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # a byte for 64 weights, and a float32 for 256 of these bytes
 COLUMNS = [
     "task", "method", "bits", "group_size", "clip", "gptaq", "lr", "seed", "loss", "top1", "prose", "bits_a_weight",
@@ -150,22 +151,27 @@ def markdown(found: list[Cell], model: Path) -> str:
 
 
 def plot(found: list[Cell], model: Path, out: Path) -> None:
-    """Held-out loss against served bits, a panel a task, of all that was tuned and is served in INT."""
+    """Held-out loss against served bits, a panel a task, of all that was tuned and is served in INT; without trials."""
     import matplotlib.pyplot as plt
 
-    tasks = list(dict.fromkeys(cell.job.task for cell in found))
-    figure, panels = plt.subplots(1, len(tasks), figsize=(6 * len(tasks), 4.5), squeeze=False)
+    found = [cell for cell in found if cell.job.lr and not LABELS[cell.job.method].endswith(_TRIAL)]
+    tasks = [task for task in TASKS if any(cell.job.task == task for cell in found)]
+    if not tasks:
+        return
+    figure, panels = plt.subplots(1, len(tasks), figsize=(9 * len(tasks), 4.5), squeeze=False)
     for task, panel in zip(tasks, panels[0], strict=True):
         lines: dict[tuple[str, bool], list[tuple[float, float]]] = defaultdict(list)
         for cell in found:
-            if cell.job.task == task and cell.job.bits and cell.job.method != "base":
+            if cell.job.task == task and cell.job.bits:
                 lines[cell.job.method, cell.job.gptaq].append((bits_a_weight(cell.job, model), cell.loss))
             elif cell.job.task == task and cell.job.method == "lora":
                 panel.axhline(cell.loss, color="gray", linestyle=":", label=LABELS["lora"])
+        methods = list(dict.fromkeys(method for method, _ in lines))
         for (method, gptaq), points in lines.items():
             label = LABELS[method].replace("*", "") + (", by GPTAQ" if gptaq else "")
-            panel.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+            style = {"color": f"C{methods.index(method)}", "marker": "s" if gptaq else "o"}
+            panel.plot(*zip(*sorted(points), strict=True), label=label, **style)
         panel.set(title=task, xlabel="bits a weight, served", ylabel="held-out loss, nats a token")
-        panel.legend(fontsize=7)
+        panel.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(out, dpi=120)
