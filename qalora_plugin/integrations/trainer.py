@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.parallelism_config import ParallelismConfig
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from qalora_plugin.checkpoint.places import absolute, is_inside, require_outside, require_place
 from qalora_plugin.conversion.added import merged_spec
@@ -23,6 +23,7 @@ from qalora_plugin.integrations.peft.ranks import require_one_adapter, require_o
 from qalora_plugin.integrations.peft.resuming import unwrapped
 from qalora_plugin.integrations.peft.sharded import make_shardable, refuse_fsdp1
 from qalora_plugin.integrations.peft.sharded_checkpoints import full_adapter
+from qalora_plugin.integrations.transformers.averaged_weights import AveragedWeights
 from qalora_plugin.integrations.transformers.launched import is_launched_with, is_to_be_sharded
 from qalora_plugin.layers.summary import training_dtype, training_summary
 
@@ -64,17 +65,6 @@ def _adapted(model: Any) -> set[str]:
     quantizer: Any = base.hf_quantizer
     layers = (name for name, module in base.named_modules() if isinstance(module, QALoraLayer))
     return {quantizer.names[unwrapped(name)] for name in layers}
-
-
-class AveragedWeights(TrainerCallback):
-    """Ends training with the weights that a schedule-free optimizer evaluates. It trains others, and transformers goes
-    back to those after each evaluation."""
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if callable(average := getattr(kwargs.get("optimizer"), "eval", None)):
-            average()
 
 
 class QALoraMergeCallback(AveragedWeights):

@@ -122,7 +122,7 @@ class QALoraPlugin(BasePlugin):
         """Say once what training runs on, and keep a few token sequences for the verification after the merge."""
         if cfg.adapter != ADAPTER:
             return
-        from qalora_plugin.integrations.trainer import AveragedWeights
+        from qalora_plugin.integrations.transformers.averaged_weights import AveragedWeights
         from qalora_plugin.layers.summary import training_dtype, training_summary
 
         for line in training_summary(

@@ -1,0 +1,16 @@
+"""The weights that a run with a schedule-free optimizer ends with."""
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class AveragedWeights(TrainerCallback):
+    """Ends training with the weights that a schedule-free optimizer evaluates. It trains others, and transformers goes
+    back to those after each evaluation."""
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if callable(average := getattr(kwargs.get("optimizer"), "eval", None)):
+            average()
