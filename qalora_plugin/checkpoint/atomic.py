@@ -287,7 +287,10 @@ def _is_named(folder: int, name: str, handle: int) -> bool:
 
 
 def _is_there(folder: int, name: str) -> bool:
-    return os.access(name, os.F_OK, dir_fd=folder, follow_symlinks=False)
+    with suppress(FileNotFoundError):
+        os.stat(name, dir_fd=folder, follow_symlinks=False)
+        return True
+    return False
 
 
 def _is_out_of_space(error: BaseException) -> bool:

@@ -84,8 +84,10 @@ def evaluate(
             if csv is not None:
                 append_csv(csv, found)
     finally:  # where the second model fails, the first was measured all the same
-        if results:
-            print(as_json(results, about)) if json else show(results)
+        if results and json:
+            print(as_json(results, about))
+        elif results:
+            show(results)
     if png is not None:
         plot(results, png)
     return results

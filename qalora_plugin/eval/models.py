@@ -124,12 +124,12 @@ class Subject:
 
     def _require_model(self) -> None:
         """Refuse a folder that is no model which continues text, or a dense one with a tensor less than that has."""
-        from qalora_plugin.integrations.transformers.dense_models import require_whole
+        from qalora_plugin.integrations.transformers.dense_models import empty_model
         from qalora_plugin.integrations.transformers.loading import auto_class
 
         auto_class(self._config, None)
         if self.quantized is None:
-            require_whole(self.files.folder, self.label)
+            empty_model(self.files.folder, self.label)
 
     @cached_property
     def tokenizer(self) -> Any:

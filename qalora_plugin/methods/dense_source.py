@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Collection
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -10,7 +9,6 @@ from transformers.pytorch_utils import Conv1D
 
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.words import codes_per_period
-from qalora_plugin.integrations.transformers.dense_models import load_dense
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,23 +17,6 @@ if TYPE_CHECKING:
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 
 Linear = nn.Linear | Conv1D
-
-
-def empty_model(folder: Path) -> "PreTrainedModel":
-    """The model of a folder on the meta device: loaded as any, by transformers' own rules, but for the reading.
-
-    Raises:
-        QALoraError: transformers cannot load it, or the folder lacks a tensor of it or has one in another shape.
-    """
-    try:
-        return load_dense(folder, str(folder), device_map="meta")
-    except QALoraError:
-        raise
-    except Exception as error:  # whatever configs of any kind and age raise
-        raise QALoraError(
-            f"{folder} cannot be loaded as a 16-bit model ({type(error).__name__}: {error}). Repair or update what "
-            "that names, or use another model."
-        ) from error
 
 
 def as_matrix(linear: Linear) -> Tensor:

@@ -24,9 +24,10 @@ from qalora_plugin.core.words import SUPPORTED_BITS
 from qalora_plugin.eval.limits import fitting_length, vocabulary
 from qalora_plugin.eval.tokens import is_text_file, joined_text, load_tokenizer, read_texts, require_ids, tokenize
 from qalora_plugin.formats.opened import QuantizedCheckpoint
+from qalora_plugin.integrations.transformers.dense_models import empty_model
 from qalora_plugin.integrations.transformers.loading import load_model
 from qalora_plugin.methods.bit_allocation import Choice, allocate, require_possible, served_bits
-from qalora_plugin.methods.dense_source import Linear, empty_model, require_sizes, sizes_in_layers
+from qalora_plugin.methods.dense_source import Linear, require_sizes, sizes_in_layers
 from qalora_plugin.methods.sensitivity import measure, sizes
 
 if TYPE_CHECKING:

@@ -25,8 +25,9 @@ from transformers import (
 )
 
 from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.integrations.transformers.dense_models import empty_model
 from qalora_plugin.methods import quantizing, sensitivity
-from qalora_plugin.methods.dense_source import empty_model, require_sizes, sizes_in_layers
+from qalora_plugin.methods.dense_source import require_sizes, sizes_in_layers
 from qalora_plugin.methods.quantizing import plan_for, quantize
 
 SEQUENCES = [list(range(4, 90)) * 2]
@@ -304,30 +305,3 @@ def test_a_config_that_transformers_cannot_build(refused, saved):
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"hidden_act": "none such"}))
     assert "cannot be loaded as a 16-bit model" in refused(folder)
-
-
-CHATS = [
-    {"prompt_id": "f0e3", "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "you"}]}
-]
-
-
-class Hub:
-    """A dataset that comes row by row, over a network that may end."""
-
-    def __init__(self, rows, error=None):
-        self.rows, self.error = rows, error
-
-    def take(self, count):
-        yield from self.rows[:count]
-        if self.error:
-            raise self.error
-
-
-def test_texts_of_a_hubs_chats(monkeypatch):
-    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Hub(CHATS))
-    assert quantizing._hub_texts("some/chats", 8) == ["hi\nyou"]
-    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Hub(CHATS, TimeoutError("read timed out")))
-    with pytest.raises(
-        QALoraError, match=r"neither a local .* nor a dataset that can be had from the Hub: read timed out"
-    ):
-        quantizing._hub_texts("some/chats", 8)

@@ -43,20 +43,29 @@ def load_dense(folder: Path, name: str, **kwargs: Any) -> "PreTrainedModel":
     return model
 
 
-def require_whole(folder: Path, name: str) -> None:
-    """Refuse a dense model that :func:`load_dense` would refuse, without reading its weights.
+def empty_model(folder: Path, name: str | None = None) -> "PreTrainedModel":
+    """The model of a folder on the meta device: loaded as any, by transformers' own rules, but for the reading.
+
+    Args:
+        name: for errors; default: the folder.
 
     Raises:
-        QALoraError: as :func:`load_dense`, or transformers cannot load it.
+        QALoraError: transformers cannot load it, or the folder lacks a tensor of it or has one in another shape.
     """
     from transformers.utils import logging
 
+    name = str(folder) if name is None else name
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        load_dense(folder, name, device_map="meta")
-    except (ImportError, OSError, RuntimeError) as error:  # a package or a file is missing
-        raise QALoraError(f"{name} cannot be loaded: {error}") from error
+        return load_dense(folder, name, device_map="meta")
+    except QALoraError:
+        raise
+    except Exception as error:  # whatever configs of any kind and age raise
+        raise QALoraError(
+            f"{name} cannot be loaded as a 16-bit model ({type(error).__name__}: {error}). Repair or update what "
+            "that names, or use another model."
+        ) from error
     finally:
         if shown:
             logging.enable_progress_bar()

@@ -197,8 +197,7 @@ def load_base(path: str | Path, revision: str | None = None, **kwargs: Any) -> "
     folder = resolve(path, revision, **{key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs})
     QuantizedCheckpoint.open(folder)
     if overrides := config_overrides(folder):
-        options = {key: kwargs[key] for key in (*_HUB_OPTIONS, "trust_remote_code") if key in kwargs}
-        config = kwargs.get("config") or AutoConfig.from_pretrained(folder, **options)
+        config = kwargs.get("config") or AutoConfig.from_pretrained(folder, **_config_options(kwargs))
         config.update(overrides)
         kwargs["config"] = config
     if is_sent_its_weights():
@@ -242,8 +241,7 @@ def load_model(folder: str | Path, model_class: str | None = None, **kwargs: Any
 
     config = kwargs.get("config")
     if not isinstance(config, PretrainedConfig):
-        options = {key: kwargs[key] for key in (*_HUB_OPTIONS, "trust_remote_code") if key in kwargs}
-        config = AutoConfig.from_pretrained(config or folder, **options)
+        config = AutoConfig.from_pretrained(config or folder, **_config_options(kwargs))
     return auto_class(config, model_class).from_pretrained(folder, **kwargs)
 
 
@@ -271,6 +269,11 @@ def auto_class(config: "PretrainedConfig", model_class: str | None) -> Any:
             "or use another base."
         )
     return next(iter(made))
+
+
+def _config_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of ``from_pretrained``'s that the config, which comes before the model, needs too."""
+    return {key: kwargs[key] for key in (*_HUB_OPTIONS, "trust_remote_code") if key in kwargs}
 
 
 def _folder(checkpoint_files: list[str]) -> Path:
