@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.fabricate import make_base
+from transformers import LlamaConfig
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -38,11 +39,30 @@ def test_every_need_is_a_job_before(tuning):
         assert not job.needs or job.needs in seen
         assert job.name not in seen
         seen.add(job.name)
-    by_method = {(job.task, job.method, job.base): 0 for job in jobs if job.lr}
+    by_method = {(job.task, job.method, job.base, job.rank): 0 for job in jobs if job.lr}
     for job in jobs:
         if job.lr:
-            by_method[job.task, job.method, job.base] += 1
+            by_method[job.task, job.method, job.base, job.rank] += 1
     assert min(by_method.values()) >= 3
+
+
+def test_a_smaller_rank_is_another_run_with_fewer_bits(tuning, tmp_path):
+    from tuning import summary
+
+    config = LlamaConfig(hidden_size=512, intermediate_size=1536, num_attention_heads=8, num_key_value_heads=8)
+    config.save_pretrained(tmp_path)
+    jobs = [job for job in tuning.jobs(tuned(tuning, lambda method, lr: lr)) if job.method == "offsets"]
+    (small, *_), usual = ([job for job in jobs if (job.base, job.rank) == ("4-32", rank)] for rank in (4, 16))
+    (usual,) = (job for job in usual if job.lr == small.lr and job.seed == small.seed)
+    assert small.name != usual.name
+    sizes = [summary.bits_a_weight(job, tmp_path) for job in (small, usual)]
+    assert sizes[0] < sizes[1]
+    rows = [vars(job) | {"loss": 0.7, "prose": 3.0} for job in (small, usual)]
+    before = [{name: value for name, value in rows[1].items() if name != "rank"}]  # written before ranks were
+    assert [summary.job_of(row) for row in before] == [usual]
+    said = summary.markdown(summary.cells(rows), tmp_path)
+    assert "| QA-LoRA (offsets) |" in said
+    assert "| QA-LoRA (offsets), rank 4 |" in said
 
 
 def test_batches_are_the_same_for_every_method(tuning):

@@ -21,7 +21,7 @@ class Job:
         task: a folder of data. method: :data:`QUANTIZE`, :data:`REQUANTIZE`, :data:`HEALED` (half the steps a LoRA on
             16 bits, that merged and quantized, half the steps ours on it) or one of :mod:`tuning.methods`.
         bits, group_size, clip, gptaq: of its base, or of what it quantizes; 0, False for those on the 16-bit model.
-        lr: the peak of its learning rate; 0: nothing is trained.
+        lr: the peak of its learning rate; 0: nothing is trained. rank: of the adapter.
     """
 
     task: str
@@ -32,6 +32,7 @@ class Job:
     gptaq: bool = False
     lr: float = 0.0
     seed: int = 0
+    rank: int = RANK
 
     @property
     def base(self) -> str:
@@ -41,13 +42,19 @@ class Job:
     @property
     def name(self) -> str:
         on = f"-{self.base}" if self.bits else ""
-        return f"{self.task}-{self.method}{on}-{self.lr:g}-{self.seed}"
+        rank = f"-r{self.rank}" if self.rank != RANK else ""
+        return f"{self.task}-{self.method}{on}{rank}-{self.lr:g}-{self.seed}"
+
+    @property
+    def lora(self) -> "Job":
+        """The run on the 16-bit model that :data:`REQUANTIZE` quantizes."""
+        return Job(self.task, "lora", lr=self.lr, seed=self.seed, rank=self.rank)
 
     @property
     def needs(self) -> str:
         """Of what has to be done before: a base, or a trained LoRA; "" for nothing."""
         if self.method == REQUANTIZE:
-            return Job(self.task, "lora", lr=self.lr, seed=self.seed).name
+            return self.lora.name
         if self.method in (QUANTIZE, HEALED) or not self.bits:
             return ""
         return quantized(self.bits, self.group_size, self.clip, self.gptaq).name
@@ -59,5 +66,5 @@ def quantized(bits: int, group_size: int, clip: bool, gptaq: bool) -> Job:
 
 
 def job_of(row: dict[str, Any]) -> Job:
-    """``row``: of results; older ones know no ``gptaq``."""
+    """``row``: of results; older ones know no ``gptaq`` and no ``rank``."""
     return Job(**{name: row[name] for name in Job.__dataclass_fields__ if name in row})

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from tuning.jobs import RANK, Job
+from tuning.jobs import Job
 
 from qalora_plugin import add_adapter, load_base, merge
 from qalora_plugin.integrations.peft import scales
@@ -22,7 +22,6 @@ from qalora_plugin.layers.linear import QuantLinear
 from qalora_plugin.methods.calibrating import calibrate
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LORA: dict[str, Any] = {"r": RANK, "lora_alpha": RANK, "target_modules": TARGETS, "lora_dropout": 0.0}
 CALIBRATED_ON = 64  # sequences
 USUAL_EVERY = scales.GRADIENT_EVERY
 
@@ -57,11 +56,16 @@ def linears(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if name.endswith(tuple(TARGETS))}
 
 
+def lora_options(job: Job) -> dict[str, Any]:
+    """What all adapters are made with."""
+    return {"r": job.rank, "lora_alpha": job.rank, "target_modules": TARGETS, "lora_dropout": 0.0}
+
+
 # ---- on the 16-bit model
 
 
 def build_lora(job: Job, places: Places) -> nn.Module:
-    return get_peft_model(dense(places, torch.bfloat16), LoraConfig(task_type="CAUSAL_LM", **LORA))
+    return get_peft_model(dense(places, torch.bfloat16), LoraConfig(task_type="CAUSAL_LM", **lora_options(job)))
 
 
 def lora_in_float32(model: Any, job: Job, places: Places) -> nn.Module:
@@ -71,7 +75,7 @@ def lora_in_float32(model: Any, job: Job, places: Places) -> nn.Module:
 
 def build_qlora(job: Job, places: Places) -> nn.Module:
     """LoRA over what NF4 makes of the weights: what bitsandbytes multiplies by, too, anew at every step."""
-    return get_peft_model(_nf4(places, torch.bfloat16), LoraConfig(task_type="CAUSAL_LM", **LORA))
+    return get_peft_model(_nf4(places, torch.bfloat16), LoraConfig(task_type="CAUSAL_LM", **lora_options(job)))
 
 
 def qlora_in_float32(model: Any, job: Job, places: Places) -> nn.Module:
@@ -144,7 +148,7 @@ def build_peqa(job: Job, places: Places) -> nn.Module:
 
 def _ours(job: Job, places: Places, **options: Any) -> PeftModel:
     base = load_base(places.base(job), dtype=torch.bfloat16, device_map=places.device)
-    return add_adapter(base, **{**LORA, **options})
+    return add_adapter(base, **{**lora_options(job), **options})
 
 
 def merged(model: Any, job: Job, places: Places) -> nn.Module:
@@ -165,7 +169,7 @@ class DenseTwin(nn.Linear):
 
 
 def build_peft(job: Job, places: Places) -> nn.Module:
-    config = LoraConfig(task_type="CAUSAL_LM", use_qalora=True, qalora_group_size=job.group_size, **LORA)
+    config = LoraConfig(task_type="CAUSAL_LM", use_qalora=True, qalora_group_size=job.group_size, **lora_options(job))
     return get_peft_model(_twin(job, places, torch.bfloat16), _with_twins(config))
 
 

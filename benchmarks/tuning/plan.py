@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from tuning.jobs import HEALED, REQUANTIZE, SEEDS, TASKS, Job, quantized
+from tuning.jobs import HEALED, RANK, REQUANTIZE, SEEDS, TASKS, Job, quantized
 
 from qalora_plugin.checkpoint.replacing import replace_text
 
@@ -38,6 +38,7 @@ LIKE = {  # whose rate a method takes, if not its own
     REQUANTIZE: "lora", HEALED: "scales",
 }  # fmt: skip
 ON_16_BIT = ("lora", "galore")
+SMALL_RANK = 4  # whose offsets take about the bits of the base alone
 
 
 def first() -> list[Job]:
@@ -74,9 +75,11 @@ def table(results: Iterable[dict]) -> list[Job]:
     wanted += [("gsm8k", "galore", None), ("functions", "qlora", None)]
     wanted += [("gsm8k", method, EIGHT) for method in ("scales", "offsets")]
     wanted += [("gsm8k", "scales-all-tokens", THREE), ("gsm8k", "peft", THREE)]
+    ranked = [(run, RANK) for run in wanted]
+    ranked.insert(wanted.index(("gsm8k", "offsets", FOUR)) + 1, (("gsm8k", "offsets", FOUR), SMALL_RANK))
     return [
-        Job(task, method, *(base or ()), lr=rate, seed=seed)
-        for task, method, base in wanted
+        Job(task, method, *(base or ()), lr=rate, seed=seed, rank=rank)
+        for (task, method, base), rank in ranked
         if (rate := rates.get(LIKE.get(method, method)))
         for seed in SEEDS
     ]

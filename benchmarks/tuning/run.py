@@ -76,7 +76,7 @@ class Bench:
         set_seed(job.seed)
         if job.method == REQUANTIZE:
             if not (self.work / "adapters" / job.needs).is_dir():  # found on another machine
-                self.do(Job(job.task, "lora", lr=job.lr, seed=job.seed))
+                self.do(job.lora)
             made = self.work / "requantized" / job.name
             found = self.quantize(merge_lora(self.work / "adapters" / job.needs, places), made, job)
             found |= self.measure(load_base(made, dtype=torch.float32, device_map=self.device), job)

@@ -40,9 +40,9 @@ LABELS = {
 _TRIAL = "(trial)"
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # a byte for 64 weights, and a float32 for 256 of these bytes
 COLUMNS = [
-    "task", "method", "bits", "group_size", "clip", "gptaq", "lr", "seed", "loss", "top1", "prose", "bits_a_weight",
-    "steps", "trained", "first_loss", "last_loss", "step_seconds", "train_seconds", "peak_mb", "machine", "torch",
-    "transformers", "peft", "commit", "date", "note",
+    "task", "method", "bits", "group_size", "clip", "gptaq", "rank", "lr", "seed", "loss", "top1", "prose",
+    "bits_a_weight", "steps", "trained", "first_loss", "last_loss", "step_seconds", "train_seconds", "peak_mb",
+    "machine", "torch", "transformers", "peft", "commit", "date", "note",
 ]  # fmt: skip
 FOUND = ("loss", "top1", "prose")  # of which differences are of interest
 TEXT = {"task", "method", "machine", "torch", "transformers", "peft", "commit", "date", "note"}
@@ -73,13 +73,13 @@ def bits_a_weight(job: Job, model: Path) -> float:
     """What the linears take where the result is served, all included."""
     specs = linear_specs(model, job.bits or 4, job.group_size or 32)
     weights = sum(spec.in_features * spec.out_features for spec in specs)
-    lora = 16 * RANK * sum(spec.in_features + spec.out_features for spec in specs) / weights
+    lora = 16 * job.rank * sum(spec.in_features + spec.out_features for spec in specs) / weights
     if not job.bits:
         return {"qlora": NF4_BITS + lora, "lora": 16 + lora}.get(job.method, 16.0)
     if job.method in ("base", REQUANTIZE):
         return served_bits(specs).bits_a_weight
     scales = job.method not in ("offsets", "peft")
-    return served_bits(merged_spec(spec, RANK, "float16", scales=scales) for spec in specs).bits_a_weight
+    return served_bits(merged_spec(spec, job.rank, "float16", scales=scales) for spec in specs).bits_a_weight
 
 
 def cells(rows: Iterable[dict]) -> list[Cell]:
@@ -94,7 +94,7 @@ def cells(rows: Iterable[dict]) -> list[Cell]:
         one.prose.append(row["prose"])
     best: dict[tuple, Cell] = {}
     for cell in found.values():
-        key = (cell.job.task, cell.job.method, cell.job.base)
+        key = (cell.job.task, cell.job.method, cell.job.base, cell.job.rank)
         if key not in best or (-len(cell.losses), cell.loss) < (-len(best[key].losses), best[key].loss):
             best[key] = cell
     return list(best.values())
@@ -106,7 +106,8 @@ def write_csv(rows: list[dict], model: Path, out: Path) -> None:
     writer.writeheader()
     for row in sorted(rows, key=lambda row: job_of(row).name):
         if row["method"] != QUANTIZE:
-            row = {"bits_a_weight": bits_a_weight(job_of(row), model), **row}
+            job = job_of(row)
+            row = {"bits_a_weight": bits_a_weight(job, model), "rank": job.rank, **row}
             writer.writerow({key: round(value, 4) if key in FOUND else short(value) for key, value in row.items()})
     replace_text(out, text.getvalue(), 0o644)
 
@@ -136,14 +137,15 @@ def markdown(found: list[Cell], model: Path) -> str:
         lines += [f"**{task}**", "", "| base | method | loss | − LoRA's | seeds | prose | served bits |"]
         lines += ["|---|---|---|---|---|---|---|"]
         order = list(LABELS)
-        here.sort(key=lambda cell: (*_base_of(cell.job), order.index(cell.job.method)))
+        here.sort(key=lambda cell: (*_base_of(cell.job), order.index(cell.job.method), -cell.job.rank))
         for cell in here:
             spread = f" ± {(max(cell.losses) - min(cell.losses)) / 2:.4f}" if len(cell.losses) > 1 else ""
             behind = "" if limit is None else f"{cell.loss - limit:+.4f}"
             made = (", clipped" if cell.job.clip else "") + (", GPTAQ" if cell.job.gptaq else "")
             base = f"{cell.job.bits} bit g {cell.job.group_size}{made}" if cell.job.bits else "16 bit"
+            method = LABELS[cell.job.method] + (f", rank {cell.job.rank}" if cell.job.rank != RANK else "")
             lines.append(
-                f"| {base} | {LABELS[cell.job.method]} | {cell.loss:.4f}{spread} | {behind} | {len(cell.losses)} | "
+                f"| {base} | {method} | {cell.loss:.4f}{spread} | {behind} | {len(cell.losses)} | "
                 f"{statistics.mean(cell.prose):.3f} | {bits_a_weight(cell.job, model):.2f} |"
             )
         lines.append("")
