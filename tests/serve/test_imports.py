@@ -1,6 +1,6 @@
 """Whatever is imported first works in vLLM's environment, too."""
 
-from support.import_orders import failures, modules, public_names
+from support.import_orders import failures, failures_after, modules, public_names
 
 import qalora_plugin
 import vllm_ext
@@ -22,7 +22,8 @@ def test_names_of_the_training_environment_say_what_is_missing():
 
 
 def test_every_module_can_be_imported_first():
-    found = failures(modules(qalora_plugin) + modules(vllm_ext))
+    packages = ("torch", "transformers.quantizers.auto", "vllm.model_executor.layers.linear")
+    found = failures_after(packages, modules(qalora_plugin) + modules(vllm_ext))
     training = ("integrations.axolotl", "integrations.peft", "integrations.trainer", "methods.calibrating")
     rooms = tuple(f"import qalora_plugin.{room}" for room in training)
     assert {statement: error for statement, error in found.items() if not statement.startswith(rooms)} == {}

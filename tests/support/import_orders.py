@@ -1,9 +1,11 @@
 """Every public name and every module of this project, imported first and alone in a process of its own."""
 
+import json
 import pkgutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import qalora_plugin
 
@@ -26,3 +28,11 @@ def failures(statements: list[str]) -> dict[str, str]:
     with ThreadPoolExecutor(2) as workers:
         done = zip(statements, workers.map(run, statements), strict=True)
         return {statement: result.stderr.splitlines()[-1] for statement, result in done if result.returncode}
+
+
+def failures_after(packages: tuple[str, ...], statements: list[str]) -> dict[str, str]:
+    """As :func:`failures`, once other people's packages have been imported: many times as fast."""
+    command = [sys.executable, Path(__file__).with_name("import_after.py"), *packages]
+    done = subprocess.run(command, input=json.dumps(statements), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
