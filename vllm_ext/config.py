@@ -6,6 +6,7 @@ quantised ``lm_head`` need no rules here.
 """
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ USUAL_PACKING = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("g
 REFUSED = {
     "BloomForCausalLM": "vLLM reorders the rows of query_key_value while loading, but packed rows run along the input",
     "MiniCPM3ForCausalLM": "vLLM builds q_a_proj without a name, so nothing tells that it is quantised",
+    "DeepseekForCausalLM": "vLLM builds its attention's linears without names, so nothing tells what is quantised",
+    "Molmo2ForConditionalGeneration": "vLLM builds its linears without names, so nothing tells what is quantised",
 }
 # GPTQModel 7.6 saves Mixtral under transformers 5's names, of which vLLM's class knows the last parts only.
 RENAMED = {"MixtralForCausalLM": {".mlp.": ".block_sparse_moe."}}
@@ -49,6 +52,7 @@ class QALoraConfig(QuantizationConfig):
         quantization: the checkpoint's ``quantization_config``.
         modules: quantised linears by their name in the vLLM model; filled by :meth:`maybe_update_config`.
         weights: names of the modules that the checkpoint holds a dense weight of; likewise.
+        tensors: names of all that it holds. holders: of the modules that these belong to, and of all above them.
     """
 
     def __init__(self, quantization: dict[str, Any]):
@@ -58,6 +62,8 @@ class QALoraConfig(QuantizationConfig):
         self.forced_path, self.timed_path = self.quantization.get(PATH_KEY), self.quantization.get(TIMED_KEY)
         self.modules: dict[str, GroupwiseSpec] = {}
         self.weights: set[str] = set()
+        self.tensors: set[str] = set()
+        self.holders: set[str] = set()
         self.renamed: dict[str, str] = {}  # parts of tensors' names, before vLLM's own rules
 
     def __repr__(self) -> str:
@@ -127,15 +133,23 @@ class QALoraConfig(QuantizationConfig):
                 "Check that the download is complete; from object storage (s3://, gs://) download the folder first."
             )
         self.modules = self.format.specs(tensors, model_name)
-        self.weights = {name.removesuffix(".weight") for name in tensors if name.endswith(".weight")}
         self._require_offsets(Path(model_name))
         self.modules = {self._rename(name): module for name, module in self.modules.items()}
-        self.weights = {self._rename(name) for name in self.weights}
+        self._take_names(self._rename(name) for name in tensors)
 
     def _rename(self, name: str) -> str:
         for part, theirs in self.renamed.items():
             name = name.replace(part, theirs)
         return name
+
+    def _take_names(self, tensors: Iterable[str]) -> None:
+        self.tensors = set(tensors)
+        self.weights = {name.removesuffix(".weight") for name in self.tensors if name.endswith(".weight")}
+        parents = {name.rpartition(".")[0] for name in self.tensors}
+        self.holders = set()
+        while parents:
+            self.holders |= parents
+            parents = {name.rpartition(".")[0] for name in parents} - self.holders
 
     def _require_offsets(self, folder: Path) -> None:
         """Refuse a merged checkpoint whose offsets, or changes of scales, are not there: it would be served as its
@@ -158,9 +172,8 @@ class QALoraConfig(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         # As tensors' names: rules may end in a dot ("lm_head." → "language_model.lm_head.").
         modules = hf_to_vllm_mapper.apply_dict({f"{name}.qweight": module for name, module in self.modules.items()})
-        weights = hf_to_vllm_mapper.apply_list([f"{name}.weight" for name in self.weights])
         self.modules = {name.removesuffix(".qweight"): module for name, module in modules.items()}
-        self.weights = {name.removesuffix(".weight") for name in weights}
+        self._take_names(hf_to_vllm_mapper.apply_list(list(self.tensors)))
 
     def get_checkpoint_weight_mapper(self) -> Any:
         return load_every_tensor(self.renamed)
@@ -170,18 +183,33 @@ class QALoraConfig(QuantizationConfig):
             return self._experts_method(layer, prefix)
         if not isinstance(layer, (LinearBase, ParallelLMHead)):
             return None
-        if parts := self._parts(prefix):
-            symmetric = self.quantization.get("sym", True)
-            return QALoraLinearMethod(prefix, parts, self.format, self.forced_path, symmetric, self.timed_path)
+        if not prefix and isinstance(layer, ParallelLMHead):
+            self._require_dense_head(layer)
+        parts, symmetric = self._parts(prefix), self.quantization.get("sym", True)
+        guessed = not parts
+        if guessed:
+            width = layer.embedding_dim if isinstance(layer, ParallelLMHead) else layer.input_size
+            parts = self._parts_by_leaf(prefix.removeprefix(DRAFT_PREFIX), width)
+        if parts:
+            return QALoraLinearMethod(prefix, parts, self.format, self.forced_path, symmetric, self.timed_path, guessed)
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+    def _require_dense_head(self, layer: ParallelLMHead) -> None:
+        """Some model classes (Afmoe, EXAONE-MoE) build it without a name."""
+        if head := next((name for name in self.modules if name.rpartition(".")[2] == "lm_head"), None):
+            raise QALoraError(
+                f"the checkpoint's {head} is quantised, but this model's class builds its head without a name, so that "
+                "vLLM would make it dense. Quantise the base again with lm_head left out, or serve with transformers."
+            )
 
     def _experts_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         prefix = prefix.removeprefix(DRAFT_PREFIX)
-        head = prefix.removesuffix(".routed_experts") + "."
+        name = prefix.removesuffix(".routed_experts")
+        head = name + "."
         found = {name.removeprefix(head): spec for name, spec in self.modules.items() if name.startswith(head)}
         if not found:
             stored = next((name for name in self.modules if ".experts." in name), None)
-            if stored and not any(name.startswith(head) for name in self.weights):
+            if stored and name not in self.holders:
                 raise QALoraError(
                     f"the checkpoint's experts are named like {stored}, which vLLM does not find as {prefix}. Serve it "
                     "with transformers, or save the base under the names that vLLM expects."
@@ -201,8 +229,7 @@ class QALoraConfig(QuantizationConfig):
         prefix = prefix.removeprefix(DRAFT_PREFIX)
         if prefix in self.modules:
             return [self.modules[prefix]]
-        parent, _, leaf = prefix.rpartition(".")
-        packed = self.packed_modules_mapping.get(leaf) or USUAL_PACKING.get(leaf, ())
+        parent, packed = prefix.rpartition(".")[0], self._packed(prefix)
         names = [f"{parent}.{part}".lstrip(".") for part in packed]
         found = [name for name in names if name in self.modules]
         if found and any(name in self.weights for name in names):
@@ -210,16 +237,27 @@ class QALoraConfig(QuantizationConfig):
                 f"vLLM runs {', '.join(names)} as one layer, but the checkpoint quantises only {', '.join(found)}. "
                 "Quantise the base again with all of them quantised, or all of them left out."
             )
-        if not found and self.weights.isdisjoint({prefix, *names}):
-            return self._parts_by_leaf(packed or (leaf,))
         # A part that is not stored at all is loaded from another's tensors (Gemma 4: where k is v, from k's).
         return [self.modules.get(name, self.modules[found[-1]]) for name in names if found]
 
-    def _parts_by_leaf(self, leaves: tuple[str, ...] | list[str]) -> list[GroupwiseSpec]:
+    def _packed(self, prefix: str) -> Sequence[str]:
+        """Last names of the checkpoint's modules that vLLM fuses into a layer."""
+        leaf = prefix.rpartition(".")[2]
+        return self.packed_modules_mapping.get(leaf) or USUAL_PACKING.get(leaf, ())
+
+    def _parts_by_leaf(self, prefix: str, width: int) -> list[GroupwiseSpec]:
         """Parts of a layer that vLLM builds under another name than its tensors have (Falcon-H1's mixers): any that is
-        called alike, if the checkpoint has none so called that is dense or quantised differently."""
+        called alike, if the checkpoint has none so called that is dense or quantised differently. None where it holds
+        something beside the layer: that is dense, then, if under another name (GLM's vision towers).
+
+        Args:
+            width: of the layer's input.
+        """
+        parent, _, last = prefix.rpartition(".")
+        if not last or prefix in self.weights or (parent and parent in self.holders):
+            return []
         parts = []
-        for leaf in leaves:
+        for leaf in self._packed(prefix) or (last,):
             alike = [module for name, module in self.modules.items() if name.rpartition(".")[2] == leaf]
             kinds = {(part.bits, part.group_size, part.in_features, part.out_features) for part in alike}
             if len(kinds) != 1 or any(name.rpartition(".")[2] == leaf for name in self.weights):
@@ -234,7 +272,7 @@ class QALoraConfig(QuantizationConfig):
                     ),
                 )
             )
-        return parts
+        return parts if {part.in_features for part in parts} == {width} else []
 
 
 def _format(quantization: dict[str, Any]) -> Gptq:

@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScaleParameter
 
 from qalora_plugin.core.delta import factored_offsets
+from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.weight import GroupwiseSpec
 from vllm_ext.compat import Layer
 from vllm_ext.loaders import load_by_part
@@ -40,23 +41,43 @@ class OffsetFactors:
     def of(cls, parts: Sequence[GroupwiseSpec]) -> "OffsetFactors | None":
         return cls(parts) if any(part.offset_rank for part in parts) else None
 
-    def register(self, layer: Layer, parts: int, groups: int, n: int, loader: Callable) -> None:
+    def register(
+        self,
+        layer: Layer,
+        parts: int,
+        groups: int,
+        n: int,
+        loader: Callable,
+        noted: Callable[[str, Callable], Callable],
+    ) -> None:
         """``offsets_a`` ``[S, G, r]``, a row of each fused part, and ``offsets_b`` ``[r, N]``: this rank's share.
 
         Args:
-            loader: vLLM's, which takes a rank's and a part's columns.
+            loader: vLLM's, which takes a rank's and a part's columns. noted: what becomes of a tensor's loader.
         """
         rank = self.rank
 
         def load_a(param: BasevLLMParameter, loaded_weight: Tensor, shard_id: Any = None) -> None:
+            require_rank(loaded_weight.shape[1], rank)
             load_by_part(param, pad(loaded_weight, (0, rank - loaded_weight.shape[1])), shard_id)
 
         def load_b(param: BasevLLMParameter, loaded_weight: Tensor, *args: Any, **kwargs: Any) -> None:
+            require_rank(loaded_weight.shape[0], rank)
             loader(param, pad(loaded_weight, (0, 0, 0, rank - loaded_weight.shape[0])), *args, **kwargs)
 
         a, b = torch.empty(parts, groups, rank), torch.empty(rank, n, dtype=self.dtype)
-        layer.register_parameter("offsets_a", BasevLLMParameter(data=a, weight_loader=load_a))
+        load_b = noted("offsets_b", load_b)
+        layer.register_parameter("offsets_a", BasevLLMParameter(data=a, weight_loader=noted("offsets_a", load_a)))
         layer.register_parameter("offsets_b", ChannelQuantScaleParameter(data=b, output_dim=1, weight_loader=load_b))
+
+
+def require_rank(found: int, rank: int) -> None:
+    """Refuse reloaded factors that are wider than those that a layer was made for."""
+    if found > rank:
+        raise QALoraError(
+            f"the reloaded offsets have factors of rank {found}, and the server was started with rank {rank} at most. "
+            "Start the server anew."
+        )
 
 
 def take(layer: Layer, parts: Sequence[GroupwiseSpec], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:

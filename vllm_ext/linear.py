@@ -24,7 +24,6 @@ from vllm.model_executor.parameter import (
 )
 
 from qalora_plugin.core.errors import QALoraError
-from qalora_plugin.core.packing import pack_rows, unpack_rows
 from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.core.words import codes_per_period
 from qalora_plugin.formats.gptq import Gptq
@@ -34,7 +33,7 @@ from vllm_ext.factors import OffsetFactors, multiplied, take
 from vllm_ext.kernels.dense import dense_weight, matmul
 from vllm_ext.kernels.select import FUSED, SEPARATE, LayerKind, choose_path
 from vllm_ext.kernels.vllm import hand_over, moved_zeros
-from vllm_ext.loaders import fill_what_is_not_stored, load_by_part, require_finite, vocabulary_loader, zeros_loader
+from vllm_ext.loaders import Loads, by_output, load_by_part, require_finite, sort_rows, vocabulary_loader, zeros_loader
 from vllm_ext.ops import add_factored, add_offsets, prepare, prepare_factors
 
 
@@ -48,6 +47,7 @@ class QALoraLinearMethod(LinearMethodBase):
         fmt: how the checkpoint stores them.
         forced_path: one of ``paths.PATHS``, or None to choose.
         timed_path: the faster one where both are possible (``paths.timed_path``).
+        guessed: ``parts`` are those of a layer that is called alike.
         symmetric: what the config says. Only weights that are not loaded (``--load-format dummy``) go by it.
     """
 
@@ -61,10 +61,12 @@ class QALoraLinearMethod(LinearMethodBase):
         forced_path: str | None = None,
         symmetric: bool = True,
         timed_path: str | None = None,
+        guessed: bool = False,
     ):
         self.prefix, self.parts, self.format = prefix, parts, fmt
         self.forced_path, self.symmetric, self.timed_path = forced_path, symmetric, timed_path
         self.kind: tuple[LayerKind, bool] | None = None
+        self.loads = Loads(prefix, guessed)
         kinds = {(part.bits, part.in_features, part.group_size) for part in parts}
         if len(kinds) > 1:
             listed = ", ".join(f"{part.name}: {part.bits} bits, group size {part.group_size}" for part in parts)
@@ -106,16 +108,21 @@ class QALoraLinearMethod(LinearMethodBase):
         is_head = isinstance(layer, ParallelLMHead)
         loader = vocabulary_loader(layer) if is_head else extra_weight_attrs["weight_loader"]
 
+        def noted(name: str, load: Callable = loader) -> Callable:
+            return self.loads.noted(name, load, len(output_partition_sizes))
+
         qweight = torch.empty(int(k / factor), n, dtype=torch.int32)
         packed = {"packed_dim": 0, "packed_factor": factor}
-        layer.qweight = PackedvLLMParameter(data=qweight, input_dim=0, output_dim=1, weight_loader=loader, **packed)
+        packed["weight_loader"] = noted("qweight")
+        layer.qweight = PackedvLLMParameter(data=qweight, input_dim=0, output_dim=1, **packed)
 
-        def register(name: str, dtype: torch.dtype, loader: Callable = loader) -> None:
+        def register(name: str, dtype: torch.dtype, load: Callable = loader) -> None:
             data = torch.empty(groups, n, dtype=dtype)
+            load = noted(name, load)
             if self.one_group:
-                parameter = ChannelQuantScaleParameter(data=data, output_dim=1, weight_loader=loader)
+                parameter = ChannelQuantScaleParameter(data=data, output_dim=1, weight_loader=load)
             else:
-                parameter = GroupQuantScaleParameter(data=data, input_dim=0, output_dim=1, weight_loader=loader)
+                parameter = GroupQuantScaleParameter(data=data, input_dim=0, output_dim=1, weight_loader=load)
             layer.register_parameter(name, parameter)
 
         register("qzeros", torch.uint8, zeros_loader(loader, self.bits, self.format))
@@ -124,12 +131,13 @@ class QALoraLinearMethod(LinearMethodBase):
         if self.offset_dtype is not None:
             register("offsets", self.offset_dtype)
         if self.factors is not None:
-            self.factors.register(layer, len(self.parts), groups, n, loader)
+            self.factors.register(layer, len(self.parts), groups, n, loader, noted)
         if self.scales_delta_dtype is not None:
             register("scales_delta", self.scales_delta_dtype)
         if self.has_g_idx:
             g_idx = self.in_order().repeat(len(output_partition_sizes), 1)  # stays so with --load-format dummy
-            layer.register_parameter("g_idx", BasevLLMParameter(data=g_idx, weight_loader=load_by_part))
+            load = noted("g_idx", load_by_part)
+            layer.register_parameter("g_idx", BasevLLMParameter(data=g_idx, weight_loader=load))
 
     def take_share(
         self, full_shape: tuple[int, int], k: int, outputs: list[int], act_dtype: torch.dtype, rank: int
@@ -141,6 +149,8 @@ class QALoraLinearMethod(LinearMethodBase):
         """
         self.shape, self.full_shape = (k, sum(outputs)), full_shape
         self.output_sizes, self.act_dtype = outputs, act_dtype
+        if 1 < len(self.parts) < len(outputs):
+            self.parts = by_output(self.parts, outputs, Fraction(full_shape[1], sum(outputs)), self.prefix)
         # One group over all of K: its scale, zero and offset hold for every rank's share of K, so each rank keeps them.
         self.one_group = self.group_size == self.in_features
         self.columns_of_group = k if self.one_group else self.group_size
@@ -176,15 +186,15 @@ class QALoraLinearMethod(LinearMethodBase):
         """
         if layer.qweight.is_meta:  # a head that a pooling model does not use
             return
-        fill_what_is_not_stored(layer, self.parts, self.columns, self.in_order())
+        self.loads.complete(layer, self.parts, self.columns, self.in_order())
         order = self.group_order(layer.g_idx.data) if self.has_g_idx else None
         if order is not None:
-            layer.qweight.data = _sort_rows(layer.qweight.data, self.bits, order, self.output_sizes)
+            layer.qweight.data = sort_rows(layer.qweight.data, self.bits, order, self.output_sizes)
         require_finite(layer, self.parts, self.columns, self.prefix)
         if self.scales_delta_dtype is not None:
             layer.scales.data = layer.scales.data.float() + layer.scales_delta.data
             layer.register_parameter("scales_delta", None)
-        layer.register_buffer("input_order", order, persistent=False)
+        layer.register_buffer("input_order", order)  # persistent, or vLLM's reloading keeps the first weights'
         if self.has_g_idx:
             del layer.g_idx
         offsets = None if self.offset_dtype is None else layer.offsets.data
@@ -287,10 +297,3 @@ class QALoraLinearMethod(LinearMethodBase):
         elif self.factors is not None and layer.offsets_a is not None:
             add_factored(y, x, layer.offsets_a, layer.offsets_b, self.columns_of_group)
         return y
-
-
-def _sort_rows(qweight: Tensor, bits: int, order: Tensor, sizes: list[int]) -> Tensor:
-    """Reorder the K codes of every column; with several orders, each for its own part of the columns."""
-    codes = unpack_rows(qweight, bits)
-    parts = codes.split(sizes, dim=1) if len(order) > 1 else [codes]
-    return pack_rows(torch.cat([part[rows] for part, rows in zip(parts, order, strict=True)], dim=1), bits)

@@ -4,6 +4,8 @@ Arguments are named as vLLM's loaders name them: its reloading looks them up by 
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
+from functools import wraps
 from itertools import accumulate
 from typing import Any
 
@@ -12,9 +14,49 @@ from torch import Tensor
 from vllm.model_executor.parameter import BasevLLMParameter
 
 from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.core.packing import pack_rows, unpack_rows
 from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.gptq import Gptq
 from vllm_ext.compat import Layer
+
+SHARDS = ("q", "k", "v", "index_q", "index_k")  # what vLLM calls the parts of an attention's linear, in order
+
+
+def rows_of(shard_id: str | int | tuple | None, rows: int) -> Iterable[int]:
+    """Which of a layer's ``rows`` outputs one call of a weight loader is for."""
+    if shard_id is None:
+        return range(rows)
+    if isinstance(shard_id, str):
+        return [SHARDS.index(shard_id)]
+    return shard_id if isinstance(shard_id, tuple) else [shard_id]
+
+
+def by_output(
+    parts: Sequence[GroupwiseSpec], outputs: Sequence[int], ranks: Fraction, prefix: str
+) -> list[GroupwiseSpec]:
+    """The checkpoint's linear of each output, where vLLM takes one of them apart (Qwen3.5's ``in_proj_qkv``).
+
+    Args:
+        outputs: columns of this rank. ranks: that share them.
+
+    Raises:
+        QALoraError: the sizes do not add up.
+    """
+    rest, found = list(outputs), []
+    for part in parts:
+        width = 0
+        while rest and width < part.out_features:
+            width += int(rest.pop(0) * ranks)
+            found.append(part)
+        if width != part.out_features:
+            break
+    if rest or width != part.out_features:
+        listed = ", ".join(f"{part.name}: {part.out_features}" for part in parts)
+        raise QALoraError(
+            f"{prefix}: vLLM builds it with outputs of {list(outputs)} columns a rank, which are not the checkpoint's "
+            f"({listed}). Serve it with transformers."
+        )
+    return found
 
 
 def load_by_part(param: BasevLLMParameter, loaded_weight: Tensor, shard_id: str | int | tuple | None = None) -> None:
@@ -22,13 +64,7 @@ def load_by_part(param: BasevLLMParameter, loaded_weight: Tensor, shard_id: str 
     along the input, ``[S, G, …]``, this rank's share."""
     k = param.data.shape[1]
     start = param.tp_rank * k if loaded_weight.shape[0] > k else 0
-    if shard_id is None:
-        rows: Iterable[int] = range(len(param.data))
-    elif isinstance(shard_id, str):
-        rows = ["qkv".index(shard_id)]
-    else:
-        rows = shard_id if isinstance(shard_id, tuple) else [shard_id]
-    for row in rows:
+    for row in rows_of(shard_id, len(param.data)):
         param.data[row].copy_(loaded_weight[start : start + k])  # vLLM's reloading counts what copy_ moves
 
 
@@ -44,30 +80,82 @@ def zeros_loader(load: Callable, bits: int, fmt: Gptq) -> Callable:
     return load_zeros
 
 
-def fill_what_is_not_stored(
-    layer: Layer, parts: Sequence[GroupwiseSpec], columns: Sequence[int], in_order: Tensor
-) -> None:
-    """Some parts of a fused layer may have no adapter (q and v only), or no ``g_idx``: zeros, and groups in order.
+_NEEDED = ("qweight", "qzeros", "scales")
 
-    Not where parameters are created: for ``reload_weights`` vLLM creates them anew, uninitialised.
+
+def _stored(part: GroupwiseSpec) -> dict[str, bool]:
+    """Whether the checkpoint has each of a linear's tensors, by its headers."""
+    factored = part.offset_rank > 0
+    return dict.fromkeys(_NEEDED, True) | {
+        "offsets": part.offset_dtype is not None and not factored,
+        "offsets_a": factored,
+        "offsets_b": factored,
+        "scales_delta": part.scales_delta_dtype is not None,
+        "g_idx": part.has_g_idx,
+    }
+
+
+class Loads:
+    """What has been loaded into a layer since its weights were last processed.
+
+    ``reload_weights`` may bring other tensors than those the layer was made for, and vLLM then leaves what is missing
+    uninitialised.
 
     Args:
-        columns: of each part. in_order: ``g_idx`` ``[K]`` without act-order.
+        prefix: name of the layer in the vLLM model, for messages.
+        guessed: ``parts`` are those of a layer that is called alike, so that optional tensors may be missing.
     """
-    ends = list(accumulate(columns))
-    for row, (part, start, end) in enumerate(zip(parts, [0, *ends[:-1]], ends, strict=True)):
-        stored = {
-            "offsets": part.offset_dtype is not None and not part.offset_rank,
-            "offsets_b": part.offset_rank > 0,
-            "scales_delta": part.scales_delta_dtype is not None,
-        }
-        for name, there in stored.items():
-            if not there and getattr(layer, name, None) is not None:
-                getattr(layer, name).data[:, start:end] = 0
-        if not part.offset_rank and getattr(layer, "offsets_a", None) is not None:
-            layer.offsets_a.data[row] = 0
-        if not part.has_g_idx and getattr(layer, "g_idx", None) is not None:
-            layer.g_idx.data[row] = in_order.to(layer.g_idx.device)
+
+    def __init__(self, prefix: str, guessed: bool = False):
+        self.prefix, self.guessed = prefix, guessed
+        self.found: set[tuple[str, int]] = set()
+
+    def noted(self, name: str, load: Callable, outputs: int) -> Callable:
+        """``load`` for the tensor ``name`` of a layer with so many fused outputs, which is remembered."""
+
+        @wraps(load)  # its arguments' names, too
+        def load_and_note(param: BasevLLMParameter, loaded_weight: Tensor, *args: Any, **kwargs: Any) -> None:
+            shard_id = next(iter((*args, *kwargs.values())), None)
+            load(param, loaded_weight, *args, **kwargs)
+            self.note(name, rows_of(shard_id, outputs))
+
+        return load_and_note
+
+    def note(self, name: str, rows: Iterable[int]) -> None:
+        self.found |= {(name, row) for row in rows}
+
+    def complete(self, layer: Layer, parts: Sequence[GroupwiseSpec], columns: Sequence[int], in_order: Tensor) -> None:
+        """Fill what parts do not store: some of a fused layer may have no adapter (q and v only), or no ``g_idx``.
+
+        Args:
+            parts: of the checkpoint, one an output, or one for all. columns: of each part. in_order: ``g_idx`` ``[K]``
+                without act-order.
+
+        Raises:
+            QALoraError: something was loaded, and something that the checkpoint stored was not.
+        """
+        found, self.found = self.found, set()
+        if len(parts) == 1:
+            found = {(name, 0) for name, _ in found}
+        ends = list(accumulate(columns))
+        for row, (part, start, end) in enumerate(zip(parts, [0, *ends[:-1]], ends, strict=True)):
+            for name, there in _stored(part).items():
+                missing = (name, row) not in found
+                optional = self.guessed and name not in _NEEDED
+                if there and missing and found and not optional:
+                    raise QALoraError(
+                        f"the weights that were loaded lack {part.name}.{name} (served as {self.prefix}), which the "
+                        "server was started with. Start it anew with the other checkpoint."
+                    )
+                if (there and not (missing and optional)) or getattr(layer, name, None) is None:
+                    continue
+                rows = row if len(parts) > 1 else slice(None)
+                if name == "g_idx":
+                    layer.g_idx.data[rows] = in_order.to(layer.g_idx.device)
+                elif name == "offsets_a":
+                    layer.offsets_a.data[rows] = 0
+                else:
+                    getattr(layer, name).data[:, start:end] = 0
 
 
 def require_finite(layer: Layer, parts: Sequence[GroupwiseSpec], columns: Sequence[int], prefix: str) -> None:
@@ -99,3 +187,10 @@ def vocabulary_loader(layer: Layer) -> Callable[[BasevLLMParameter, Tensor], Non
         param.data.copy_(loaded_weight[:, wanted])
 
     return load
+
+
+def sort_rows(qweight: Tensor, bits: int, order: Tensor, sizes: list[int]) -> Tensor:
+    """Reorder the K codes of every column; with several orders, each for its own part of the columns."""
+    codes = unpack_rows(qweight, bits)
+    parts = codes.split(sizes, dim=1) if len(order) > 1 else [codes]
+    return pack_rows(torch.cat([part[rows] for part, rows in zip(parts, order, strict=True)], dim=1), bits)

@@ -11,12 +11,13 @@ Written against ``RoutedExperts`` of vLLM 0.32 (``model_executor/layers/fused_mo
 
 from collections.abc import Callable
 from functools import reduce
+from types import SimpleNamespace
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.activation import apply_moe_activation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
@@ -28,10 +29,11 @@ from qalora_plugin.core.words import codes_per_period, words_per_period
 from qalora_plugin.formats.gptq import Gptq
 from vllm_ext import grouped
 from vllm_ext.compat import Layer
+from vllm_ext.experts import by_expert
+from vllm_ext.factors import require_rank
 from vllm_ext.linear import QALoraLinearMethod
 from vllm_ext.ops import define
 
-_ROLES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3", "w1": "w1", "w2": "w2", "w3": "w3"}
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 _PARTS = ("qweight", "qzeros", "scales", "scales_delta", "offsets", "offsets_a", "offsets_b", "g_idx")
 
@@ -60,7 +62,10 @@ class QALoraMoEMethod(FusedMoEMethodBase):
     ):
         super().__init__(moe)
         self.prefix, self.format = prefix, fmt
-        specs = _by_expert(modules, moe.num_experts, prefix)
+        specs = by_expert(modules, moe.num_experts, prefix)
+        if getattr(moe, "is_lora_enabled", False):
+            raise QALoraError(f"{prefix}: no LoRA can be served beside quantized experts. Serve without --enable-lora; "
+                              "merge the adapter (`qalora merge`).")  # fmt: skip
         if moe.moe_parallel_config.use_ep:
             raise QALoraError(f"{prefix}: experts of a qalora checkpoint cannot be spread over ranks. Serve without "
                               "--enable-expert-parallel.")  # fmt: skip
@@ -93,7 +98,6 @@ class QALoraMoEMethod(FusedMoEMethodBase):
         Raises:
             QALoraError: the layer does not fit the checkpoint, or its share would split a group or a packed word.
         """
-        _layers[str(layer.layer_name)] = layer
         inner, ranks = intermediate_size_per_partition, self.moe.tp_size
         sizes = {"w13": (hidden_size, [inner, inner]), "w2": (inner, [hidden_size])}
         full = {"w13": (hidden_size, 2 * inner * ranks), "w2": (inner * ranks, hidden_size)}
@@ -141,17 +145,23 @@ class QALoraMoEMethod(FusedMoEMethodBase):
             return_success: bool = False,
         ) -> bool | None:
             target, second = param.data[expert_id], shard_id == "w3"
+            method = self.methods[name][expert_id]
+            method.loads.note(part, [int(second)])
             if part == "qzeros":
-                loaded_weight = self.format.true_zeros(loaded_weight, self.methods[name][expert_id].bits)
+                loaded_weight = self.format.true_zeros(loaded_weight, method.bits)
             if part == "offsets_a":
                 row, rank_of = target[int(second)], loaded_weight.shape[1]
+                require_rank(rank_of, row.shape[1])
+                row[:, rank_of:].zero_()  # where vLLM reloads it is uninitialised
                 start = rank * len(row) if len(loaded_weight) > len(row) else 0
                 row[:, :rank_of].copy_(loaded_weight[start : start + len(row)])
             elif part == "offsets_b":
                 n = target.shape[1] // (2 if name == "w13" else 1)
                 start = rank * n if name == "w13" else 0
-                rows = target[: len(loaded_weight), n * second : n * (second + 1)]
-                rows.copy_(loaded_weight[:, start : start + n])
+                require_rank(len(loaded_weight), len(target))
+                columns = target[:, n * second : n * (second + 1)]
+                columns[len(loaded_weight) :].zero_()
+                columns[: len(loaded_weight)].copy_(loaded_weight[:, start : start + n])
             elif part == "g_idx":
                 start = rank * target.shape[1] if loaded_weight.shape[0] > target.shape[1] else 0
                 target[int(second)].copy_(loaded_weight[start : start + target.shape[1]])
@@ -171,7 +181,17 @@ class QALoraMoEMethod(FusedMoEMethodBase):
         Raises:
             QALoraError: as for linears; or a GPU would have to run the experts one by one in CUDA graphs.
         """
+        if self.in_graphs and getattr(layer, "grouped_experts", None) is not None:
+            raise QALoraError(
+                f"{self.prefix}: quantized experts cannot be reloaded into CUDA graphs. Start the server anew, or with "
+                "--enforce-eager."
+            )
         layer.quantized_experts = layer.grouped_experts = None
+        for name, methods in self.methods.items():
+            for i, method in enumerate(methods):
+                stacked = {part: getattr(layer, f"{name}_{part}", None) for part in _PARTS}
+                mine = {part: None if whole is None else whole.data[i] for part, whole in stacked.items()}
+                method.loads.complete(SimpleNamespace(**mine), method.parts, method.columns, method.in_order())
         why_not = grouped.why_not(layer, self.methods)
         if why_not is None:
             layer.grouped_experts = grouped.GroupedExperts(layer, self.methods)
@@ -228,7 +248,9 @@ class QALoraMoEMethod(FusedMoEMethodBase):
         shared_experts_input: Tensor | None = None,
     ) -> Tensor:
         """``[T, hidden] → [T, hidden]``, this rank's part of the sum. Shared experts are vLLM's to run."""
-        return torch.ops.qalora.experts(x, topk_weights, topk_ids, layer.layer_name)
+        if torch.compiler.is_compiling():
+            return torch.ops.qalora.experts(x, topk_weights, topk_ids, layer.layer_name)
+        return self.run(layer, x, topk_weights, topk_ids)
 
     def run(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         on_input = layer.apply_router_weight_on_input
@@ -254,11 +276,9 @@ class QALoraMoEMethod(FusedMoEMethodBase):
         return y[order.argsort()].unflatten(0, (-1, k)).sum(1).to(x.dtype)
 
 
-_layers: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()  # by name, as a compiled graph knows them
-
-
 def _experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer_name: str) -> Tensor:
-    layer: Any = _layers[layer_name]
+    """A compiled graph knows a layer by its name: that of the model which runs, for several may be in a process."""
+    layer: Any = get_forward_context().no_compile_layers[layer_name].routed_experts
     return layer.quant_method.run(layer, x, topk_weights, topk_ids)
 
 
@@ -267,32 +287,6 @@ def _experts_fake(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer_name:
 
 
 define("experts", _experts, _experts_fake)
-
-
-def _by_expert(modules: dict[str, GroupwiseSpec], experts: int, prefix: str) -> list[dict[str, GroupwiseSpec]]:
-    found: list[dict[str, GroupwiseSpec]] = [{} for _ in range(experts)]
-    for name, spec in modules.items():
-        number, _, leaf = name.partition(".")
-        if leaf not in _ROLES or not number.isdigit() or int(number) >= experts:
-            raise QALoraError(
-                f"{spec.name} is no expert that {prefix} has ({experts} of them, each gate_proj, up_proj, down_proj or "
-                "w1, w3, w2). Does config.json belong to these weights?"
-            )
-        found[int(number)][_ROLES[leaf]] = spec
-    for i, one in enumerate(found):
-        if missing := sorted({"w1", "w2", "w3"} - set(one)):
-            raise QALoraError(
-                f"{prefix}: expert {i} lacks a quantized {missing[0]}, but a layer's experts must be quantized all, or "
-                "none. Download or quantize the checkpoint again."
-            )
-    for role in ("w1", "w2"):  # w3 is held against w1 where they become one linear
-        kinds = {(one[role].bits, one[role].group_size) for one in found}
-        if len(kinds) > 1:
-            raise QALoraError(
-                f"{prefix}: its experts are quantized differently ({sorted(kinds)}: bits, group size). Quantize the "
-                "base again with equal settings for them."
-            )
-    return found
 
 
 def _widest(dtypes: list[torch.dtype]) -> torch.dtype | None:

@@ -13,6 +13,7 @@ from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.qalora import QALora
 from qalora_plugin.kernels import grouped
+from vllm_ext import moe
 from vllm_ext.moe import QALoraMoEMethod
 
 EXPERTS, K, TOKENS = 4, 256, 9  # K is what linear_tensors makes
@@ -44,18 +45,18 @@ def spec(name, tensors, bits=4):
 
 
 def make_layer(experts, dtype, path, rank=0, ranks=1, **changes):
-    moe = SimpleNamespace(
+    settings = SimpleNamespace(
         num_experts=EXPERTS, moe_parallel_config=SimpleNamespace(use_ep=False), is_act_and_mul=True, has_bias=False,
         activation=MoEActivation.SILU, tp_size=ranks, tp_rank=rank,
     )  # fmt: skip
-    vars(moe).update(changes)
+    vars(settings).update(changes)
     modules = {
         f"{e}.{leaf}": spec(f"experts.{e}.{leaf}", tensors)
         for e, one in enumerate(experts)
         for leaf, tensors in one.items()
     }
     fmt = QALora({"checkpoint_format": "gptq"})
-    method, layer = QALoraMoEMethod(moe, "experts", modules, fmt, path, None, True), nn.Module()
+    method, layer = QALoraMoEMethod(settings, "experts", modules, fmt, path, None, True), nn.Module()
     layer.layer_name, layer.activation, layer.apply_router_weight_on_input = (
         f"experts {rank}",
         MoEActivation.SILU,
@@ -229,6 +230,41 @@ def test_changed_scales(compute, ranks, monkeypatch):
     assert (found - wanted).norm() <= 3 * TOLERANCE[dtype] * wanted.norm()
 
 
+def test_a_process_may_hold_several_models(monkeypatch):
+    """Their layers have the same names: which one runs is known to vLLM's context."""
+    x, shares, ids = routing()
+    first, second = make_experts(True, 32), make_experts(False, 32)
+    layers = [make_layer(experts, torch.float32, "dense") for experts in (first, second)]
+    assert layers[0].layer_name == layers[1].layer_name
+    for layer, experts in zip(layers, (first, second), strict=True):
+        wanted = defined(experts, x, shares, ids)
+        runner = SimpleNamespace(no_compile_layers={layer.layer_name: SimpleNamespace(routed_experts=layer)})
+        monkeypatch.setattr(moe, "get_forward_context", lambda runner=runner: runner)
+        for found in (apply(layer, x, shares, ids), torch.ops.qalora.experts(x, shares, ids, layer.layer_name)):
+            assert (found - wanted).norm() <= 3 * TOLERANCE[torch.float32] * wanted.norm()
+
+
+def test_a_compiled_graph_calls_the_layer_by_its_name(monkeypatch):
+    x, shares, ids = routing()
+    experts = make_experts(True, 32)
+    layer = make_layer(experts, torch.float32, "dense")
+    asked = []
+    layers = {layer.layer_name: SimpleNamespace(routed_experts=layer)}
+    context = SimpleNamespace(no_compile_layers=layers)
+    monkeypatch.setattr(moe, "get_forward_context", lambda: asked.append(1) or context)
+    compiled = torch.compile(lambda x: layer.quant_method.apply(layer, x, shares, ids), backend="eager", fullgraph=True)
+    wanted = defined(experts, x, shares, ids)
+    assert (compiled(x) - wanted).norm() <= 3 * TOLERANCE[torch.float32] * wanted.norm()
+    assert asked
+
+
+def test_graphs_hold_the_first_weights(together):
+    layer = make_layer(make_experts(True, 32), torch.float32, None)
+    layer.quant_method.in_graphs = True
+    with pytest.raises(QALoraError, match="cannot be reloaded into CUDA graphs"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
 def test_a_rank_cannot_split_a_group():
     with pytest.raises(QALoraError, match="a group cannot be split"):
         make_layer(make_experts(False, 128), torch.float32, "dense", 0, 4)
@@ -238,6 +274,7 @@ def test_a_rank_cannot_split_a_group():
     ("change", "message"),
     [
         ({"moe_parallel_config": SimpleNamespace(use_ep=True)}, "cannot be spread over ranks"),
+        ({"is_lora_enabled": True}, "Serve without --enable-lora"),
         ({"has_bias": True}, r"compute more than down\(act\(gate\)·up\)"),
         ({"activation": MoEActivation.SWIGLUOAI}, "swigluoai"),
         ({"num_experts": 3}, r"experts.3.gate_proj is no expert that experts has \(3 of them"),
