@@ -59,7 +59,7 @@ class ScaleDelta(NamedTuple):
         import torch
 
         dtype = torch.promote_types(self.d.dtype, torch.float32)
-        return (self.d.to(dtype) @ self.c.to(dtype)).add_(1).mul_(scales)
+        return (self.d.to(dtype) @ self.c.to(dtype) + 1) * scales  # the product as it is: checkpointing may hold it
 
     def gradients(self, gradient: "Tensor") -> "tuple[Tensor, Tensor]":
         """dD ``[*E, G, R]`` and dC ``[*E, R, N]`` of the gradient of ``D·C``, ``[*E, G, N]``."""

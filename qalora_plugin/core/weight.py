@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from qalora_plugin.core.delta import factored_offsets
 from qalora_plugin.core.words import codes_per_period, words_per_period
 
 if TYPE_CHECKING:
@@ -125,3 +126,16 @@ class GroupwiseWeight(NamedTuple):
             scales=self.scales[..., groups, columns],
             offsets=None if self.offsets is None else self.offsets[..., groups, columns],
         )
+
+
+def completed(
+    weight: GroupwiseWeight, change: "Tensor | None", a: "Tensor | None", b: "Tensor | None"
+) -> GroupwiseWeight:
+    """The weight with what is stored beside it, where there is such: a change of its scales ``[*E, G, N]``, and factors
+    of offsets, ``[*E, G, r]`` and ``[*E, r, N]``."""
+    if change is not None:
+        weight = weight._replace(scales=weight.scales.float() + change)
+    if a is None or b is None:
+        return weight
+    product = factored_offsets(a, b)
+    return weight._replace(offsets=product if weight.offsets is None else weight.offsets + product)

@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from qalora_plugin.core.delta import OffsetDelta, ScaleDelta, scaled_product
-from qalora_plugin.core.weight import GroupwiseWeight
+from qalora_plugin.core.weight import GroupwiseWeight, completed
 from qalora_plugin.kernels.base import Kernel
 from qalora_plugin.kernels.hardware import autocast, gemm_dtype
 from qalora_plugin.kernels.scales import factor_gradient, in_steps, representatives
@@ -32,47 +33,60 @@ from qalora_plugin.kernels.unpacking import product
 
 
 def linear(
-    x: Tensor, weight: GroupwiseWeight, delta: OffsetDelta | None = None, scale_delta: ScaleDelta | None = None
+    x: Tensor,
+    weight: GroupwiseWeight,
+    delta: OffsetDelta | None = None,
+    scale_delta: ScaleDelta | None = None,
+    beside: tuple[Tensor | None, ...] = (None, None, None),
 ) -> Tensor:
     """``x·w'`` in the dtype of x (the autocast dtype under autocast).
 
     Args:
         x: ``[..., K]``.
         delta: in units of ``w``; of its scales, as they were, if there is a ``scale_delta``.
+        beside: what ``w`` is completed by (:func:`~qalora_plugin.core.weight.completed`), in forward and in backward:
+            between the two it stays as it is stored.
 
     Returns:
         ``[..., N]``.
     """
-    return _GroupwiseLinear.apply(autocast(x), *(delta or (None, None, 1.0)), *(scale_delta or (None, None, 1)), weight)
+    changes = *(delta or (None, None, 1.0)), *(scale_delta or (None, None, 1))
+    return _GroupwiseLinear.apply(autocast(x), *changes, weight, beside)
+
+
+def _is_abstract(x: Tensor) -> bool:
+    """Whether it has a shape and no numbers, as where memory is estimated: then the ops below say what they give."""
+    return x.is_meta or isinstance(x, FakeTensor)
 
 
 class _GroupwiseLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, d: Tensor | None,
-        c: Tensor | None, every: int, weight: GroupwiseWeight,
+        c: Tensor | None, every: int, weight: GroupwiseWeight, beside: tuple[Tensor | None, ...],
     ) -> Tensor:  # fmt: skip
-        run = _forward_op if torch.compiler.is_compiling() else _forward
+        run = _forward_op if torch.compiler.is_compiling() or _is_abstract(x) else _forward
         keep_pooled, wants_scales = any(ctx.needs_input_grad[1:3]), any(ctx.needs_input_grad[4:6])
-        factors, stored = (lora_a, lora_b, scaling, d, c), (weight.tensors, weight.bits, weight.group_size)
+        whole = completed(weight, *beside)
+        factors, stored = (lora_a, lora_b, scaling, d, c), (whole.tensors, whole.bits, whole.group_size)
         y, pooled, place = run(x, *factors, keep_pooled, every > 1, *stored)
-        ctx.scaling, ctx.weight, ctx.every = scaling, weight, every
+        ctx.scaling, ctx.weight, ctx.beside, ctx.every = scaling, weight, beside, every
         ctx.save_for_backward(pooled, place if len(place) else None, x if wants_scales else None, lora_a, lora_b, d, c)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        run = _backward_op if torch.compiler.is_compiling() else _backward
-        wants_dx, wants_a, wants_b, _, wants_d, wants_c, _, _ = ctx.needs_input_grad
+        run = _backward_op if torch.compiler.is_compiling() or _is_abstract(dy) else _backward
+        wants_dx, wants_a, wants_b, _, wants_d, wants_c, *_ = ctx.needs_input_grad
         pooled, place, x, lora_a, lora_b, d, c = ctx.saved_tensors
-        weight = ctx.weight
+        weight = completed(ctx.weight, *ctx.beside)
         dx, da, db, dd, dc = run(
             dy, pooled, place, x, ctx.every, lora_a, lora_b, ctx.scaling, d, c, wants_dx, wants_a or wants_b,
             weight.tensors, weight.bits, weight.group_size,
         )  # fmt: skip
         found = ((dx, wants_dx), (da, wants_a), (db, wants_b), (None, False), (dd, wants_d), (dc, wants_c))
-        return *(gradient if wanted else None for gradient, wanted in found), None, None
+        return *(gradient if wanted else None for gradient, wanted in found), None, None, None
 
 
 def _forward(
@@ -135,12 +149,12 @@ def _backward(
     with torch.autocast(dy.device.type, enabled=False):
         if wants_dx:
             dx = kernel.grad_input(dy, *in_steps(weight, delta, d, c))
-        dy = dy.flatten(0, -2)
+        dy = dy.reshape(-1, dy.shape[-1])
         if wants_adapter and delta is not None:
             unit = None if d is None else weight.scales
-            da, db = _adapter_gradients(dy, pooled.flatten(0, -2), delta, unit, kernel)
+            da, db = _adapter_gradients(dy, pooled.reshape(-1, pooled.shape[-1]), delta, unit, kernel)
         if x is not None and d is not None and c is not None:
-            x, share = x.flatten(0, -2), None
+            x, share = x.reshape(-1, x.shape[-1]), None
             if place is not None and len(x):
                 x, dy, share, _ = representatives(x, dy, max(1, len(x) // every), place)
             gradient = factor_gradient(x, dy, weight).to(torch.promote_types(d.dtype, torch.float32))

@@ -192,7 +192,7 @@ def _changed(
         if a is not None and b is not None:
             a, b = _of_each(a, len(b)).float().mT, b.float().mT
             if d is not None:
-                added = torch.bmm(a, b).mul_(scaling).mul_(weight.scales)
+                added = (torch.bmm(a, b) * scaling).mul_(weight.scales)
                 offsets = added if offsets is None else added.add_(offsets)
             elif offsets is None:
                 offsets = torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scaling)

@@ -22,7 +22,7 @@ def triton_has_tensor_cores(tensor: Tensor) -> bool:
 def autocast(x: Tensor) -> Tensor:
     """x in the dtype that autocast asks for on its device, if it is on."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    return x.to(torch.get_autocast_dtype(kind)) if kind != "meta" and torch.is_autocast_enabled(kind) else x
 
 
 def gemm_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

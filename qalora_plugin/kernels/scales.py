@@ -34,7 +34,7 @@ def in_steps(
     changed = weight._replace(scales=ScaleDelta(d, c).materialize(weight.scales))
     if delta is None:
         return changed, None
-    offsets = delta.materialize().mul_(weight.scales)
+    offsets = delta.materialize() * weight.scales
     return changed._replace(offsets=offsets if weight.offsets is None else offsets.add_(weight.offsets)), None
 
 
@@ -70,7 +70,7 @@ def representatives(x: Tensor, dy: Tensor, count: int, place: Tensor) -> Represe
     total, each = torch.promote_types(dy.dtype, torch.float32), len(dy) // len(x)
     x_norm, dy_norm = _norms(x), _norms(dy)
     by_token = x_norm if each == 1 else x_norm.repeat_interleave(each)
-    edges = (by_token.to(total) * dy_norm).cumsum(0, dtype=torch.float64)
+    edges = _running_sum(by_token.to(total) * dy_norm)
     share = edges[-1] / count
     # A number, for a copy to a GPU would wait for it.
     points = torch.arange(count, dtype=torch.float64, device=x.device).add_(place.item()).mul_(share)
@@ -81,6 +81,21 @@ def representatives(x: Tensor, dy: Tensor, count: int, place: Tensor) -> Represe
         for t, norm, taken in ((x, x_norm, rows if each == 1 else rows // each), (dy, dy_norm, rows))
     )
     return Representatives(x, dy, share.to(total), rows)
+
+
+def _running_sum(shares: Tensor) -> Tensor:
+    """float64. Where torch is to give the same every time, of whole numbers: of others CUDA's sums are in any order,
+    and refused then."""
+    if not (shares.is_cuda and torch.are_deterministic_algorithms_enabled()):
+        return shares.cumsum(0, dtype=torch.float64)
+    return _running_sum_of_integers(shares)
+
+
+def _running_sum_of_integers(shares: Tensor) -> Tensor:
+    """In parts of the whole that float64 counts exactly."""
+    shares = shares.double()
+    step = shares.sum().clamp_min(torch.finfo(torch.float64).tiny * 2.0**52) * 2.0**-52
+    return (shares / step).round().to(torch.int64).cumsum(0) * step
 
 
 def _norms(t: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from qalora_plugin.core.delta import OffsetDelta, ScaleDelta
-from qalora_plugin.core.weight import GroupwiseSpec, GroupwiseWeight
+from qalora_plugin.core.weight import GroupwiseSpec, GroupwiseWeight, completed
 from qalora_plugin.core.words import codes_per_period, words_per_period
 from qalora_plugin.kernels import grouped
 from qalora_plugin.kernels.autograd import linear
-from qalora_plugin.layers.linear import QuantLinear, completed
+from qalora_plugin.layers.linear import QuantLinear
 
 if TYPE_CHECKING:
     from qalora_plugin.kernels.triton.grouped import Tiles

@@ -1,13 +1,14 @@
 """The INT linear layer: a groupwise quantized weight, codes packed as on disk, that never trains."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qalora_plugin.core.delta import OffsetDelta, ScaleDelta, factored_offsets
+from qalora_plugin.core.delta import OffsetDelta, ScaleDelta
 from qalora_plugin.core.errors import QALoraError
-from qalora_plugin.core.weight import GroupwiseSpec, GroupwiseWeight
+from qalora_plugin.core.weight import GroupwiseSpec, GroupwiseWeight, completed
 from qalora_plugin.core.words import codes_per_period
 from qalora_plugin.kernels.autograd import linear
 from qalora_plugin.kernels.unpacking import dequantized
@@ -83,6 +84,11 @@ class QuantLinear(nn.Module):
 
         return super()._apply(moved, recurse)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.group_order is not None and self.g_idx is not None:  # it follows from g_idx, and is not stored
+            self.group_order = torch.argsort(self.g_idx, stable=True)
+
     def make_shardable(self, dtype: torch.dtype) -> None:
         """Move all tensors into ``words``, a parameter of the model's own ``dtype``."""
         if self.words is None:
@@ -95,6 +101,10 @@ class QuantLinear(nn.Module):
         if self.words is None or self._layout is None:
             return [getattr(self, name) for name in _HELD]
         return views(self.words, self._layout)
+
+    def named_tensors(self) -> dict[str, Tensor | None]:
+        """:meth:`tensors` by the names of the buffers that they are, or were."""
+        return dict(zip(_HELD, self.tensors(), strict=True))
 
     def held(self) -> tuple[GroupwiseWeight, Tensor | None]:
         """The weight as kernels and formats take it, and the bias ``[N]``."""
@@ -114,8 +124,8 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor, delta: OffsetDelta | None = None, scale_delta: ScaleDelta | None = None) -> Tensor:
         """``[..., K] → [..., N]``, with an adapter folded in if one is given."""
-        weight, bias = self.held()
-        y = linear(x, weight, delta, scale_delta)
+        *weight, change, a, b, bias = self.tensors()
+        y = linear(x, GroupwiseWeight.of(weight, self.bits, self.group_size), delta, scale_delta, (change, a, b))
         return y if bias is None else y + bias.to(y.dtype)
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -132,17 +142,6 @@ class QuantLinear(nn.Module):
 
     def _has(self, name: str) -> bool:
         return (getattr(self, name) if self._layout is None else self._layout.parts[_HELD.index(name)]) is not None
-
-
-def completed(weight: GroupwiseWeight, change: Tensor | None, a: Tensor | None, b: Tensor | None) -> GroupwiseWeight:
-    """The weight with what is stored beside it, where there is such: a change of its scales ``[*E, G, N]``, and factors
-    of offsets, ``[*E, G, r]`` and ``[*E, r, N]``."""
-    if change is not None:
-        weight = weight._replace(scales=weight.scales.float() + change)
-    if a is None or b is None:
-        return weight
-    product = factored_offsets(a, b)
-    return weight._replace(offsets=product if weight.offsets is None else weight.offsets + product)
 
 
 def require_packable(spec: GroupwiseSpec) -> None:

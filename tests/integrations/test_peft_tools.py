@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft.utils.hotswap import hotswap_adapter
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from support.fabricate import make_adapter, make_base
 from support.steps import IDS
 
@@ -28,8 +28,14 @@ def loaded(base, adapter, **options):
 
 @pytest.mark.parametrize(
     ("scales", "other"),
-    [(True, {}), (True, {"r": 2, "lora_alpha": 4}), (False, {"lora_alpha": 32})],
-    ids=["as it is", "of a lower rank", "of another alpha, without scales"],
+    [
+        (True, {}),
+        (True, {"r": 2, "lora_alpha": 4}),
+        (False, {"lora_alpha": 32}),
+        (False, {"lora_alpha": 5, "r": 2}),
+        (False, {"lora_alpha": 5, "r": 8}),
+    ],
+    ids=str,
 )
 def test_swapped_for_one_of_its_kind(base, tmp_path, scales, other):
     first, second = (
@@ -39,7 +45,37 @@ def test_swapped_for_one_of_its_kind(base, tmp_path, scales, other):
     model = loaded(base, first)
     model.peft_config["default"].qalora["init"] = "calibrated"  # what it began with is of the past
     hotswap_adapter(model, str(second), "default")
-    torch.testing.assert_close(logits(model), logits(loaded(base, second)), rtol=1e-5, atol=1e-5)
+    wanted = logits(loaded(base, second))
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path / "saved")  # with the rank and alpha that it has now: what a merge goes by
+    torch.testing.assert_close(logits(loaded(base, tmp_path / "saved")), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_swapped_by_patterns_of_the_same_ranks(base, tmp_path):
+    patterns = [{"lora_alpha": alpha, "rank_pattern": {"q_proj": 2}} for alpha in (4, 16)]
+    first, second, other = (
+        make_adapter(base, tmp_path / str(i), std=0.1, seed=i, **OPTIONS | pattern)
+        for i, pattern in enumerate([*patterns, {"rank_pattern": {"q_proj": 8}}])
+    )
+    model, wanted = loaded(base, first), logits(loaded(base, second))
+    hotswap_adapter(model, str(second), "default")
+    model.save_pretrained(tmp_path / "saved")
+    for found in (model, loaded(base, tmp_path / "saved")):
+        torch.testing.assert_close(logits(found), wanted, rtol=1e-5, atol=1e-5)
+    with pytest.raises(QALoraError, match="rank by pattern is"):
+        hotswap_adapter(model, str(other), "default")
+
+
+def test_swapped_in_a_model_that_is_to_be_compiled(base, tmp_path):
+    first, second = (make_adapter(base, tmp_path / str(i), std=0.1, seed=i, **OPTIONS) for i in (0, 1))
+    model = loaded(base, first)
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    compiled = torch.compile(model.eval(), backend="aot_eager")
+    for adapter in (first, second):
+        hotswap_adapter(model, str(adapter), "default")
+        with torch.no_grad():
+            found = compiled(IDS).logits
+        torch.testing.assert_close(found, logits(loaded(base, adapter)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +118,22 @@ def test_sums_of_adapters(base, tmp_path):
     found = logits(model)
     model.base_model.set_adapter(["default", "second"])
     torch.testing.assert_close(found, logits(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("other", "match"),
+    [
+        ({"use_rslora": True}, "adapter 'second' has use_rslora, and PEFT would make the sum √rank times as strong"),
+        ({"exclude_modules": ["layers.0.self_attn.q_proj"]}, "differ in exclude_modules .*Activate the adapters"),
+        ({"layers_to_transform": [1]}, "differ in layers_to_transform"),
+    ],
+)
+def test_no_sum_of_which_peft_leaves_something_out(base, tmp_path, other, match):
+    model = loaded(base, make_adapter(base, tmp_path / "first", **OPTIONS))
+    model.load_adapter(make_adapter(base, tmp_path / "second", **OPTIONS | other), "second")
+    with pytest.raises(QALoraError, match=match):
+        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum", combination_type="cat")
+    assert list(model.peft_config) == ["default", "second"]
 
 
 def test_no_sum_of_experts_by_joining(mixtral):

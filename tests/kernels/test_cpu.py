@@ -1,5 +1,7 @@
 """The compiled CPU kernel against ``core/reference.py``: every variant, its limits, and life without a compiler."""
 
+import ctypes
+import hashlib
 import itertools
 import os
 import platform
@@ -64,6 +66,28 @@ def test_sources_compile_for_other_cpus(architecture):
     for source in Path(cpu.__file__).parent.glob("*.cpp"):
         flags = ["-std=c++20", "-O0", "-fopenmp", f"-march={architecture}", "-S", "-o", os.devnull]
         subprocess.run([COMPILER, *flags, str(source)], check=True)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="such compilers are old ones for x86-64")
+def test_a_compiler_without_float16_makes_the_same_numbers(tmp_path):
+    """GCC before 12 has no ``_Float16`` in C++. Of all numbers that there are in 16 bits."""
+    source = tmp_path / "halves.cpp"
+    source.write_text(
+        '#include "problem.h"\nextern "C" void halves(const void* scales, float* out) {\n'
+        "    Problem p{};\n    p.scales = scales; p.half_scales = 1; p.n = 65536;\n"
+        "    load_scales(p, 0, 0, 65536, out);\n}\n"
+    )
+    folder, library = Path(cpu.__file__).parent, tmp_path / "halves.so"
+    flags = ["-std=c++20", "-O3", "-U__FLT16_MANT_DIG__", "-shared", "-fPIC", f"-I{folder}"]
+    subprocess.run([COMPILER, *flags, str(source), "-o", str(library)], check=True)
+    stored, found = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.float16), torch.empty(65536)
+    ctypes.CDLL(str(library)).halves(ctypes.c_void_p(stored.data_ptr()), ctypes.c_void_p(found.data_ptr()))
+    assert torch.equal(found.isnan(), stored.isnan())
+    assert torch.equal(found.nan_to_num(), stored.float().nan_to_num())
+    for source in folder.glob("*.cpp"):
+        subprocess.run(
+            [COMPILER, *flags, "-fopenmp", "-march=cooperlake", "-S", "-o", os.devnull, str(source)], check=True
+        )
 
 
 def test_extreme_codes_and_zeros():
@@ -268,6 +292,30 @@ fcntl.flock(handle, fcntl.LOCK_EX)
 print(cpu.library())
 """
     assert in_process_with({"XDG_CACHE_HOME": str(tmp_path)}, code).strip() == "None"
+
+
+@pytest.mark.parametrize("fault", ["read-only", "without locks", "for another system"])
+def test_a_cache_that_cannot_be_used_is_gone_without(compiled, tmp_path, fault):
+    """Compiled for this process alone."""
+    path, environment = in_a_copy(compiled, tmp_path)
+    code = COMPILES
+    if fault == "for another system":  # of a home that machines share: its name says that it is whole
+        content = b"\x7fELF, but not for this one"
+        path.unlink()
+        path = path.with_name(f"{path.name.rpartition('-')[0]}-{hashlib.sha256(content).hexdigest()[:16]}.so")
+        path.write_bytes(content)
+    else:
+        path.unlink()
+        number = {"read-only": "EROFS", "without locks": "ENOLCK"}[fault]
+        code = f"""
+import errno, os
+from qalora_plugin.kernels.cpu import build
+def fail(*_): raise OSError(errno.{number}, os.strerror(errno.{number}))
+build.fcntl.flock = fail
+{COMPILES}"""
+    found = in_process_with(environment, code).strip()
+    assert found.endswith(".so")
+    assert not found.startswith(str(tmp_path))
 
 
 def test_a_library_that_somebody_else_could_have_planted_is_not_loaded(compiled, tmp_path):

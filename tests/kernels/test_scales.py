@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from support.layers import adapter_for, assert_close, column_groups, delta, make_layer, scale_factors_for
 from test_autograd import TOLERANCE, layers
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from qalora_plugin.core import reference
 from qalora_plugin.core.delta import ScaleDelta
@@ -231,3 +232,33 @@ def test_checkpointing_and_autocast():
     for one, other in zip(*grads, strict=True):
         assert one.dtype == torch.float32
         assert torch.equal(one, other)
+
+
+def test_a_running_sum_of_whole_numbers():
+    """What CUDA sums in the same order every time."""
+    shares = torch.rand(5000, generator=torch.Generator().manual_seed(0))
+    shares[100:2000] = 0
+    found = scales._running_sum_of_integers(shares)
+    torch.testing.assert_close(
+        found, shares.cumsum(0, dtype=torch.float64), rtol=1e-12, atol=1e-12 * shares.sum().item()
+    )
+    assert (found.diff() >= 0).all()
+    assert not scales._running_sum_of_integers(torch.zeros(3)).any()
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_checkpointing_that_holds_products(act_order):
+    """Axolotl's ``selective_checkpointing``: what it holds must stay as it was."""
+    layer, x = make_layer(128, 64, 4, 32, act_order=act_order), torch.randn(5, 128, requires_grad=True)
+    factors = (*adapter_for(layer, 2), *scale_factors_for(layer, 2))
+    saved = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+
+    def run(x, a, b, d, c):
+        return layer(x, delta(a, b), ScaleDelta(d, c))
+
+    y = checkpoint(
+        run, x, *factors, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(saved)
+    )
+    found = torch.autograd.grad(y.sum(), (x, *factors))
+    for ours, wanted in zip(found, torch.autograd.grad(run(x, *factors).sum(), (x, *factors)), strict=True):
+        assert torch.equal(ours, wanted)

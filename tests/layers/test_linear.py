@@ -1,7 +1,17 @@
 import pytest
 import torch
-from support.layers import assert_close, make_layer
+from support.layers import (
+    adapter_for,
+    assert_close,
+    column_groups,
+    delta,
+    make_layer,
+    reference_weight,
+    scale_factors_for,
+)
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from qalora_plugin.core.delta import ScaleDelta
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.layers.linear import QuantLinear
@@ -44,6 +54,55 @@ def test_factored_offsets_are_multiplied_at_every_use(sharded):
         layer.make_shardable(torch.bfloat16)
     assert torch.equal(layer.quantized.offsets, beside + a @ b.float())
     assert_close(layer(x), x.double() @ weight, 1e-6)
+
+
+def test_what_is_stored_beside_the_weight_is_kept_as_it_is_stored():
+    """Between forward and backward, too: completed, it would be float32 [G, N] a linear."""
+    layer = make_layer(64, 32, 4, 32, act_order=True)
+    layer.scales_delta = 0.1 * layer.scales.abs()
+    layer.offsets_a, layer.offsets_b = torch.randn(2, 3), torch.randn(3, 32).half()
+    x, (lora_a, lora_b) = torch.randn(5, 64, requires_grad=True), adapter_for(layer, 2)
+    weight = reference_weight(layer)
+    y = layer(x, delta(lora_a, lora_b))
+    stored = {id(tensor) for tensor in layer.buffers()}
+    held = [*y.grad_fn.weight.tensors, *y.grad_fn.beside]
+    assert all(id(tensor) in stored for tensor in held if tensor is not None)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    offsets = (lora_b.double() @ lora_a.double()).t()
+    assert_close(dx, (weight + offsets[column_groups(layer)]).sum(1).expand(5, -1), 1e-6)
+
+
+def test_another_act_order_that_is_loaded_is_pooled_by():
+    """``load_state_dict`` fills ``g_idx``; what is sorted by it is not stored."""
+    layer, other = (make_layer(64, 32, 4, 32, act_order=True, seed=seed) for seed in (0, 1))
+    layer.load_state_dict(other.state_dict())
+    x = torch.randn(5, 64)
+    factors = adapter_for(layer, 2)
+    ours, theirs = (torch.autograd.grad(one(x, delta(*factors)).sum(), factors) for one in (layer, other))
+    assert all(map(torch.equal, ours, theirs))
+
+
+def test_a_row_without_a_batch():
+    layer = make_layer(64, 32, 4, 32)
+    x, factors = torch.randn(64, requires_grad=True), (*adapter_for(layer, 2), *scale_factors_for(layer, 2))
+    changes = delta(*factors[:2]), ScaleDelta(*factors[2:])
+    found = torch.autograd.grad(layer(x, *changes).sum(), (x, *factors))
+    for ours, wanted in zip(found, torch.autograd.grad(layer(x[None], *changes).sum(), (x, *factors)), strict=True):
+        assert torch.equal(ours, wanted)
+
+
+def test_what_has_no_numbers_leaves_none_behind():
+    """Shapes alone, as where memory is estimated, on the meta device or with torch's fake tensors."""
+    layer = make_layer(96, 32, 4, 32)
+    factors = adapter_for(layer, 2)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        y = layer(torch.empty(5, 96, requires_grad=True), delta(*factors))
+        assert y.shape == (5, 32)
+        y.sum().backward()
+    y = layer(torch.randn(5, 96))
+    assert not isinstance(y, FakeTensor)
+    meta = make_layer(96, 32, 4, 32).to("meta")
+    assert meta(torch.empty(5, 96, device="meta")).shape == (5, 32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

@@ -167,8 +167,11 @@ class QALoraLayer(nn.Module, LoraLayer):
         return y
 
     def _delta(self, name: str) -> OffsetDelta:
-        ratio = self.ratios[name].offsets
-        return OffsetDelta(stretched(self.lora_A[name], ratio), stretched(self.lora_B[name], ratio), self.scaling[name])
+        ratio, scaling = self.ratios[name].offsets, self.scaling[name]
+        a, b = stretched(self.lora_A[name], ratio), stretched(self.lora_B[name], ratio)
+        if isinstance(scaling, Tensor):  # of PEFT's prepare_model_for_compiled_hotswap
+            return OffsetDelta(a, b * scaling.to(b), 1.0)
+        return OffsetDelta(a, b, scaling)
 
     def _scale_delta(self, names: list[str]) -> ScaleDelta | None:
         """What the adapters together make of the scales; PEFT's ``set_scale`` and the like hold for it, too."""

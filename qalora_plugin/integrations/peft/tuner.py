@@ -21,7 +21,7 @@ from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.integrations.peft.adapter import QALoraConfig, QALoraLayer, require_adapters, require_bound
 from qalora_plugin.integrations.peft.binding import aim, bind_config
 from qalora_plugin.integrations.peft.experts import QALoraExpertsLayer
-from qalora_plugin.integrations.peft.hotswapping import require_one_kind
+from qalora_plugin.integrations.peft.hotswapping import require_one_kind, swap
 from qalora_plugin.integrations.peft.sharded import make_shardable
 from qalora_plugin.integrations.transformers.launched import is_to_be_sharded
 from qalora_plugin.layers.linear import QuantLinear
@@ -80,7 +80,24 @@ class QALoraModel(LoraModel):
             )
         if combination_type == "cat" and any(isinstance(layer, QALoraExpertsLayer) for layer in layers):
             raise QALoraError(f"combination_type 'cat' would join experts, not their ranks. {together}.")
+        if layers:
+            self._require_one_strength_and_place(adapters, together)
         super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, *args, **kwargs)
+
+    def _require_one_strength_and_place(self, adapters: list[str], together: str) -> None:
+        """Of the first adapter PEFT takes over what the sum's strength and place are, weights apart."""
+        configs: list[Any] = [self.peft_config[name] for name in adapters]
+        if scaled := next((name for name, one in zip(adapters, configs, strict=True) if one.use_rslora), None):
+            raise QALoraError(
+                f"adapter {scaled!r} has use_rslora, and PEFT would make the sum √rank times as strong. {together}."
+            )
+        for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+            found = {str(getattr(one, field, None)) for one in configs}
+            if len(found) > 1:
+                raise QALoraError(
+                    f"the adapters differ in {field} ({', '.join(sorted(found))}), and PEFT would leave out of the sum "
+                    f"what one of them has. {together}."
+                )
 
     def subtract_mutated_init(self, output_state_dict: dict, adapter_name: str, kwargs: Any = None) -> dict:
         """PEFT's, which knows A and B alone: of ``save_pretrained(…, path_initial_model_for_weight_conversion=…)``."""
@@ -95,3 +112,4 @@ class QALoraModel(LoraModel):
 
 PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = QALoraModel
 hotswap.check_hotswap_configs_compatible = require_one_kind
+hotswap.hotswap_adapter_from_state_dict = swap

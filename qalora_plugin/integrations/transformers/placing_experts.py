@@ -136,18 +136,20 @@ def experts_as_stored(
     """Every expert of ``layer``, called ``name``, as it was loaded."""
     parent = name.rpartition(".")[0]
     state: dict[str, Tensor] = {}
+    held = layer.named_tensors()
+    a, b, bias = held["offsets_a"], held["offsets_b"], held["bias"]
     for i, spec in enumerate(projection.specs):
         weight, stored = layer.expert(i), f"{parent}.{i}.{projection.leaf}"
         if spec.offset_dtype is None or spec.offset_rank:
             weight = weight._replace(offsets=None)
         state |= fmt.write(stored, weight, g_idx=spec.has_g_idx)
-        if spec.offset_rank and layer.offsets_a is not None and layer.offsets_b is not None:
-            state[f"{stored}.offsets_a"] = layer.offsets_a[i, :, : spec.offset_rank].contiguous()
-            state[f"{stored}.offsets_b"] = layer.offsets_b[i, : spec.offset_rank].contiguous()
-        if spec.scales_delta_dtype and layer.scales_delta is not None:
-            state |= {f"{stored}.{part}": getattr(layer, part)[i] for part in SCALES}
-        if spec.bias_dtype and layer.bias is not None:
-            state[f"{stored}.bias"] = layer.bias[i]
+        if spec.offset_rank and a is not None and b is not None:
+            state[f"{stored}.offsets_a"] = a[i, :, : spec.offset_rank].contiguous()
+            state[f"{stored}.offsets_b"] = b[i, : spec.offset_rank].contiguous()
+        if spec.scales_delta_dtype:
+            state |= {f"{stored}.{part}": tensor[i] for part in SCALES if (tensor := held[part]) is not None}
+        if spec.bias_dtype and bias is not None:
+            state[f"{stored}.bias"] = bias[i]
     return state
 
 

@@ -59,10 +59,11 @@ def adopt_stored(layer: QuantLinear, spec: GroupwiseSpec, fmt: CheckpointFormat,
 
 def as_stored(layer: QuantLinear, name: str, spec: GroupwiseSpec, fmt: CheckpointFormat) -> dict[str, Tensor]:
     """The tensors of ``layer``, called ``name``, as they were loaded."""
-    bias = {} if layer.bias is None else {f"{name}.bias": layer.bias}
+    held = layer.named_tensors()
+    bias = {} if held["bias"] is None else {f"{name}.bias": held["bias"]}
     kept = (*(SCALES if spec.scales_delta_dtype else ()), *(FACTORS if spec.offset_rank else ()))
     weight = layer.quantized
     if spec.offset_rank:
         weight = weight._replace(offsets=None)
-    stored = {f"{name}.{part}": getattr(layer, part) for part in kept}
+    stored = {f"{name}.{part}": tensor for part in kept if (tensor := held[part]) is not None}
     return fmt.write(name, weight, g_idx=spec.has_g_idx) | bias | stored

@@ -69,10 +69,17 @@ def library() -> ctypes.CDLL | None:
 
 
 def _load() -> ctypes.CDLL:
-    folder = private_folder("kernels")
-    if folder is None:  # for this process alone
-        with tempfile.TemporaryDirectory() as own:
-            return ctypes.CDLL(str(_compile(Path(own), "cpu")))
+    if (folder := private_folder("kernels")) is not None:
+        try:
+            return _shared(folder)
+        except OSError as error:  # read-only, full, without locks; or a file from a system with other libraries
+            logger.info("qalora: the CPU kernels in %s cannot be used (%s)", folder, printable(error))
+    with tempfile.TemporaryDirectory() as own:  # for this process alone
+        return ctypes.CDLL(str(_compile(Path(own), "cpu")))
+
+
+def _shared(folder: Path) -> ctypes.CDLL:
+    """From the cache, or compiled into it."""
     stem = f"cpu-{_kind()}"
     if path := _find(folder, stem):
         return ctypes.CDLL(str(path))

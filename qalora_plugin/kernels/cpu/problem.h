@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 struct Problem {  // the tensors of a GroupwiseWeight, all contiguous; __init__.py mirrors this struct
@@ -32,11 +33,33 @@ inline std::vector<float> transposed_b(const Problem& p) {
     return b;
 }
 
+#ifdef __FLT16_MANT_DIG__
+using Half = _Float16;
+#else
+// Where the compiler knows no such number in C++ (GCC before 12): its bits, and what they say. The exponent's bias goes
+// from 15 to 127 by a product, which subnormal numbers take, too.
+struct Half {
+    uint16_t bits;
+    operator float() const {
+        const uint32_t rest = (bits & 0x7FFFu) << 13, sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
+        const uint32_t special = rest >= 0x0F800000u ? 0x7F800000u : 0u;  // infinity and NaN
+        float value;
+        std::memcpy(&value, &rest, 4);
+        value *= 0x1p112f;
+        uint32_t word;
+        std::memcpy(&word, &value, 4);
+        word |= sign | special;
+        std::memcpy(&value, &word, 4);
+        return value;
+    }
+};
+#endif
+
 // Scales of the columns [first, first + width) of a group.
 inline void load_scales(const Problem& p, int64_t group, int64_t first, int64_t width, float* scale) {
     const int64_t start = group * p.n + first;
     if (p.half_scales) {
-        const auto* half = static_cast<const _Float16*>(p.scales) + start;
+        const auto* half = static_cast<const Half*>(p.scales) + start;
         for (int64_t i = 0; i < width; ++i) scale[i] = static_cast<float>(half[i]);
     } else {
         const auto* full = static_cast<const float*>(p.scales) + start;
