@@ -6,7 +6,7 @@ quantised ``lm_head`` need no rules here.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,18 +29,8 @@ from qalora_plugin.formats.qalora import MERGED_PARTS, QALora
 from vllm_ext.compat import experts_problem, is_experts, load_every_tensor
 from vllm_ext.kernels.select import PATH_KEY, TIMED_KEY, forced_path, timed_path
 from vllm_ext.linear import QALoraLinearMethod
+from vllm_ext.model_classes import REFUSED, RENAMED, USUAL_PACKING
 
-# What vLLM fuses where a model class does not say so itself (StableLM, GPT-J).
-USUAL_PACKING = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-# Model classes whose own loading code cannot take packed weights, quantised by whomever.
-REFUSED = {
-    "BloomForCausalLM": "vLLM reorders the rows of query_key_value while loading, but packed rows run along the input",
-    "MiniCPM3ForCausalLM": "vLLM builds q_a_proj without a name, so nothing tells that it is quantised",
-    "DeepseekForCausalLM": "vLLM builds its attention's linears without names, so nothing tells what is quantised",
-    "Molmo2ForConditionalGeneration": "vLLM builds its linears without names, so nothing tells what is quantised",
-}
-# GPTQModel 7.6 saves Mixtral under transformers 5's names, of which vLLM's class knows the last parts only.
-RENAMED = {"MixtralForCausalLM": {".mlp.": ".block_sparse_moe."}}
 DRAFT_PREFIX = "draft_model."  # what vLLM puts before every name of a model that drafts for another
 
 
@@ -52,7 +42,8 @@ class QALoraConfig(QuantizationConfig):
         quantization: the checkpoint's ``quantization_config``.
         modules: quantised linears by their name in the vLLM model; filled by :meth:`maybe_update_config`.
         weights: names of the modules that the checkpoint holds a dense weight of; likewise.
-        tensors: names of all that it holds. holders: of the modules that these belong to, and of all above them.
+        tensors: names of all that it holds → their dimensions. holders: names of the modules that these belong to, and
+            of all above them. with_dense: of those that have a dense matrix, or a module with one right below them.
     """
 
     def __init__(self, quantization: dict[str, Any]):
@@ -62,8 +53,9 @@ class QALoraConfig(QuantizationConfig):
         self.forced_path, self.timed_path = self.quantization.get(PATH_KEY), self.quantization.get(TIMED_KEY)
         self.modules: dict[str, GroupwiseSpec] = {}
         self.weights: set[str] = set()
-        self.tensors: set[str] = set()
+        self.tensors: dict[str, int] = {}
         self.holders: set[str] = set()
+        self.with_dense: set[str] = set()
         self.renamed: dict[str, str] = {}  # parts of tensors' names, before vLLM's own rules
 
     def __repr__(self) -> str:
@@ -135,17 +127,19 @@ class QALoraConfig(QuantizationConfig):
         self.modules = self.format.specs(tensors, model_name)
         self._require_offsets(Path(model_name))
         self.modules = {self._rename(name): module for name, module in self.modules.items()}
-        self._take_names(self._rename(name) for name in tensors)
+        self._take_tensors({self._rename(name): len(info.shape) for name, info in tensors.items()})
 
     def _rename(self, name: str) -> str:
         for part, theirs in self.renamed.items():
             name = name.replace(part, theirs)
         return name
 
-    def _take_names(self, tensors: Iterable[str]) -> None:
-        self.tensors = set(tensors)
+    def _take_tensors(self, tensors: dict[str, int]) -> None:
+        self.tensors = tensors
         self.weights = {name.removesuffix(".weight") for name in self.tensors if name.endswith(".weight")}
-        parents = {name.rpartition(".")[0] for name in self.tensors}
+        dense = [name.removesuffix(".weight") for name, dimensions in tensors.items() if dimensions > 1]
+        parents = {name.rpartition(".")[0] for name in tensors}
+        self.with_dense = {name.rpartition(".")[0] for name in dense} - self.modules.keys()
         self.holders = set()
         while parents:
             self.holders |= parents
@@ -173,7 +167,7 @@ class QALoraConfig(QuantizationConfig):
         # As tensors' names: rules may end in a dot ("lm_head." → "language_model.lm_head.").
         modules = hf_to_vllm_mapper.apply_dict({f"{name}.qweight": module for name, module in self.modules.items()})
         self.modules = {name.removesuffix(".qweight"): module for name, module in modules.items()}
-        self._take_names(hf_to_vllm_mapper.apply_list(list(self.tensors)))
+        self._take_tensors(hf_to_vllm_mapper.apply_dict(self.tensors))
 
     def get_checkpoint_weight_mapper(self) -> Any:
         return load_every_tensor(self.renamed)
@@ -247,14 +241,14 @@ class QALoraConfig(QuantizationConfig):
 
     def _parts_by_leaf(self, prefix: str, width: int) -> list[GroupwiseSpec]:
         """Parts of a layer that vLLM builds under another name than its tensors have (Falcon-H1's mixers): any that is
-        called alike, if the checkpoint has none so called that is dense or quantised differently. None where it holds
-        something beside the layer: that is dense, then, if under another name (GLM's vision towers).
+        called alike, if the checkpoint has none so called that is dense or quantised differently. None where it holds a
+        dense matrix beside the layer: that is it, under another name (GLM's vision towers).
 
         Args:
             width: of the layer's input.
         """
         parent, _, last = prefix.rpartition(".")
-        if not last or prefix in self.weights or (parent and parent in self.holders):
+        if not last or prefix in self.weights or (parent and parent in self.with_dense):
             return []
         parts = []
         for leaf in self._packed(prefix) or (last,):

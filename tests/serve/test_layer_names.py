@@ -59,7 +59,8 @@ def test_a_layer_that_the_checkpoint_knows_as_dense_is_none_that_is_called_alike
     )
     found.packed_modules_mapping["gate_up_proj"] = ["gate_up_proj"]
     dense = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "attn.qkv.weight", "attn.in_proj_weight")
-    found._take_names({*found.tensors, *(f"visual.blocks.0.{name}" for name in dense)})
+    norms = {f"{where}.norm1.weight": 1 for where in ("visual.blocks.0", "mtp.0.mlp")}
+    found._take_tensors({**found.tensors, **norms, **{f"visual.blocks.0.{name}": 2 for name in dense}})
     assert alike(found, "visual.blocks.0.mlp.gate_up_proj") == alike(found, "visual.blocks.0.attn.qkv_proj") == []
     assert alike(found, "mtp.0.mlp.gate_up_proj") == ["layers.0.mlp.gate_up_proj"]
 

@@ -21,6 +21,7 @@ from support.vllm_layers import (
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 
 from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.formats.qalora import QALora
 from vllm_ext import ops
 from vllm_ext.kernels import select
 from vllm_ext.linear import QALoraLinearMethod
@@ -138,7 +139,7 @@ def test_row_parallel_with_act_order_on_one_rank(tmp_path, compute):
 def share_of(module, k):
     """A row-parallel layer's first rank of K/k, created as vLLM does it."""
     layer = RowParallelLinear(K, 128, bias=False, quant_config=None)
-    layer.quant_method = QALoraLinearMethod("o_proj", [module], "gptq")
+    layer.quant_method = QALoraLinearMethod("o_proj", [module], QALora({"checkpoint_format": "gptq"}))
     layer.quant_method.create_weights(layer, k, [128], K, 128, torch.bfloat16, weight_loader=layer.weight_loader_v2)
     return layer
 
@@ -152,7 +153,7 @@ def test_group_split_by_tensor_parallelism_is_refused(tmp_path):
 def test_act_order_across_ranks_is_refused(tmp_path):
     tensors = linear_tensors(128, 0, True, "gptq", 64, order_seed=3)
     layer = share_of(config_for(tmp_path, {"o_proj": tensors}, "gptq").modules["o_proj"], 128)
-    load(layer, {"g_idx": tensors["g_idx"]})
+    load(layer, {name: tensor for name, tensor in tensors.items() if name != "bias"})
     with pytest.raises(QALoraError, match=r"o_proj.*act-order.*tensor-parallel-size 1"):
         layer.quant_method.process_weights_after_loading(layer)
 
@@ -161,7 +162,7 @@ def test_damaged_g_idx_is_refused(tmp_path):
     tensors = linear_tensors(128, 0, True, "gptq", 64)
     tensors["g_idx"][0] = 1
     layer = share_of(config_for(tmp_path, {"o_proj": tensors}, "gptq").modules["o_proj"], K)
-    load(layer, {"g_idx": tensors["g_idx"]})
+    load(layer, {name: tensor for name, tensor in tensors.items() if name != "bias"})
     with pytest.raises(QALoraError, match="g_idx does not put exactly 64 columns"):
         layer.quant_method.process_weights_after_loading(layer)
 
