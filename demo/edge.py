@@ -10,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-from report import device
+from outcome import device
 from rich.console import Console
 from rich.markup import escape
 from run import DEMO, ENVIRONMENT, ROOT, download, finetune, verify

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from report import check, collect, device, show
+from outcome import check, collect, device, show
 from rich.console import Console
 from rich.markup import escape
 from stages import Runner, Stage, StageError, to_the_end
