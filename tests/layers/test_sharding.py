@@ -9,11 +9,15 @@ from families.architectures import build
 from families.bases import make_base_of
 from layers.sharded_ranks import CASES
 from support.fabricate import make_base
+from support.layers import make_layer
 from support.two_processes import launch
 
 from qalora_plugin import add_adapter, load_base
 from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.core.weight import GroupwiseSpec
+from qalora_plugin.formats.qalora import QALora
 from qalora_plugin.integrations.peft.sharded import make_shardable
+from qalora_plugin.integrations.transformers.stored_tensors import as_stored
 from qalora_plugin.layers.linear import QuantLinear
 from qalora_plugin.layers.sharding import flatten, views
 
@@ -24,6 +28,24 @@ TENSORS = [
     torch.tensor([[1.5, -2.0]], dtype=torch.float16),
     torch.arange(4),
 ]
+
+
+def test_a_shardable_layer_is_saved_whole():
+    """As ZeRO's first stages leave it: all in one parameter, which a save takes apart."""
+    layer = make_layer(64, 32, 4, 32, act_order=True, bias=True)
+    layer.scales_delta = layer.scales / 8
+    layer.offsets_a, layer.offsets_b = torch.randn(2, 3), torch.randn(3, 32).half()
+    spec = GroupwiseSpec(
+        "l", 64, 32, 4, 32, bias_dtype="float16", offset_dtype="float16", has_g_idx=True, offset_rank=3,
+        scales_delta_dtype="float16",
+    )  # fmt: skip
+    fmt = QALora({"checkpoint_format": "gptq"})
+    before = as_stored(layer, "l", spec, fmt)
+    assert {"l.bias", "l.offsets_a", "l.offsets_b", "l.scales_delta", "l.g_idx", "l.scales"} < set(before)
+    layer.make_shardable(torch.bfloat16)
+    after = as_stored(layer, "l", spec, fmt)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -44,7 +44,8 @@ def spec(name, tensors, bits=4):
     )  # fmt: skip
 
 
-def make_layer(experts, dtype, path, rank=0, ranks=1, **changes):
+def make_layer(experts, dtype, path, rank=0, ranks=1, stored=None, **changes):
+    """``experts``: what is loaded; ``stored``: what the layer is made for, if that is another thing."""
     settings = SimpleNamespace(
         num_experts=EXPERTS, moe_parallel_config=SimpleNamespace(use_ep=False), is_act_and_mul=True, has_bias=False,
         activation=MoEActivation.SILU, tp_size=ranks, tp_rank=rank,
@@ -52,7 +53,7 @@ def make_layer(experts, dtype, path, rank=0, ranks=1, **changes):
     vars(settings).update(changes)
     modules = {
         f"{e}.{leaf}": spec(f"experts.{e}.{leaf}", tensors)
-        for e, one in enumerate(experts)
+        for e, one in enumerate(stored or experts)
         for leaf, tensors in one.items()
     }
     fmt = QALora({"checkpoint_format": "gptq"})
@@ -256,6 +257,15 @@ def test_a_compiled_graph_calls_the_layer_by_its_name(monkeypatch):
     wanted = defined(experts, x, shares, ids)
     assert (compiled(x) - wanted).norm() <= 3 * TOLERANCE[torch.float32] * wanted.norm()
     assert asked
+
+
+@pytest.mark.parametrize("leaf", list(LEAVES))
+def test_an_expert_without_what_the_layer_was_made_for_is_refused(leaf):
+    """As another merge may be that ``reload_weights`` brings."""
+    stored, loaded = make_experts(True, 32), make_experts(True, 32)
+    del loaded[1][leaf]["offsets"]
+    with pytest.raises(QALoraError, match=rf"lack experts\.1\.{leaf}\.offsets \(served as experts\)"):
+        make_layer(loaded, torch.float32, "dense", stored=stored)
 
 
 def test_graphs_hold_the_first_weights(together):
