@@ -21,6 +21,7 @@ class Job:
         task: a folder of data. method: :data:`QUANTIZE`, :data:`REQUANTIZE`, :data:`HEALED` (half the steps a LoRA on
             16 bits, that merged and quantized, half the steps ours on it) or one of :mod:`tuning.methods`.
         bits, group_size, clip, gptaq: of its base, or of what it quantizes; 0, False for those on the 16-bit model.
+        mixed: each layer has bits of its own (``--budget --fisher``), as many as ``bits`` everywhere would take.
         lr: the peak of its learning rate; 0: nothing is trained. rank: of the adapter.
     """
 
@@ -30,6 +31,7 @@ class Job:
     group_size: int = 0
     clip: bool = False
     gptaq: bool = False
+    mixed: bool = False
     lr: float = 0.0
     seed: int = 0
     rank: int = RANK
@@ -37,7 +39,8 @@ class Job:
     @property
     def base(self) -> str:
         """Name of the folder of its base."""
-        return f"{self.bits}-{self.group_size}{'-mse' if self.clip else ''}{'-gptaq' if self.gptaq else ''}"
+        made = {"mixed": self.mixed, "mse": self.clip, "gptaq": self.gptaq}
+        return "-".join([str(self.bits), str(self.group_size), *(name for name, is_so in made.items() if is_so)])
 
     @property
     def name(self) -> str:
@@ -57,14 +60,14 @@ class Job:
             return self.lora.name
         if self.method in (QUANTIZE, HEALED) or not self.bits:
             return ""
-        return quantized(self.bits, self.group_size, self.clip, self.gptaq).name
+        return quantized(self.bits, self.group_size, self.clip, self.gptaq, self.mixed).name
 
 
-def quantized(bits: int, group_size: int, clip: bool, gptaq: bool) -> Job:
+def quantized(bits: int, group_size: int, clip: bool, gptaq: bool, mixed: bool) -> Job:
     """The job that makes a base."""
-    return Job("base", QUANTIZE, bits, group_size, clip, gptaq)
+    return Job("base", QUANTIZE, bits, group_size, clip, gptaq, mixed)
 
 
 def job_of(row: dict[str, Any]) -> Job:
-    """``row``: of results; older ones know no ``gptaq`` and no ``rank``."""
+    """``row``: of results; older ones know no ``gptaq``, ``mixed`` and ``rank``."""
     return Job(**{name: row[name] for name in Job.__dataclass_fields__ if name in row})

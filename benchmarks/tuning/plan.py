@@ -20,10 +20,12 @@ class Base(NamedTuple):
     group_size: int
     clip: bool = False
     gptaq: bool = False
+    mixed: bool = False
 
 
 FOUR, THREE, TWO = Base(4, 32), Base(3, 32, clip=True), Base(2, 32, clip=True)  # rates are tuned on the first
 BY_GPTAQ = FOUR_A, THREE_A, TWO_A = tuple(base._replace(gptaq=True) for base in (FOUR, THREE, TWO))
+THREE_M = THREE_A._replace(mixed=True)
 FOUR_64, FOUR_64_A, EIGHT = Base(4, 64), Base(4, 64, gptaq=True), Base(8, 32)
 OTHERS = (Base(2, 32), Base(3, 32), Base(4, 32, clip=True), EIGHT, FOUR_64_A)
 RATES = {
@@ -48,9 +50,11 @@ def first() -> list[Job]:
         for method, tried in RATES.items()
         for lr in tried
     ]
-    needed = [quantized(*base) for base in (FOUR, TWO, THREE, *BY_GPTAQ, FOUR_64)]
+    needed = [quantized(*base) for base in (FOUR, TWO, THREE, *BY_GPTAQ, THREE_M, FOUR_64)]
     untuned = [Job(task, "16-bit") for task in TASKS]
-    untuned += [Job(task, "base", *base) for task in TASKS for base in (FOUR, THREE, TWO, *BY_GPTAQ, FOUR_64, *OTHERS)]
+    untuned += [
+        Job(task, "base", *base) for task in TASKS for base in (FOUR, THREE, TWO, *BY_GPTAQ, THREE_M, FOUR_64, *OTHERS)
+    ]
     lora, rest = rates[:3], rates[3:]
     return [needed[0], *lora, *needed[1:], *rest, *(quantized(*base) for base in OTHERS), *untuned]
 
@@ -59,7 +63,7 @@ def table(results: Iterable[dict]) -> list[Job]:
     """All other runs, for the methods whose rates are known."""
     rates = best_rates(results)
     wanted: list[tuple[str, str, Base | None]] = [("gsm8k", "lora", None)]
-    wanted += [("gsm8k", method, base) for base in BY_GPTAQ for method in ("scales", REQUANTIZE)]
+    wanted += [("gsm8k", method, base) for base in (*BY_GPTAQ, THREE_M) for method in ("scales", REQUANTIZE)]
     wanted += [("gsm8k", "scales-calibrated", base) for base in (TWO_A, THREE_A, FOUR_A)]
     wanted += [("gsm8k", method, base) for base in (FOUR, TWO, THREE) for method in ("offsets", "scales")]
     wanted += [("gsm8k", REQUANTIZE, base) for base in (FOUR, TWO, THREE)]
@@ -89,7 +93,7 @@ def best_rates(results: Iterable[dict]) -> dict[str, float]:
     """Method → the rate with the lowest held-out loss, once all have been tried."""
     found: dict[tuple[str, float], float] = {}
     for row in results:
-        on = Base(row["bits"], row["group_size"], row["clip"], row.get("gptaq", False))
+        on = Base(row["bits"], row["group_size"], row["clip"], row.get("gptaq", False), row.get("mixed", False))
         if row["task"] == "gsm8k" and row["seed"] == SEEDS[0] and on in (FOUR, Base(0, 0)):
             found[row["method"], row["lr"]] = row.get("loss", float("inf"))
     return {

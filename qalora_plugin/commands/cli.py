@@ -36,7 +36,9 @@ def quantize(
     seed: int = 0,
     budget: Annotated[
         float | None,
-        typer.Option(help="Bits a weight, all included: bits and group size are chosen layer by layer.", min=1),
+        typer.Option(
+            help="Bits a weight, all included: each layer gets bits, and unless given a group size, of its own.", min=1
+        ),
     ] = None,
     fisher: Annotated[
         bool, typer.Option("--fisher", help="With --budget: weight layers by Fisher information (a backward pass).")

@@ -7,7 +7,7 @@ layer i, so that they end up alike. Solved by HiGHS through scipy: a model of 70
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,7 +34,12 @@ class Choice(NamedTuple):
         return self.bits + (_SCALE_BITS + self.bits + _OFFSET_BITS) / self.group_size
 
 
-CHOICES = tuple(Choice(bits, group_size) for bits in SUPPORTED_BITS for group_size in GROUP_SIZES)
+def choices_of(group_sizes: Collection[int]) -> tuple[Choice, ...]:
+    """All bits at each of these group sizes."""
+    return tuple(Choice(bits, group_size) for bits in SUPPORTED_BITS for group_size in group_sizes)
+
+
+CHOICES = choices_of(GROUP_SIZES)
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def require_possible(layers: Sequence[Layer], budget: float) -> None:
     for layer in layers:
         if not layer.costs:
             raise QALoraError(
-                f"{layer.names[0]} fits no group size of {GROUP_SIZES}. Give bits and group_size instead of a budget."
+                f"{layer.names[0]} fits no group size that may be chosen. Give bits and group_size instead of a budget."
             )
     least, most = (sum(pick(map(layer.bits, layer.costs)) for layer in layers) / total for pick in (min, max))
     if not budget >= least:  # NaN, too

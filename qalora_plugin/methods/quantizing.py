@@ -26,7 +26,14 @@ from qalora_plugin.eval.tokens import is_text_file, joined_text, load_tokenizer,
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.integrations.transformers.dense_models import empty_model
 from qalora_plugin.integrations.transformers.loading import load_model
-from qalora_plugin.methods.bit_allocation import Choice, allocate, require_possible, served_bits
+from qalora_plugin.methods.bit_allocation import (
+    GROUP_SIZES,
+    Choice,
+    allocate,
+    choices_of,
+    require_possible,
+    served_bits,
+)
 from qalora_plugin.methods.dense_source import Linear, require_sizes, sizes_in_layers
 from qalora_plugin.methods.sensitivity import measure, sizes
 
@@ -64,11 +71,11 @@ def quantize(
         model: folder or Hub id of the 16-bit model.
         out: the new folder; complete or absent.
         dataset: calibration text: a local ``.txt``/``.jsonl`` file, or a dataset id of the Hub.
-        bits, group_size: default 4 and 32; not with ``budget``, which chooses them.
+        bits, group_size: default 4 and 32. ``budget`` chooses bits, and where no group size is given that, too.
         samples, length: how many sequences of how many tokens to calibrate on.
         checkpoint_format: default ``gptq`` for symmetric, ``gptq_v2`` for asymmetric bases, whose zeros v1 stores
             in a way that some readers get wrong.
-        budget: bits a weight, scales, zero-points and offsets included: each layer gets bits and a group size of its
+        budget: bits a weight, scales, zero-points and offsets included: each layer gets bits, and a group size, of its
             own (:mod:`.bit_allocation`).
         fisher: weight what a layer loses by Fisher information (:mod:`.sensitivity`), for ``budget``.
         clip: shrink each group's grid where that lowers the error (GPTQModel's ``mse``); default: at 2 and 3 bits.
@@ -79,8 +86,14 @@ def quantize(
         QALoraError: GPTQModel is not installed, or the request cannot work.
     """
     require_absent(out := absolute(out))
-    if budget is not None and not (bits is None and group_size is None):
-        raise QALoraError("a budget chooses bits and group sizes itself. Leave both out, or the budget.")
+    if budget is not None and bits is not None:
+        raise QALoraError("a budget chooses bits itself. Leave bits out, or the budget.")
+    if budget is not None and group_size not in (None, *GROUP_SIZES):
+        raise QALoraError(
+            f"group_size is {group_size}, expected one of {GROUP_SIZES} beside a budget. Leave it out, and each layer "
+            "gets one of its own."
+        )
+    group_sizes = GROUP_SIZES if group_size is None else (group_size,)
     bits, group_size = 4 if bits is None else bits, 32 if group_size is None else group_size
     if bits not in SUPPORTED_BITS:
         raise QALoraError(f"bits is {bits}, expected one of {SUPPORTED_BITS}.")
@@ -123,7 +136,8 @@ def quantize(
     files.require_finite(track(files.tensors, "reading"))
     plan = {}
     if budget is not None:
-        plan = plan_for(folder, [row["input_ids"] for row in calibration], budget, fisher, to_be_quantized, act_order)
+        sequences = [row["input_ids"] for row in calibration]
+        plan = plan_for(folder, sequences, budget, fisher, to_be_quantized, act_order, group_sizes)
     if plan:
         (bits, group_size), _ = Counter(plan.values()).most_common(1)[0]
     fewest = min((choice.bits for choice in plan.values()), default=bits)
@@ -158,11 +172,13 @@ def plan_for(
     fisher: bool,
     to_be_quantized: Collection[str] = (),
     act_order: bool = False,
+    group_sizes: Collection[int] = GROUP_SIZES,
 ) -> dict[str, Choice]:
     """Bits and group size of every linear of a 16-bit model, within ``budget`` bits a weight, all included.
 
     Args:
         to_be_quantized: those that count, where that is known; else all but the head. act_order: of the base.
+        group_sizes: to choose from.
     """
     model = load_model(folder, dtype=torch.bfloat16).eval()
     stacked = (name for name, part in model.named_parameters() if ".experts." in name and part.dim() > 2)
@@ -177,8 +193,9 @@ def plan_for(
         linears = {name: part for name, part in linears.items() if name in to_be_quantized}
     if not linears:
         raise QALoraError(f"a {type(model).__name__} holds no linears to spend a budget on. Give bits instead.")
-    require_possible(sizes(linears, act_order), budget)
-    layers = measure(model, linears, sequences[:_MEASURED], fisher, act_order)
+    choices = choices_of(group_sizes)
+    require_possible(sizes(linears, act_order, choices), budget)
+    layers = measure(model, linears, sequences[:_MEASURED], fisher, act_order, choices)
     chosen = allocate(layers, budget)
     counts = Counter(chosen.values())
     kinds = ", ".join(f"{counts[choice]} × {choice.bits} bit g {choice.group_size}" for choice in sorted(counts))

@@ -13,7 +13,7 @@ far as it pays, which is not what GPTQ will make of it, but ranks layers as GPTQ
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, cast
 
@@ -41,13 +41,14 @@ def measure(
     sequences: Iterable[list[int]],
     fisher: bool = False,
     act_order: bool = False,
+    choices: Sequence[Choice] = CHOICES,
     progress: bool = True,
 ) -> list[Layer]:
     """The layers of ``linears``, by name, with the cost of every choice that their sizes allow.
 
     Args:
         sequences: token ids of calibration text. fisher: weight by it; takes a backward pass. act_order: of what will
-            be made of them.
+            be made of them. choices: to measure.
 
     Raises:
         QALoraError: a linear that no text comes to, or that holds or is given NaN: nothing says what it would lose.
@@ -69,7 +70,7 @@ def measure(
         if not inputs[name].any():
             raise _cannot_tell(f"{name} is not reached by calibration text")
     costs = {
-        name: _costs(as_matrix(linear), inputs[name], outputs.get(name))
+        name: _costs(as_matrix(linear), inputs[name], outputs.get(name), choices)
         for name, linear in track(linears.items(), "measuring", shown=progress)
     }
     for name, found in costs.items():
@@ -85,9 +86,9 @@ def _cannot_tell(why: str) -> QALoraError:
     )
 
 
-def sizes(linears: Mapping[str, Linear], act_order: bool = False) -> list[Layer]:
-    """The layers of ``linears``, and what choices their sizes allow; costs are not known yet, and 0."""
-    free = {name: dict.fromkeys(_choices(as_matrix(linear)), 0.0) for name, linear in linears.items()}
+def sizes(linears: Mapping[str, Linear], act_order: bool = False, choices: Sequence[Choice] = CHOICES) -> list[Layer]:
+    """The layers of ``linears``, and which choices their sizes allow; costs are not known yet, and 0."""
+    free = {name: dict.fromkeys(_fitting(as_matrix(linear), choices), 0.0) for name, linear in linears.items()}
     return [_layer(names, linears, free, act_order) for names in fused(linears)]
 
 
@@ -108,7 +109,7 @@ def _layer(
     return Layer(
         names,
         sum(linears[name].weight.numel() for name in names),
-        {choice: sum(costs[name][choice] for name in names) for choice in CHOICES if choice in possible},
+        {choice: sum(costs[name][choice] for name in names) for choice in sorted(possible)},
         sum(INDEX_BITS * as_matrix(linears[name]).shape[1] for name in names) if act_order else 0,
     )
 
@@ -139,18 +140,19 @@ def _second_moments(linears: Mapping[str, Linear], of_gradients: bool = False) -
             handle.remove()
 
 
-def _costs(weight: Tensor, inputs: Tensor, outputs: Tensor | None) -> dict[Choice, float]:
+def _costs(weight: Tensor, inputs: Tensor, outputs: Tensor | None, choices: Sequence[Choice]) -> dict[Choice, float]:
     """Of a weight ``[N, K]``, for every choice whose group size divides K; second moments ``[K]`` and ``[N]``."""
     weight, inputs = weight.detach().float(), inputs.to(weight.device)
     outputs = torch.ones(len(weight)) if outputs is None else outputs
-    return {choice: _rounding_error(weight, inputs, choice, outputs.to(weight.device)) for choice in _choices(weight)}
+    outputs = outputs.to(weight.device)
+    return {choice: _rounding_error(weight, inputs, choice, outputs) for choice in _fitting(weight, choices)}
 
 
-def _choices(weight: Tensor) -> list[Choice]:
+def _fitting(weight: Tensor, choices: Sequence[Choice]) -> list[Choice]:
     """Those of whole groups and of codes that fill whole words."""
     return [
         choice
-        for choice in CHOICES
+        for choice in choices
         if weight.shape[1] % choice.group_size == 0
         and all(size % codes_per_period(choice.bits) == 0 for size in weight.shape)
     ]

@@ -113,8 +113,8 @@ def test_places(refused, dense):
 def test_numbers(refused):
     assert "samples is 0, expected 1 or more" in refused(samples=0)
     assert "length is 1, expected 2 or more" in refused(length=1)
-    for given in ({"bits": 4}, {"group_size": 32}):
-        assert "a budget chooses bits and group sizes itself" in refused(budget=4.0, **given)
+    assert "a budget chooses bits itself" in refused(budget=4.0, bits=4)
+    assert "group_size is 48, expected one of (32, 64, 128) beside a budget" in refused(budget=4.0, group_size=48)
     assert "fisher weights the choices that a budget leaves" in refused(fisher=True)
     for seed in (2**64, -(2**63) - 1):
         assert f"seed is {seed}, expected a number of 64 bits" in refused(seed=seed)

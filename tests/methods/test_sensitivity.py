@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from qalora_plugin.core.errors import QALoraError
-from qalora_plugin.methods.bit_allocation import Choice, allocate, served_bits
+from qalora_plugin.methods.bit_allocation import CHOICES, Choice, allocate, choices_of, served_bits
 from qalora_plugin.methods.dense_source import as_matrix
 from qalora_plugin.methods.sensitivity import _costs, _rounding_error, fused, measure, sizes
 
@@ -123,6 +123,8 @@ def test_choices_that_a_base_can_hold():
     (narrow,) = sizes({"narrow": nn.Linear(64, 16)})
     assert {choice.bits for choice in narrow.costs} == {2, 4, 8}
     assert {choice.group_size for choice in narrow.costs} == {32, 64}
+    (one_size,) = sizes({"narrow": nn.Linear(64, 16)}, choices=choices_of([64]))
+    assert {choice.group_size for choice in one_size.costs} == {64}
 
 
 def test_a_conv1d_costs_what_the_linear_of_the_same_weight_does():
@@ -133,7 +135,7 @@ def test_a_conv1d_costs_what_the_linear_of_the_same_weight_does():
     (expected,), (found,) = sizes({"c": linear}), sizes({"c": conv})
     assert found == expected
     x, y = torch.rand(64) + 0.1, torch.rand(96)
-    assert _costs(as_matrix(conv), x, y) == pytest.approx(_costs(linear.weight, x, y))
+    assert _costs(as_matrix(conv), x, y, CHOICES) == pytest.approx(_costs(linear.weight, x, y, CHOICES))
 
 
 def test_the_order_of_columns_counts(one_layer):

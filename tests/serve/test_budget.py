@@ -40,6 +40,14 @@ def test_base_is_what_was_planned(dense, tmp_path, fisher):
     assert 3.5 < served_bits(specs.values()).bits_a_weight + offsets <= budget
 
 
+def test_group_size_may_be_given(dense, tmp_path):
+    text = str(dense.parent / "text.jsonl")
+    base = quantize(str(dense), tmp_path / "base", text, samples=32, length=64, budget=4.3, group_size=32)
+    specs = QuantizedCheckpoint.open(base).specs.values()
+    assert {spec.group_size for spec in specs} == {32}
+    assert len({spec.bits for spec in specs}) > 1
+
+
 def test_gpt2(dense, tmp_path):
     """Whose linears are ``Conv1D``, and which has 64 positions."""
     config = GPT2Config(vocab_size=128, n_positions=64, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
