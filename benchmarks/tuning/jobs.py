@@ -21,7 +21,7 @@ class Job:
         task: a folder of data. method: :data:`QUANTIZE`, :data:`REQUANTIZE`, :data:`HEALED` (half the steps a LoRA on
             16 bits, that merged and quantized, half the steps ours on it) or one of :mod:`tuning.methods`.
         bits, group_size, clip, gptaq: of its base, or of what it quantizes; 0, False for those on the 16-bit model.
-        mixed: each layer has bits of its own (``--budget --fisher``), as many as ``bits`` everywhere would take.
+        mixed: each layer has bits of its own (``--budget``), as many as ``bits`` everywhere would take.
         lr: the peak of its learning rate; 0: nothing is trained. rank: of the adapter.
     """
 

@@ -13,6 +13,6 @@ if __name__ == "__main__":
     bits, group_size, clip, gptaq, mixed, limit = map(int, numbers)
     samples, length = (16, 64) if limit else (SAMPLES, LENGTH)
     same = Choice(bits, group_size).bits_per_weight
-    wanted = {"budget": same, "fisher": True} if mixed else {"bits": bits}
+    wanted = {"budget": same} if mixed else {"bits": bits}
     options = {"group_size": group_size, "clip": bool(clip), "gptaq": bool(gptaq), "samples": samples, "length": length}
     quantize(model, Path(out), dataset, **wanted, **options)

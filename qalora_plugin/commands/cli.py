@@ -41,8 +41,12 @@ def quantize(
         ),
     ] = None,
     fisher: Annotated[
-        bool, typer.Option("--fisher", help="With --budget: weight layers by Fisher information (a backward pass).")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--fisher/--no-fisher",
+            help="With --budget: weight layers by Fisher information (backward passes); default: yes.",
+        ),
+    ] = None,
     clip: Annotated[
         bool | None,
         typer.Option("--clip/--no-clip", help="Clip grids where it lowers the error; default: at 2, 3 bits."),

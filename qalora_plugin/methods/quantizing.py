@@ -62,7 +62,7 @@ def quantize(
     revision: str | None = None,
     budget: float | None = None,
     clip: bool | None = None,
-    fisher: bool = False,
+    fisher: bool | None = None,
     gptaq: bool | None = None,
 ) -> Path:
     """Quantise a dense model with GPTQ.
@@ -77,7 +77,8 @@ def quantize(
             in a way that some readers get wrong.
         budget: bits a weight, scales, zero-points and offsets included: each layer gets bits, and a group size, of its
             own (:mod:`.bit_allocation`).
-        fisher: weight what a layer loses by Fisher information (:mod:`.sensitivity`), for ``budget``.
+        fisher: weight what a layer loses by Fisher information (:mod:`.sensitivity`), for ``budget``; default: yes.
+            Without, bits go where outputs are large, and the model may be worse than with the same bits everywhere.
         clip: shrink each group's grid where that lowers the error (GPTQModel's ``mse``); default: at 2 and 3 bits.
         gptaq: fit each linear to what it gives in the 16-bit model, not to what it would give behind layers that are
             quantised already (GPTAQ, arXiv 2504.02692; GPTQModel's ``gptaq``); default: unless there are experts.
@@ -137,7 +138,7 @@ def quantize(
     plan = {}
     if budget is not None:
         sequences = [row["input_ids"] for row in calibration]
-        plan = plan_for(folder, sequences, budget, fisher, to_be_quantized, act_order, group_sizes)
+        plan = plan_for(folder, sequences, budget, fisher is not False, to_be_quantized, act_order, group_sizes)
     if plan:
         (bits, group_size), _ = Counter(plan.values()).most_common(1)[0]
     fewest = min((choice.bits for choice in plan.values()), default=bits)
@@ -177,8 +178,8 @@ def plan_for(
     """Bits and group size of every linear of a 16-bit model, within ``budget`` bits a weight, all included.
 
     Args:
-        to_be_quantized: those that count, where that is known; else all but the head. act_order: of the base.
-        group_sizes: to choose from.
+        fisher: weight by it. to_be_quantized: those that count, where that is known; else all but the head.
+        act_order: of the base. group_sizes: to choose from.
     """
     model = load_model(folder, dtype=torch.bfloat16).eval()
     stacked = (name for name, part in model.named_parameters() if ".experts." in name and part.dim() > 2)

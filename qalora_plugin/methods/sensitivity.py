@@ -1,25 +1,31 @@
-"""What every linear of a 16-bit model loses at every choice of bits and group size, weighted by its inputs.
+"""What every linear of a 16-bit model loses at every choice of bits and group size.
 
-    cost = Σ_k h[k]·Σ_n (w[k,n] − ŵ[k,n])²          h[k] = mean of x[k]² over calibration text
+    cost = Σ_n f[n]·Σ_k h[k]·(w[k,n] − ŵ[k,n])²
 
-That is the error of the layer's output, if inputs were independent: the diagonal of GPTQ's Hessian (GPTQ, arXiv
-2210.17323). It does not know what an output is worth to the model. Fisher information does, by which LQ-LoRA (arXiv
-2311.12023) weights; here in the form of its diagonal that takes K + N numbers a linear (K-FAC, arXiv 1503.05671):
+Without Fisher information f is 1 and h[k] the mean of x[k]² over calibration text: the error of the layer's output, if
+inputs were independent, by the diagonal of GPTQ's Hessian (GPTQ, arXiv 2210.17323). It does not know what an output is
+worth to the model.
 
-    cost = Σ_n f[n]·Σ_k h[k]·(w[k,n] − ŵ[k,n])²      f[n] = mean of the square of the loss's gradient by y[n]
+Fisher information does, by which LQ-LoRA (arXiv 2311.12023) weights. Of its diagonal, F[k,n] = mean of x[k]²·g[n]²
+over tokens, g the loss's gradient by the output, K + N numbers a linear are kept, the sums of its rows and columns:
 
-ŵ is rounded to nearest on a grid that is clipped as
-far as it pays, which is not what GPTQ will make of it, but ranks layers as GPTQ's errors do.
+    h[k] = Σ_n F[k,n] = mean of ‖g‖²·x[k]²      f[n] = Σ_k F[k,n] / ΣF,  Σ_k F[k,n] = mean of ‖x‖²·g[n]²
+
+(K-FAC, arXiv 1503.05671, has the mean of x² times that of g², and takes tokens of huge inputs that the loss does not
+depend on, the first ones of a text, for its dearest: by up to ten times too much.) Half of the costs' sum is about the
+KL divergence of the rounded model from the 16-bit one, nats a token.
+
+ŵ is rounded to nearest on a grid that is clipped as far as it pays, which is not what GPTQ will make of it, but ranks
+layers as GPTQ's errors do.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, cast
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.progress import track
@@ -55,22 +61,18 @@ def measure(
     """
     device = next(model.parameters()).device
     model.requires_grad_(False)
-    with ExitStack() as stack:
-        inputs = stack.enter_context(_second_moments(linears))
-        outputs = stack.enter_context(_second_moments(linears, of_gradients=True)) if fisher else {}
-        stack.enter_context(torch.set_grad_enabled(fisher))
+    with _moments(linears, fisher) as moments, _differentiable(model, fisher):
         for ids in track(list(sequences), "calibrating", shown=progress):
             tokens = torch.tensor([ids], device=device)
             if fisher:
-                embedded = model.get_input_embeddings()(tokens).requires_grad_()  # or nothing would have a gradient
-                (model(inputs_embeds=embedded, labels=tokens, use_cache=False).loss * (len(ids) - 1)).backward()
+                (model(tokens, labels=tokens, use_cache=False).loss * (len(ids) - 1)).backward()
             else:
                 model(tokens, use_cache=False)
-    for name in linears:
-        if not inputs[name].any():
+    for name, seen in moments.items():
+        if not seen.reached:
             raise _cannot_tell(f"{name} is not reached by calibration text")
     costs = {
-        name: _costs(as_matrix(linear), inputs[name], outputs.get(name), choices)
+        name: _costs(as_matrix(linear), *moments[name].weights(), choices)
         for name, linear in track(linears.items(), "measuring", shown=progress)
     }
     for name, found in costs.items():
@@ -114,25 +116,46 @@ def _layer(
     )
 
 
+class _Moments:
+    """Of a linear's inputs ``[K]``, and by Fisher information of its outputs ``[N]``: means over tokens, on the CPU."""
+
+    def __init__(self, linear: Linear):
+        self.inputs, self.outputs = torch.zeros(as_matrix(linear).shape[1]), torch.zeros(0)
+        self.tokens, self.reached = 0, False
+
+    def see(self, x: Tensor, gradient: Tensor | None = None) -> None:
+        """Count tokens; ``x`` ``[T, K]``, ``gradient`` ``[T, N]`` of the loss by the output, where there is one."""
+        before, self.tokens = self.tokens, self.tokens + len(x)
+        x = x.float().square()
+        if gradient is not None:
+            gradient = gradient.float().square()
+            outputs = (x.sum(1, keepdim=True) * gradient).sum(0).cpu()
+            self.outputs = (outputs + before * self.outputs) / self.tokens if before else outputs / self.tokens
+            x = gradient.sum(1, keepdim=True) * x
+        self.inputs = (x.sum(0).cpu() + before * self.inputs) / self.tokens
+
+    def weights(self) -> tuple[Tensor, Tensor | None]:
+        """h ``[K]`` and f ``[N]``, None for 1, of the module's formulas."""
+        return self.inputs, self.outputs / self.inputs.sum().clamp(min=1e-30) if len(self.outputs) else None
+
+
 @contextmanager
-def _second_moments(linears: Mapping[str, Linear], of_gradients: bool = False) -> Iterator[dict[str, Tensor]]:
-    """``mean x²`` ``[K]``, float32, of what each linear is given in the block; or ``[N]``, of its output's gradient."""
-    moments = {name: torch.zeros(as_matrix(linear).shape[0 if of_gradients else 1]) for name, linear in linears.items()}
-    seen = dict.fromkeys(linears, 0)
+def _moments(linears: Mapping[str, Linear], fisher: bool) -> Iterator[dict[str, _Moments]]:
+    """Those of what each linear is given in the block, and of its outputs' gradients."""
+    moments = {name: _Moments(linear) for name, linear in linears.items()}
 
-    def note(name: str, x: Tensor) -> None:
-        x = x.detach().flatten(0, -2).float()
-        seen[name] += len(x)
-        moments[name] += (x.square().sum(0).cpu() - len(x) * moments[name]) / seen[name]
+    def hook(name: str, x: Tensor, y: Tensor) -> None:
+        x = x.detach().flatten(0, -2)
+        moments[name].reached |= bool(x.any())
+        if not fisher:
+            moments[name].see(x)
+        elif y.requires_grad:
+            y.register_hook(lambda gradient: moments[name].see(x, gradient.flatten(0, -2)))
 
-    def hook(name: str, linear: Linear) -> RemovableHandle:
-        if of_gradients:
-            return linear.register_full_backward_hook(
-                lambda _, __, gradients: note(name, cast(tuple[Tensor], gradients)[0])
-            )
-        return linear.register_forward_pre_hook(lambda _, args: note(name, args[0]))
-
-    handles = [hook(name, linear) for name, linear in linears.items()]
+    handles = [
+        linear.register_forward_hook(lambda _, args, y, name=name: hook(name, args[0], y))
+        for name, linear in linears.items()
+    ]
     try:
         yield moments
     finally:
@@ -140,11 +163,25 @@ def _second_moments(linears: Mapping[str, Linear], of_gradients: bool = False) -
             handle.remove()
 
 
+@contextmanager
+def _differentiable(model: "PreTrainedModel", fisher: bool) -> Iterator[None]:
+    """Let embeddings have a gradient, or nothing would have one in a model that does not train."""
+    if not fisher:
+        with torch.no_grad():
+            yield
+        return
+    handle = model.get_input_embeddings().register_forward_hook(lambda _, __, y: y.detach().requires_grad_().clone())
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        handle.remove()
+
+
 def _costs(weight: Tensor, inputs: Tensor, outputs: Tensor | None, choices: Sequence[Choice]) -> dict[Choice, float]:
     """Of a weight ``[N, K]``, for every choice whose group size divides K; second moments ``[K]`` and ``[N]``."""
     weight, inputs = weight.detach().float(), inputs.to(weight.device)
-    outputs = torch.ones(len(weight)) if outputs is None else outputs
-    outputs = outputs.to(weight.device)
+    outputs = torch.ones(len(weight), device=weight.device) if outputs is None else outputs.to(weight.device)
     return {choice: _rounding_error(weight, inputs, choice, outputs) for choice in _fitting(weight, choices)}
 
 

@@ -35,13 +35,13 @@ def one_layer():
     return tiny(1)
 
 
-def second_moments(model, linear, sequences):
-    """By autograd, of the gradient of the output and of the input."""
-    squares, inputs = [], []
+def fisher_information(model, linear, sequences):
+    """Its diagonal ``[N, K]``, a mean over tokens, by autograd."""
+    gradients, inputs = [], []
 
     def keep(module, args, output):
         inputs.append(args[0][0].detach())
-        output.register_hook(lambda gradient: squares.append(gradient[0].square()))
+        output.register_hook(lambda gradient: gradients.append(gradient[0]))
 
     handle = linear.register_forward_hook(keep)
     for ids in sequences:
@@ -49,17 +49,54 @@ def second_moments(model, linear, sequences):
         logits = model(inputs_embeds=model.get_input_embeddings()(tokens).requires_grad_()).logits[0, :-1]
         torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum").backward()
     handle.remove()
-    return torch.cat(squares).mean(0), torch.cat(inputs).square().mean(0)
+    x, g = torch.cat(inputs), torch.cat(gradients)
+    return g.square().t() @ x.square() / len(x)
 
 
 def test_fisher_weights_by_the_loss_s_gradients(one_layer):
     sequences, linear = [list(range(3, 35)), list(range(30, 62))], one_layer.model.layers[0].mlp.gate_proj
     (layer,) = measure(one_layer, {"gate": linear}, sequences, fisher=True, progress=False)
-    outputs, inputs = second_moments(one_layer, linear, sequences)
-    assert outputs.all()
+    information = fisher_information(one_layer, linear, sequences)
+    inputs, outputs = information.sum(0), information.sum(1) / information.sum()
+    assert information.all()
     for choice in (Choice(3, 32), Choice(8, 64)):
         expected = _rounding_error(linear.weight.detach(), inputs, choice, outputs)
         assert layer.costs[choice] == pytest.approx(expected, rel=1e-4)
+
+
+def test_half_the_costs_is_the_divergence(one_layer):
+    """Of the rounded model from the one it was, where labels are drawn from it, as Fisher information has it."""
+    torch.manual_seed(0)
+    for part in one_layer.parameters():
+        part.data.mul_(4)
+    drawn = one_layer.generate(torch.randint(3, 64, (64, 1)), do_sample=True, max_new_tokens=63, min_new_tokens=63)
+    mlp = one_layer.model.layers[0].mlp
+    choice, linears = Choice(3, 32), {"gate": mlp.gate_proj, "up": mlp.up_proj, "down": mlp.down_proj}
+    costs = {layer.names[0]: layer.costs[choice] for layer in measure(one_layer, linears, drawn.tolist(), fisher=True)}
+    with torch.no_grad():
+        before = one_layer(drawn).logits.log_softmax(-1)
+        for linear in linears.values():
+            linear.weight.copy_(rounded(linear.weight, choice))
+        after = one_layer(drawn).logits.log_softmax(-1)
+    divergence = (before.exp() * (before - after)).sum(-1).mean().item()
+    assert 0.5 < sum(costs.values()) / 2 / divergence < 2
+
+
+def test_tokens_that_the_loss_does_not_depend_on_cost_nothing(one_layer):
+    """Of huge inputs, as the first one of a text often has."""
+    linear = one_layer.model.layers[0].mlp.down_proj
+    (expected,) = measure(one_layer, {"down": linear}, [list(range(3, 35))], fisher=True, progress=False)
+    calls = []
+
+    def huge_at_the_last(module, args):  # whose prediction no label is compared with
+        calls.append(x := args[0].clone())
+        x[:, -1] *= 1000
+        return (x,)
+
+    linear.register_forward_pre_hook(huge_at_the_last)
+    (found,) = measure(one_layer, {"down": linear}, [list(range(3, 35))], fisher=True, progress=False)
+    assert len(calls) == 1
+    assert found.costs == pytest.approx(expected.costs, rel=1e-4)
 
 
 def test_what_the_loss_does_not_depend_on_costs_nothing(one_layer):
@@ -91,16 +128,20 @@ def test_more_bits_cost_less_and_only_fitting_groups_are_offered(measured):
     assert {choice.group_size for choice in layers[0].costs} == {32, 64}  # of 64 columns
 
 
+def rounded(weight, choice):
+    """To nearest, on a grid from the least to the largest of each group."""
+    grouped, top = weight.unflatten(1, (-1, choice.group_size)), 2**choice.bits - 1
+    low, high = grouped.amin(-1, keepdim=True).clamp(max=0), grouped.amax(-1, keepdim=True).clamp(min=0)
+    step = (high - low) / top
+    zero = (-low / step).round()
+    return (((grouped / step + zero).round().clamp(0, top) - zero) * step).flatten(1)
+
+
 def test_cost_is_the_error_of_outputs_of_independent_inputs():
     generator = torch.Generator().manual_seed(0)
     weight, deviation = torch.randn(16, 64, generator=generator), torch.rand(64, generator=generator) + 0.1
     x = torch.randn(20000, 64, generator=generator) * deviation
-    grouped = weight.view(16, 2, 32)
-    low, high = grouped.amin(-1, keepdim=True).clamp(max=0), grouped.amax(-1, keepdim=True).clamp(min=0)
-    step = (high - low) / 15
-    zero = (-low / step).round()
-    rounded = (((grouped / step + zero).round().clamp(0, 15) - zero) * step).view(16, 64)
-    error = (x @ (weight - rounded).t()).square().sum(1).mean().item()
+    error = (x @ (weight - rounded(weight, Choice(4, 32))).t()).square().sum(1).mean().item()
     cost = _rounding_error(weight, deviation.square(), Choice(4, 32), torch.ones(16))
     assert 0.7 * error < cost < 1.03 * error  # clipping can only help
 
