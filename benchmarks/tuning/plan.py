@@ -27,7 +27,7 @@ FOUR, THREE, TWO = Base(4, 32), Base(3, 32, clip=True), Base(2, 32, clip=True)  
 BY_GPTAQ = FOUR_A, THREE_A, TWO_A = tuple(base._replace(gptaq=True) for base in (FOUR, THREE, TWO))
 THREE_M = THREE_A._replace(mixed=True)
 FOUR_64, FOUR_64_A, EIGHT = Base(4, 64), Base(4, 64, gptaq=True), Base(8, 32)
-OTHERS = (Base(2, 32), Base(3, 32), Base(4, 32, clip=True), EIGHT, FOUR_64_A)
+OTHERS = (Base(2, 32), Base(3, 32), Base(4, 32, clip=True), EIGHT, FOUR_64_A, THREE_M)
 RATES = {
     "lora": (3e-3, 1e-3, 1e-2),
     "offsets": (1e-2, 3e-3, 2e-2),
@@ -50,11 +50,9 @@ def first() -> list[Job]:
         for method, tried in RATES.items()
         for lr in tried
     ]
-    needed = [quantized(*base) for base in (FOUR, TWO, THREE, *BY_GPTAQ, THREE_M, FOUR_64)]
+    needed = [quantized(*base) for base in (FOUR, TWO, THREE, *BY_GPTAQ, FOUR_64)]
     untuned = [Job(task, "16-bit") for task in TASKS]
-    untuned += [
-        Job(task, "base", *base) for task in TASKS for base in (FOUR, THREE, TWO, *BY_GPTAQ, THREE_M, FOUR_64, *OTHERS)
-    ]
+    untuned += [Job(task, "base", *base) for task in TASKS for base in (FOUR, THREE, TWO, *BY_GPTAQ, FOUR_64, *OTHERS)]
     lora, rest = rates[:3], rates[3:]
     return [needed[0], *lora, *needed[1:], *rest, *(quantized(*base) for base in OTHERS), *untuned]
 
@@ -63,7 +61,7 @@ def table(results: Iterable[dict]) -> list[Job]:
     """All other runs, for the methods whose rates are known."""
     rates = best_rates(results)
     wanted: list[tuple[str, str, Base | None]] = [("gsm8k", "lora", None)]
-    wanted += [("gsm8k", method, base) for base in (*BY_GPTAQ, THREE_M) for method in ("scales", REQUANTIZE)]
+    wanted += [("gsm8k", method, base) for base in BY_GPTAQ for method in ("scales", REQUANTIZE)]
     wanted += [("gsm8k", "scales-calibrated", base) for base in (TWO_A, THREE_A, FOUR_A)]
     wanted += [("gsm8k", method, base) for base in (FOUR, TWO, THREE) for method in ("offsets", "scales")]
     wanted += [("gsm8k", REQUANTIZE, base) for base in (FOUR, TWO, THREE)]
@@ -79,6 +77,7 @@ def table(results: Iterable[dict]) -> list[Job]:
     wanted += [("gsm8k", "galore", None), ("functions", "qlora", None)]
     wanted += [("gsm8k", method, EIGHT) for method in ("scales", "offsets")]
     wanted += [("gsm8k", "scales-all-tokens", THREE), ("gsm8k", "peft", THREE)]
+    wanted += [("gsm8k", method, THREE_M) for method in ("scales", REQUANTIZE)]
     ranked = [(run, RANK) for run in wanted]
     ranked.insert(wanted.index(("gsm8k", "offsets", FOUR)) + 1, (("gsm8k", "offsets", FOUR), SMALL_RANK))
     return [

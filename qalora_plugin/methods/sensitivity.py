@@ -120,7 +120,7 @@ class _Moments:
     """Of a linear's inputs ``[K]``, and by Fisher information of its outputs ``[N]``: means over tokens, on the CPU."""
 
     def __init__(self, linear: Linear):
-        self.inputs, self.outputs = torch.zeros(as_matrix(linear).shape[1]), torch.zeros(0)
+        self.outputs, self.inputs = map(torch.zeros, as_matrix(linear).shape)
         self.tokens, self.reached = 0, False
 
     def see(self, x: Tensor, gradient: Tensor | None = None) -> None:
@@ -130,13 +130,13 @@ class _Moments:
         if gradient is not None:
             gradient = gradient.float().square()
             outputs = (x.sum(1, keepdim=True) * gradient).sum(0).cpu()
-            self.outputs = (outputs + before * self.outputs) / self.tokens if before else outputs / self.tokens
+            self.outputs = (outputs + before * self.outputs) / self.tokens
             x = gradient.sum(1, keepdim=True) * x
         self.inputs = (x.sum(0).cpu() + before * self.inputs) / self.tokens
 
     def weights(self) -> tuple[Tensor, Tensor | None]:
         """h ``[K]`` and f ``[N]``, None for 1, of the module's formulas."""
-        return self.inputs, self.outputs / self.inputs.sum().clamp(min=1e-30) if len(self.outputs) else None
+        return self.inputs, self.outputs / self.inputs.sum().clamp(min=1e-30) if self.outputs.any() else None
 
 
 @contextmanager
