@@ -21,7 +21,6 @@ class Job:
         task: a folder of data. method: :data:`QUANTIZE`, :data:`REQUANTIZE`, :data:`HEALED` (half the steps a LoRA on
             16 bits, that merged and quantized, half the steps ours on it) or one of :mod:`tuning.methods`.
         bits, group_size, clip, gptaq: of its base, or of what it quantizes; 0, False for those on the 16-bit model.
-        mixed: each layer has bits of its own (``--budget``), as many as ``bits`` everywhere would take.
         lr: the peak of its learning rate; 0: nothing is trained. rank: of the adapter.
     """
 
@@ -31,7 +30,6 @@ class Job:
     group_size: int = 0
     clip: bool = False
     gptaq: bool = False
-    mixed: bool = False
     lr: float = 0.0
     seed: int = 0
     rank: int = RANK
@@ -39,8 +37,7 @@ class Job:
     @property
     def base(self) -> str:
         """Name of the folder of its base."""
-        made = {"mixed": self.mixed, "mse": self.clip, "gptaq": self.gptaq}
-        return "-".join([str(self.bits), str(self.group_size), *(name for name, is_so in made.items() if is_so)])
+        return f"{self.bits}-{self.group_size}{'-mse' if self.clip else ''}{'-gptaq' if self.gptaq else ''}"
 
     @property
     def name(self) -> str:
@@ -60,14 +57,14 @@ class Job:
             return self.lora.name
         if self.method in (QUANTIZE, HEALED) or not self.bits:
             return ""
-        return quantized(self.bits, self.group_size, self.clip, self.gptaq, self.mixed).name
+        return quantized(self.bits, self.group_size, self.clip, self.gptaq).name
 
 
-def quantized(bits: int, group_size: int, clip: bool, gptaq: bool, mixed: bool) -> Job:
+def quantized(bits: int, group_size: int, clip: bool, gptaq: bool) -> Job:
     """The job that makes a base."""
-    return Job("base", QUANTIZE, bits, group_size, clip, gptaq, mixed)
+    return Job("base", QUANTIZE, bits, group_size, clip, gptaq)
 
 
 def job_of(row: dict[str, Any]) -> Job:
-    """``row``: of results; older ones know no ``gptaq``, ``mixed`` and ``rank``."""
+    """``row``: of results; older ones know no ``gptaq`` and no ``rank``."""
     return Job(**{name: row[name] for name in Job.__dataclass_fields__ if name in row})

@@ -20,14 +20,12 @@ class Base(NamedTuple):
     group_size: int
     clip: bool = False
     gptaq: bool = False
-    mixed: bool = False
 
 
 FOUR, THREE, TWO = Base(4, 32), Base(3, 32, clip=True), Base(2, 32, clip=True)  # rates are tuned on the first
 BY_GPTAQ = FOUR_A, THREE_A, TWO_A = tuple(base._replace(gptaq=True) for base in (FOUR, THREE, TWO))
-THREE_M = THREE_A._replace(mixed=True)
 FOUR_64, FOUR_64_A, EIGHT = Base(4, 64), Base(4, 64, gptaq=True), Base(8, 32)
-OTHERS = (Base(2, 32), Base(3, 32), Base(4, 32, clip=True), EIGHT, FOUR_64_A, THREE_M)
+OTHERS = (Base(2, 32), Base(3, 32), Base(4, 32, clip=True), EIGHT, FOUR_64_A)
 RATES = {
     "lora": (3e-3, 1e-3, 1e-2),
     "offsets": (1e-2, 3e-3, 2e-2),
@@ -77,7 +75,6 @@ def table(results: Iterable[dict]) -> list[Job]:
     wanted += [("gsm8k", "galore", None), ("functions", "qlora", None)]
     wanted += [("gsm8k", method, EIGHT) for method in ("scales", "offsets")]
     wanted += [("gsm8k", "scales-all-tokens", THREE), ("gsm8k", "peft", THREE)]
-    wanted += [("gsm8k", method, THREE_M) for method in ("scales", REQUANTIZE)]
     ranked = [(run, RANK) for run in wanted]
     ranked.insert(wanted.index(("gsm8k", "offsets", FOUR)) + 1, (("gsm8k", "offsets", FOUR), SMALL_RANK))
     return [
@@ -92,7 +89,7 @@ def best_rates(results: Iterable[dict]) -> dict[str, float]:
     """Method → the rate with the lowest held-out loss, once all have been tried."""
     found: dict[tuple[str, float], float] = {}
     for row in results:
-        on = Base(row["bits"], row["group_size"], row["clip"], row.get("gptaq", False), row.get("mixed", False))
+        on = Base(row["bits"], row["group_size"], row["clip"], row.get("gptaq", False))
         if row["task"] == "gsm8k" and row["seed"] == SEEDS[0] and on in (FOUR, Base(0, 0)):
             found[row["method"], row["lr"]] = row.get("loss", float("inf"))
     return {

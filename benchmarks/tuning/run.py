@@ -134,7 +134,7 @@ class Bench:
         out.parent.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         command = [self.quantizer, "-m", "tuning.quantize", model, out, self.data / "calibration.jsonl"]
-        command += [job.bits, job.group_size, int(job.clip), int(job.gptaq), int(job.mixed), self.limit or 0]
+        command += [job.bits, job.group_size, int(job.clip), int(job.gptaq), self.limit or 0]
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True, errors="replace")
         if done.returncode:
             raise RuntimeError(f"quantizing failed: {done.stderr[-600:]}")

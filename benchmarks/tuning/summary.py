@@ -40,7 +40,7 @@ LABELS = {
 _TRIAL = "(trial)"
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # a byte for 64 weights, and a float32 for 256 of these bytes
 COLUMNS = [
-    "task", "method", "bits", "group_size", "clip", "gptaq", "mixed", "rank", "lr", "seed", "loss", "top1", "prose",
+    "task", "method", "bits", "group_size", "clip", "gptaq", "rank", "lr", "seed", "loss", "top1", "prose",
     "bits_a_weight", "steps", "trained", "first_loss", "last_loss", "step_seconds", "train_seconds", "peak_mb",
     "machine", "torch", "transformers", "peft", "commit", "date", "note",
 ]  # fmt: skip
@@ -107,7 +107,7 @@ def write_csv(rows: list[dict], model: Path, out: Path) -> None:
     for row in sorted(rows, key=lambda row: job_of(row).name):
         if row["method"] != QUANTIZE:
             job = job_of(row)
-            row = {"bits_a_weight": bits_a_weight(job, model), "rank": job.rank, "mixed": job.mixed, **row}
+            row = {"bits_a_weight": bits_a_weight(job, model), "rank": job.rank, **row}
             writer.writerow({key: round(value, 4) if key in FOUND else short(value) for key, value in row.items()})
     replace_text(out, text.getvalue(), 0o644)
 
@@ -121,9 +121,9 @@ def read_csv(path: Path) -> list[dict]:
         ]
 
 
-def _base_of(job: Job) -> tuple[int, int, bool, bool, bool]:
+def _base_of(job: Job) -> tuple[int, int, bool, bool]:
     """What rows are in order of: the most bits first."""
-    return -(job.bits or 16), job.group_size, job.clip, job.gptaq, job.mixed
+    return -(job.bits or 16), job.group_size, job.clip, job.gptaq
 
 
 def markdown(found: list[Cell], model: Path) -> str:
@@ -142,8 +142,7 @@ def markdown(found: list[Cell], model: Path) -> str:
             spread = f" ± {(max(cell.losses) - min(cell.losses)) / 2:.4f}" if len(cell.losses) > 1 else ""
             behind = "" if limit is None else f"{cell.loss - limit:+.4f}"
             made = (", clipped" if cell.job.clip else "") + (", GPTAQ" if cell.job.gptaq else "")
-            bits = f"{cell.job.bits} bit on average" if cell.job.mixed else f"{cell.job.bits} bit"
-            base = f"{bits} g {cell.job.group_size}{made}" if cell.job.bits else "16 bit"
+            base = f"{cell.job.bits} bit g {cell.job.group_size}{made}" if cell.job.bits else "16 bit"
             method = LABELS[cell.job.method] + (f", rank {cell.job.rank}" if cell.job.rank != RANK else "")
             lines.append(
                 f"| {base} | {method} | {cell.loss:.4f}{spread} | {behind} | {len(cell.losses)} | "
@@ -163,20 +162,16 @@ def plot(found: list[Cell], model: Path, out: Path) -> None:
         return
     figure, panels = plt.subplots(1, len(tasks), figsize=(9 * len(tasks), 4.5), squeeze=False)
     for task, panel in zip(tasks, panels[0], strict=True):
-        lines: dict[tuple[str, bool, bool], list[tuple[float, float]]] = defaultdict(list)
+        lines: dict[tuple[str, bool], list[tuple[float, float]]] = defaultdict(list)
         for cell in found:
             if cell.job.task == task and cell.job.bits:
-                lines[cell.job.method, cell.job.gptaq, cell.job.mixed].append(
-                    (bits_a_weight(cell.job, model), cell.loss)
-                )
+                lines[cell.job.method, cell.job.gptaq].append((bits_a_weight(cell.job, model), cell.loss))
             elif cell.job.task == task and cell.job.method == "lora":
                 panel.axhline(cell.loss, color="gray", linestyle=":", label=LABELS["lora"])
-        methods = list(dict.fromkeys(method for method, _, _ in lines))
-        for (method, gptaq, mixed), points in lines.items():
-            label = (
-                LABELS[method].replace("*", "") + (", by GPTAQ" if gptaq else "") + (", mixed bits" if mixed else "")
-            )
-            style = {"color": f"C{methods.index(method)}", "marker": "*" if mixed else "s" if gptaq else "o"}
+        methods = list(dict.fromkeys(method for method, _ in lines))
+        for (method, gptaq), points in lines.items():
+            label = LABELS[method].replace("*", "") + (", by GPTAQ" if gptaq else "")
+            style = {"color": f"C{methods.index(method)}", "marker": "s" if gptaq else "o"}
             panel.plot(*zip(*sorted(points), strict=True), label=label, **style)
         panel.set(title=task, xlabel="bits a weight, served", ylabel="held-out loss, nats a token")
         panel.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))

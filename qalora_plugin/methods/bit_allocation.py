@@ -13,11 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qalora_plugin.conversion.added import merged_spec
 from qalora_plugin.core.errors import QALoraError
+from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.core.words import SUPPORTED_BITS
+from qalora_plugin.formats.served_bits import served_bits
 
 GROUP_SIZES = (32, 64, 128)
-_SCALE_BITS, _OFFSET_BITS = 16, 16
+_RANK = 16  # of the adapter whose offsets count
 _GAP = 1e-4  # of the cost: how far from the best a solution may be
 _PATIENCE = 60.0  # seconds
 
@@ -27,11 +30,6 @@ class Choice(NamedTuple):
 
     bits: int
     group_size: int
-
-    @property
-    def bits_per_weight(self) -> float:
-        """All that serving it takes: codes, and a scale, a zero-point and an offset a group."""
-        return self.bits + (_SCALE_BITS + self.bits + _OFFSET_BITS) / self.group_size
 
 
 def choices_of(group_sizes: Collection[int]) -> tuple[Choice, ...]:
@@ -47,19 +45,28 @@ class Layer:
     """Linears that are quantized alike.
 
     Attributes:
-        names: of the linears. weights: how many numbers they hold.
-        costs: of every choice that their sizes allow, in any unit that adds up over layers.
-        fixed_bits: what they take whatever is chosen: in act-order, the group of every column.
+        names: of the linears. shapes: ``(N, K)`` of each.
+        costs: of every choice that their shapes allow, in any unit that adds up over layers.
+        act_order: the group of every column is stored, too.
     """
 
     names: tuple[str, ...]
-    weights: int
+    shapes: tuple[tuple[int, int], ...]
     costs: Mapping[Choice, float]
-    fixed_bits: int = 0
+    act_order: bool = False
 
-    def bits(self, choice: Choice) -> float:
-        """All that serving them takes."""
-        return self.weights * choice.bits_per_weight + self.fixed_bits
+    @property
+    def weights(self) -> int:
+        """How many numbers they hold."""
+        return sum(rows * columns for rows, columns in self.shapes)
+
+    def bits(self, choice: Choice) -> int:
+        """All that serving them takes once an adapter of rank 16 is merged, without trained scales: its offsets are
+        dense or two factors, whichever is smaller.
+        """
+        bases = [GroupwiseSpec("", columns, rows, *choice, has_g_idx=self.act_order) for rows, columns in self.shapes]
+        merged = (merged_spec(base, _RANK, "float16") for base in bases)
+        return sum(served_bits(merged, self.act_order).bits.values())
 
 
 def allocate(layers: Sequence[Layer], budget: float) -> dict[str, Choice]:
@@ -92,7 +99,7 @@ def allocate(layers: Sequence[Layer], budget: float) -> dict[str, Choice]:
     return {name: chosen[i] for i, layer in enumerate(layers) for name in layer.names}
 
 
-def served_bits(layers: Sequence[Layer], chosen: Mapping[str, Choice]) -> float:
+def bits_a_weight(layers: Sequence[Layer], chosen: Mapping[str, Choice]) -> float:
     """Bits a weight of an allocation, all included."""
     return sum(layer.bits(chosen[layer.names[0]]) for layer in layers) / sum(layer.weights for layer in layers)
 

@@ -30,9 +30,9 @@ from qalora_plugin.methods.bit_allocation import (
     GROUP_SIZES,
     Choice,
     allocate,
+    bits_a_weight,
     choices_of,
     require_possible,
-    served_bits,
 )
 from qalora_plugin.methods.dense_source import Linear, require_sizes, sizes_in_layers
 from qalora_plugin.methods.sensitivity import measure, sizes
@@ -75,8 +75,8 @@ def quantize(
         samples, length: how many sequences of how many tokens to calibrate on.
         checkpoint_format: default ``gptq`` for symmetric, ``gptq_v2`` for asymmetric bases, whose zeros v1 stores
             in a way that some readers get wrong.
-        budget: bits a weight, scales, zero-points and offsets included: each layer gets bits, and a group size, of its
-            own (:mod:`.bit_allocation`).
+        budget: bits a weight when it is served, scales, zero-points and an adapter's offsets included: each layer gets
+            bits, and a group size, of its own (:mod:`.bit_allocation`).
         fisher: weight what a layer loses by Fisher information (:mod:`.sensitivity`), for ``budget``; default: yes.
             Without, bits go where outputs are large, and the model may be worse than with the same bits everywhere.
         clip: shrink each group's grid where that lowers the error (GPTQModel's ``mse``); default: at 2 and 3 bits.
@@ -200,7 +200,7 @@ def plan_for(
     chosen = allocate(layers, budget)
     counts = Counter(chosen.values())
     kinds = ", ".join(f"{counts[choice]} × {choice.bits} bit g {choice.group_size}" for choice in sorted(counts))
-    logger.info("%.2f bits a weight, all included: %s", served_bits(layers, chosen), kinds)
+    logger.info("%.2f bits a weight, all included: %s", bits_a_weight(layers, chosen), kinds)
     return chosen
 
 

@@ -31,7 +31,6 @@ from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.progress import track
 from qalora_plugin.core.words import codes_per_period
 from qalora_plugin.formats.fusion import FUSED
-from qalora_plugin.formats.served_bits import INDEX_BITS
 from qalora_plugin.methods.bit_allocation import CHOICES, Choice, Layer
 from qalora_plugin.methods.dense_source import Linear, as_matrix
 
@@ -110,9 +109,9 @@ def _layer(
     possible = set.intersection(*(set(costs[name]) for name in names))
     return Layer(
         names,
-        sum(linears[name].weight.numel() for name in names),
+        tuple((rows, columns) for rows, columns in (as_matrix(linears[name]).shape for name in names)),
         {choice: sum(costs[name][choice] for name in names) for choice in sorted(possible)},
-        sum(INDEX_BITS * as_matrix(linears[name]).shape[1] for name in names) if act_order else 0,
+        act_order,
     )
 
 

@@ -2,22 +2,27 @@
 
 import itertools
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from qalora_plugin.core.errors import QALoraError
-from qalora_plugin.methods.bit_allocation import CHOICES, Choice, Layer, allocate, served_bits
+from qalora_plugin.methods.bit_allocation import CHOICES, Choice, Layer, allocate, bits_a_weight
 
 
 def layers(count, choices=CHOICES, seed=0, names=1):
-    """Costs that fall with bits and rise with the group, as errors do, times what a layer is sensitive."""
+    """Costs that fall with bits and rise with the group, as errors do, times what a layer is sensitive.
+
+    So small that dense offsets are smaller than factors.
+    """
     generator = np.random.default_rng(seed)
     made = []
     for i in range(count):
         sensitive = generator.lognormal(0, 2)
         costs = {c: sensitive * 4.0**-c.bits * c.group_size**0.3 * generator.uniform(0.8, 1.2) for c in choices}
-        made.append(Layer(tuple(f"{i}.{j}" for j in range(names)), int(generator.integers(1, 9)) * 1024, costs))
+        shape = int(generator.integers(1, 9)) * 8, 128
+        made.append(Layer(tuple(f"{i}.{j}" for j in range(names)), (shape,) * names, costs))
     return made
 
 
@@ -30,10 +35,10 @@ def test_it_is_the_best_there_is(budget, seed):
     best = min(
         sum(layer.costs[choice] for layer, choice in zip(made, combination, strict=True))
         for combination in itertools.product(few, repeat=5)
-        if sum(m.weights * c.bits_per_weight for m, c in zip(made, combination, strict=True)) <= budget * total
+        if sum(m.bits(c) for m, c in zip(made, combination, strict=True)) <= budget * total
     )
     found = allocate(made, budget)
-    assert served_bits(made, found) <= budget + 1e-9
+    assert bits_a_weight(made, found) <= budget + 1e-9
     assert sum(layer.costs[found[layer.names[0]]] for layer in made) <= best * (1 + 2e-4)
 
 
@@ -46,7 +51,7 @@ def test_linears_of_one_layer_are_alike():
 def test_a_large_model_takes_seconds():
     started = time.monotonic()
     made = layers(80 * 4, names=2)
-    assert served_bits(made, allocate(made, 3.2)) <= 3.2
+    assert bits_a_weight(made, allocate(made, 3.2)) <= 3.2
     assert time.monotonic() - started < 60
 
 
@@ -56,17 +61,27 @@ def test_a_budget_that_nothing_meets_names_the_nearest():
 
 
 def test_what_a_choice_takes():
-    assert Choice(4, 32).bits_per_weight == 4 + 36 / 32
-    assert Choice(2, 128).bits_per_weight == 2 + 34 / 128
+    small, large = (Layer(("linear",), (shape,), {}) for shape in ((8, 128), (4096, 4096)))
+    assert small.bits(Choice(4, 32)) == 8 * 128 * (4 + 36 / 32)
+    assert small.bits(Choice(2, 128)) == 8 * 128 * (2 + 34 / 128)
+    factors = 16 * (32 * 128 + 16 * 4096)  # of a merge's offsets, which are smaller than dense ones here
+    assert large.bits(Choice(3, 32)) == 4096 * 4096 * (3 + 19 / 32) + factors
+
+
+def test_a_large_model_keeps_small_groups():
+    """Dense offsets would be half a bit of them, and leave a budget no more than larger groups."""
+    free = {choice: 4.0**-choice.bits * choice.group_size for choice in CHOICES}
+    large = Layer(("linear",), ((4096, 4096),), free)
+    assert allocate([large], 3.7) == {"linear": Choice(3, 32)}
 
 
 def test_what_every_choice_takes_beside_counts():
     """In act-order the group of every column, which no choice of bits makes smaller."""
     plain = layers(6)
-    ordered = [Layer(one.names, one.weights, one.costs, fixed_bits=one.weights // 8) for one in plain]
-    chosen = allocate(ordered, 3.3)
-    assert served_bits(ordered, chosen) <= 3.3 + 1e-9
-    assert served_bits(plain, chosen) == pytest.approx(served_bits(ordered, chosen) - 1 / 8)
-    assert allocate(plain, 3.3 - 1 / 8) == chosen
+    ordered = [replace(one, act_order=True) for one in plain]
+    chosen, order = allocate(ordered, 4.3), 32 * 128 * 6 / sum(one.weights for one in plain)
+    assert bits_a_weight(ordered, chosen) <= 4.3 + 1e-9
+    assert bits_a_weight(plain, chosen) == pytest.approx(bits_a_weight(ordered, chosen) - order)
+    assert allocate(plain, 4.3 - order) == chosen
     with pytest.raises(QALoraError, match="cannot be met"):
         allocate(ordered, 2.35)  # which nothing beside would leave room for

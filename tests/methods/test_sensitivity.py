@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from qalora_plugin.core.errors import QALoraError
-from qalora_plugin.methods.bit_allocation import CHOICES, Choice, allocate, choices_of, served_bits
+from qalora_plugin.methods.bit_allocation import CHOICES, Choice, allocate, bits_a_weight, choices_of
 from qalora_plugin.methods.dense_source import as_matrix
 from qalora_plugin.methods.sensitivity import _costs, _rounding_error, fused, measure, sizes
 
@@ -149,7 +149,7 @@ def test_cost_is_the_error_of_outputs_of_independent_inputs():
 def test_the_whole_way_to_an_allocation(measured):
     layers, _ = measured
     chosen = allocate(layers, 4.0)
-    assert 3.4 < served_bits(layers, chosen) <= 4.0
+    assert 3.4 < bits_a_weight(layers, chosen) <= 4.0
 
 
 def test_linears_that_no_text_comes_to(one_layer):
@@ -183,7 +183,7 @@ def test_the_order_of_columns_counts(one_layer):
     linears = {name: part for name, part in one_layer.model.named_modules() if isinstance(part, nn.Linear)}
     for plain, ordered in zip(sizes(linears), sizes(linears, act_order=True), strict=True):
         columns = sum(linears[name].in_features for name in plain.names)
-        assert (plain.fixed_bits, ordered.fixed_bits) == (0, 32 * columns)
+        assert ordered.bits(Choice(4, 32)) == plain.bits(Choice(4, 32)) + 32 * columns
 
 
 def test_what_vllm_fuses_in_other_families():
