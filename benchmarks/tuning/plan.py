@@ -75,12 +75,11 @@ def table(results: Iterable[dict]) -> list[Job]:
     wanted += [("gsm8k", "galore", None), ("functions", "qlora", None)]
     wanted += [("gsm8k", method, EIGHT) for method in ("scales", "offsets")]
     wanted += [("gsm8k", "scales-all-tokens", THREE), ("gsm8k", "peft", THREE)]
-    ranked = [(run, RANK) for run in wanted]
-    ranked.insert(wanted.index(("gsm8k", "offsets", FOUR)) + 1, (("gsm8k", "offsets", FOUR), SMALL_RANK))
     return [
         Job(task, method, *(base or ()), lr=rate, seed=seed, rank=rank)
-        for (task, method, base), rank in ranked
+        for task, method, base in wanted
         if (rate := rates.get(LIKE.get(method, method)))
+        for rank in ((RANK, SMALL_RANK) if (method, base) == ("offsets", FOUR) else (RANK,))
         for seed in SEEDS
     ]
 

@@ -57,7 +57,7 @@ def rebuild_tokenizer(file: GgufFile) -> "PreTrainedTokenizerBase":
     names = {f"{role}_token": _special(file, tokens, key) for role, key in _ROLES.items()}
     try:
         built = Tokenizer.from_str(_json(builders[kind](file, tokens) | _added(file, tokens, names)))
-    except Exception as error:
+    except Exception as error:  # tokenizers raises nothing narrower
         raise QALoraError(f"{file.path}: its vocabulary makes no tokenizer ({error}). {_PASS_ONE}") from error
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=built,
