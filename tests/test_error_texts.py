@@ -83,7 +83,14 @@ def test_configs_of_adapters(adapter, tmp_path, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.pop("quantization_config"), "it is dense"),
+        (
+            lambda c: c.pop("quantization_config"),
+            r"it holds model\S+qweight, but config.json has no quantization_config",
+        ),
+        (
+            lambda c: c.update(quantization_config="gptq"),
+            "quantization_config in config.json is 'gptq', expected an obj",
+        ),
         (lambda c: c["quantization_config"].pop("quant_method"), "its quantization_config names no quant_method"),
         (lambda c: c["quantization_config"].update(quant_method="awq"), "its quant_method is 'awq', expected 'gptq'"),
         (lambda c: c["quantization_config"].update(bits=8), "is stored at 4 bits, its quantisation config says 8"),

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from support.fabricate import make_adapter
 from support.import_orders import failures, failures_after, modules, public_names
 
 import qalora_plugin
@@ -37,6 +38,22 @@ def test_transformers_loads_merged_checkpoints_whichever_is_imported_first(merge
     )
     done = subprocess.run([sys.executable, "-c", code, merged], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "QuantLinear"
+
+
+@pytest.mark.parametrize(
+    "first", ["import qalora_plugin", "import peft", "import torch", "import transformers.trainer"]
+)
+def test_peft_reads_adapters_whichever_is_imported_first(merged, tmp_path, first):
+    """``KeyError: 'QALORA'`` of what PEFT's own documentation begins with."""
+    adapter = make_adapter(merged, tmp_path / "adapter")
+    code = (
+        f"{first}; import sys; from peft import AutoPeftModelForCausalLM, PeftConfig; "
+        "print(type(PeftConfig.from_pretrained(sys.argv[1])).__name__); "
+        "model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1]); "
+        "print(type(model.base_model.model.model.layers[0].mlp.up_proj).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, adapter], capture_output=True, text=True)
+    assert done.stdout.split() == ["QALoraConfig", "QALoraLayer"], done.stderr
 
 
 def test_registers_after_a_registry_that_was_half_imported(merged):

@@ -1,5 +1,7 @@
 """``adapter_config.json`` of an adapter: what it must say, and what a merge could not read."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -177,6 +179,19 @@ def _patterned(config: dict[str, Any], field: str, name: str, default: Any) -> A
     patterns = config.get(field) or {}
     key = matching_pattern(patterns, name)
     return default if key is None else patterns[key]
+
+
+@contextmanager
+def naming(adapter: object, instead: str) -> Iterator[None]:
+    """While the base is opened that an adapter names: an error says so. Its path may be relative, of another folder.
+
+    Args:
+        instead: what a user may pass.
+    """
+    try:
+        yield
+    except QALoraError as error:
+        raise QALoraError(f"{error} (The adapter {adapter} names this base; {instead} names another.)") from error
 
 
 def require_base(config: dict[str, Any], folder: Path, fingerprint: str, base: str | Path) -> None:

@@ -1,18 +1,14 @@
-"""Folders as AutoGPTQ wrote them until 2023, and the Hub is full of.
+"""Folders as AutoGPTQ and AutoAWQ wrote them until 2023, and the Hub is full of.
 
-The settings stand in ``quantize_config.json`` alone, and the weights have names of their own
+The settings stand in a file of their own alone, and AutoGPTQ's weights have names of their own
 (``gptq_model-4bit-128g.safetensors``, or shards with ``gptq_model-4bit-128g.safetensors.index.json``).
 """
 
 from pathlib import Path
 
 SETTINGS_NAME = "quantize_config.json"
+SETTINGS = {SETTINGS_NAME: "gptq", "quant_config.json": "awq"}  # by file: the method, which neither names
 _INDEX_SUFFIX = ".safetensors.index.json"
-
-
-def as_quantization_config(settings: dict) -> dict:
-    """What ``config.json`` would hold: AutoGPTQ knew one method only and did not name it."""
-    return {"quant_method": "gptq", **settings}
 
 
 def find_weights(folder: Path, base_name: str | None = None) -> str | None:

@@ -66,13 +66,27 @@ class Checkpoint:
         files, listed = _shards(folder, weights := weights_name(folder, config))
         tensors: dict[str, TensorInfo] = {}
         for file in files:
-            tensors |= read_header(folder / file)
+            found = read_header(folder / file)
+            if twice := tensors.keys() & found.keys():
+                name = min(twice)
+                raise QALoraError(
+                    f"{folder}: {tensors[name].file} and {file} both hold {name}, and readers differ in which they "
+                    "take. Download or copy the checkpoint again."
+                )
+            tensors |= found
         if listed is not None:
             for name, file in listed.items():
                 if name not in tensors or tensors[name].file != file:
                     raise QALoraError(
                         f"{folder / weights} says that {file} holds the tensor {name!r}, but it does not. "
                         "Download or copy the checkpoint again."
+                    )
+            modules = {name.rpartition(".")[0] for name in listed}
+            for name in tensors.keys() - listed.keys():
+                if name.rpartition(".")[0] in modules:  # its order of columns, its bias
+                    raise QALoraError(
+                        f"{folder / weights} does not list {name}, which {tensors[name].file} holds: readers differ in "
+                        "whether they take it. Download or copy the checkpoint again."
                     )
             tensors = {name: info for name, info in tensors.items() if name in listed}
         return cls(folder, config, tensors, files)
@@ -112,13 +126,7 @@ class Checkpoint:
     @cached_property
     def quantization(self) -> dict:
         """``quantization_config`` of the model, ``{}`` for a dense one."""
-        found = self.config.get("quantization_config") or {}
-        if not isinstance(found, dict):
-            raise QALoraError(
-                f"{self.folder}: quantization_config in config.json is {short(found)}, expected an object. Download or "
-                "copy config.json again."
-            )
-        return found
+        return self.config.get("quantization_config") or {}
 
     @property
     def method(self) -> str | None:
@@ -132,19 +140,33 @@ class Checkpoint:
 
 
 def read_config(folder: Path) -> dict:
-    """``config.json``, with the quantization that AutoGPTQ's folders keep beside it, and MLX's of another key."""
+    """``config.json``, with the quantization that old folders of AutoGPTQ and AutoAWQ keep beside it, and MLX's, which
+    stands under another key, too."""
     config = read_json(folder / "config.json")
-    if not config.get("quantization_config") and (folder / autogptq.SETTINGS_NAME).is_file():
+    quantization = stated_quantization(config, folder)
+    for name, method in () if quantization else autogptq.SETTINGS.items():
+        if not (folder / name).is_file():
+            continue
         if not isinstance(config.get("model_type"), str):  # what it holds will be written into other folders
             raise QALoraError(
                 f"{folder / 'config.json'} names no model_type: it is no model's config. Download or copy it again."
             )
-        settings = autogptq.as_quantization_config(read_json(folder / autogptq.SETTINGS_NAME))
-        return config | {"quantization_config": settings}
+        return config | {"quantization_config": {"quant_method": method, **read_json(folder / name)}}
     mlx = config.get("quantization")
-    if not config.get("quantization_config") and isinstance(mlx, dict) and "bits" in mlx:
+    if "quant_method" not in quantization and isinstance(mlx, dict) and "bits" in mlx:
         return config | {"quantization_config": {**mlx, "quant_method": "mlx"}}
     return config
+
+
+def stated_quantization(config: dict, where: object) -> dict:
+    """``quantization_config`` of a ``config.json``; ``{}`` where it has none."""
+    found = config.get("quantization_config") or {}
+    if not isinstance(found, dict):
+        raise QALoraError(
+            f"{where}: quantization_config in config.json is {short(found)}, expected an object. Download or copy "
+            "config.json again."
+        )
+    return found
 
 
 def weights_name(folder: Path, config: dict) -> str:

@@ -2,6 +2,8 @@
 
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from qalora_plugin.checkpoint.hub import expanded
 from qalora_plugin.commands import exporting, importing
 from qalora_plugin.commands.summary import print_summary
 from qalora_plugin.core.errors import QALoraError, printable
@@ -227,14 +230,40 @@ app.add_typer(exporting.app, name="export", help="Write a merged checkpoint, or 
 
 
 class _Command(typer.core.TyperGroup):
-    """Shows a :class:`QALoraError` as one line instead of a traceback."""
+    """Shows a :class:`QALoraError` as one line instead of a traceback, and looks at arguments before commands do."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        with _errors_in_one_line():
+            _require_no_empty(args)
+            return super().make_context(info_name, [_expanded(text) for text in args], parent, **extra)
 
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _errors_in_one_line():
             return super().invoke(ctx)
-        except QALoraError as error:
-            Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-            sys.exit(1)
+
+
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except QALoraError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        sys.exit(1)
+
+
+def _require_no_empty(args: list[str]) -> None:
+    """An empty path would be the working directory."""
+    for before, text in zip(["", *args], args, strict=False):
+        option, assigned, value = text.partition("=") if text.startswith("--") else (before, "=", text)
+        if assigned and not value.strip():
+            what = option if option.startswith("-") else "an argument"
+            raise QALoraError(f"{what} is empty. Give it a value (is a variable of the shell unset?), or leave it out.")
+
+
+def _expanded(text: str) -> str:
+    """``~/`` is the home in ``--merged=~/merged``, too, where shells leave it."""
+    option, assigned, value = text.partition("=") if text.startswith("--") else ("", "", text)
+    return f"{option}{assigned}{expanded(value)}" if value.startswith("~/") else text
 
 
 app.info.cls = _Command

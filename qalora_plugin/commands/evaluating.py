@@ -37,15 +37,6 @@ def evaluate(
     Raises:
         QALoraError: whatever is wrong with any of them, before the first model is loaded.
     """
-    given = {
-        "MODEL": models, "--adapter": adapters, "--reference": reference, "--tasks": tasks, "--revision": revision,
-        "--answer-pattern": settings.answer_pattern, "--device": settings.device,
-    }  # fmt: skip
-    for option, value in given.items():
-        if any(not text.strip() for text in ([value] if isinstance(value, str) else value or [])):
-            raise QALoraError(
-                f"{option} is empty. Give it a value (is a variable of the shell unset?), or leave it out."
-            )
     names = [name for part in (tasks or "").split(",") if (name := part.strip())]
     if tasks is not None and not names:
         raise QALoraError(f"--tasks {tasks} names no task. Pass --tasks NAMES, a comma between them.")

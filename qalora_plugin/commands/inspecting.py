@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qalora_plugin.checkpoint.adapter_folder import CONFIG_NAME
 from qalora_plugin.checkpoint.folder import Checkpoint
-from qalora_plugin.checkpoint.hub import is_local
+from qalora_plugin.checkpoint.hub import expanded, is_local
 from qalora_plugin.conversion.added import added_bytes, merged_spec, usual_dtype
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 from qalora_plugin.eval.tables import print_facts
@@ -81,16 +82,17 @@ def inspect(path: str | Path, rank: int = 16) -> InspectReport:
         QALoraError: the folder is no readable checkpoint at all.
     """
     if not is_local(path):
-        raise QALoraError(f"{path} is not a local folder. Download it first: hf download {path} --local-dir FOLDER")
+        raise QALoraError(f"{path} {_why_no_folder(expanded(path))}")
+    if (expanded(path) / CONFIG_NAME).is_file() and not (expanded(path) / "config.json").is_file():
+        raise QALoraError(f"{path} is an adapter's folder. Inspect its base, or measure it: qalora eval.")
     checkpoint, source, why_not = Checkpoint.open(path), None, None
     try:
         source = QuantizedCheckpoint.of(checkpoint)
         source.check_values()
         source.check_dense_values()
-        if any(".experts." in name for name in source.specs):
-            from qalora_plugin.integrations.transformers.outline import outline  # imports transformers: some seconds
+        from qalora_plugin.integrations.transformers.outline import outline  # imports transformers: some seconds
 
-            outline(source)
+        outline(source)
     except QALoraError as error:
         why_not = str(error)
     report: dict[str, Any] = {
@@ -125,6 +127,16 @@ def inspect(path: str | Path, rank: int = 16) -> InspectReport:
             "served": str(served),
         }
     return InspectReport(**report)
+
+
+def _why_no_folder(path: Path) -> str:
+    if path.suffix == ".gguf" and path.is_file():
+        return "is a GGUF file. Make a base of it: qalora import gguf FILE OUT"
+    if path.exists():
+        return "is a file, expected a model folder. Pass the folder that holds config.json."
+    if path.is_absolute() or len(path.parts) != 2 or path.parts[0] in (".", ".."):
+        return "does not exist. Pass a local model folder."
+    return f"is not a local folder. Download it first: hf download {path} --local-dir FOLDER"
 
 
 def _dense_matrices(checkpoint: Checkpoint) -> set[str]:

@@ -5,6 +5,7 @@ encoded and written; what had to be rounded on the way is measured and said.
 """
 
 import logging
+import shlex
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 
 from qalora_plugin.checkpoint.atomic import new_file, require_space
 from qalora_plugin.checkpoint.places import require_place
-from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
+from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line, printable
 from qalora_plugin.core.progress import track
 from qalora_plugin.formats.base import Unsupported
 from qalora_plugin.formats.gguf import require_gguf
@@ -64,7 +65,10 @@ class GgufExport:
             "dense tensors by ≤ {:.2g} of their rows": loss.dense,
         }
         lost = ", ".join(text.format(value) for text, value in rounded.items() if value) or "nothing"
-        return [f"{self.file}: {self.nbytes / 1e6:.1f} MB ({types}); rounded: {lost}", f"llama-cli -m {self.file}"]
+        return [
+            f"{self.file}: {self.nbytes / 1e6:.1f} MB ({types}); rounded: {lost}",
+            f"llama-cli -m {shlex.quote(printable(self.file))}",
+        ]
 
     @property
     def total(self) -> Loss:
@@ -123,6 +127,7 @@ def export_gguf(
     gguf = require_gguf()
     out = require_place(out_file, merged, "the output")
     source = QuantizedCheckpoint.open(merged)
+    source.require_own_head()
     source.check_values()
     architecture = of_config(source.files.config, source.folder)
     _refuse_act_order(source)

@@ -6,6 +6,7 @@ vLLM has kernels for it on GPUs only (0.32: on a CPU its GPTQ is of 4 bits).
 """
 
 import logging
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -209,7 +210,7 @@ tags: [gptq, 8-bit]
 
 ## Use
 
-    vllm serve {printable(result.folder.name)}
+    vllm serve {shlex.quote(printable(result.folder.name))}
 
     model = AutoModelForCausalLM.from_pretrained("{printable(result.folder.name)}")     # transformers with GPTQModel
 """

@@ -5,6 +5,7 @@ asked otherwise. One linear is in memory at a time.
 """
 
 import logging
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,6 @@ from qalora_plugin.conversion.writer import ShardWriter, write_index
 from qalora_plugin.core.errors import os_errors_in_one_line, printable
 from qalora_plugin.core.progress import track
 from qalora_plugin.core.weight import GroupwiseWeight
-from qalora_plugin.formats.base import Unsupported
 from qalora_plugin.formats.gptq import is_act_order
 from qalora_plugin.formats.mlx import Mlx, affine, as_config, group_size
 from qalora_plugin.formats.opened import QuantizedCheckpoint
@@ -47,7 +47,7 @@ class MlxExport:
         return [
             f"{self.folder}: {self.modules} linears, {self.nbytes / 1e6:.1f} MB; no weight is off by more than "
             f"{self.largest_error:.1g} of a step",
-            f"mlx_lm.generate --model {self.folder} --prompt …",
+            f"mlx_lm.generate --model {shlex.quote(printable(self.folder))} --prompt …",
         ]
 
 
@@ -76,11 +76,7 @@ def export_mlx(
     files, specs = source.files, source.specs
     for spec in specs.values():
         writer.require(spec, spec.has_g_idx and is_act_order(spec, files.array), source.folder)
-    if files.config.get("tie_word_embeddings") and "lm_head" in specs:
-        raise Unsupported(
-            f"{source.folder}: lm_head is quantized, but its config ties it to the embeddings, which mlx-lm then uses.",
-            "Set tie_word_embeddings to false in config.json if the head is the model's own.",
-        )
+    source.require_own_head()
     source.check_values()
     itemsize = 4 if dtype == "float32" else 2
     more = sum(
@@ -143,5 +139,5 @@ tags: [qalora, mlx]
 `{printable(merged)}` for MLX: the same codes, scales and offsets, nothing re-quantized. {result.modules} linears;
 scales and biases in {dtype}, rounded once: no weight is off by more than {result.largest_error:.1g} of a step.
 
-    mlx_lm.generate --model {printable(result.folder.name)} --prompt "…"
+    mlx_lm.generate --model {shlex.quote(printable(result.folder.name))} --prompt "…"
 """

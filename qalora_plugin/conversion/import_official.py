@@ -93,11 +93,19 @@ def import_official(
 
 def _refuse_pickles(folder: Path) -> None:
     pickles = sorted(path for pattern in ("*.bin", "*.pt") for path in folder.glob(pattern))
-    if pickles and not any(folder.glob("*.safetensors")):
+    if not pickles or any(folder.glob("*.safetensors")):
+        return
+    if len(pickles) > 1:
+        names = ", ".join(path.name for path in pickles)
         raise QALoraError(
-            f"{folder} holds its weights as a pickle ({pickles[0].name}), which can run code when opened and is never "
-            f"read. Convert it: {to_safetensors(pickles[0], folder / SINGLE_NAME)}"
+            f"{folder} holds several pickles ({names}), which can run code when opened and are never read. Convert "
+            f"those that are its weights into one {SINGLE_NAME}, as this does with one: "
+            f"{to_safetensors(pickles[0], folder / SINGLE_NAME)}"
         )
+    raise QALoraError(
+        f"{folder} holds its weights as a pickle ({pickles[0].name}), which can run code when opened and is never "
+        f"read. Convert it: {to_safetensors(pickles[0], folder / SINGLE_NAME)}"
+    )
 
 
 def _require_base(files: Checkpoint, merged: OfficialMerge, base: QuantizedCheckpoint) -> None:

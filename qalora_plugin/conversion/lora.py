@@ -7,12 +7,14 @@ neither rank nor alpha patterns, and takes the one alpha of the config over each
 """
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
 
+from qalora_plugin.checkpoint.adapter_config import naming
 from qalora_plugin.checkpoint.adapter_folder import CONFIG_NAME, WEIGHTS_NAME, AdapterFolder
 from qalora_plugin.checkpoint.atomic import new_folder, require_absent, require_space
 from qalora_plugin.checkpoint.places import absolute, require_place
@@ -68,11 +70,13 @@ def export_lora(
             f"the adapter {opened.folder} has trained scales, which multiply the base's weights group by group: no "
             "LoRA can do that. Merge it (qalora merge), or train without scales (qalora: {scales: false})."
         )
-    base = base or opened.config.get("base_model_name_or_path")
+    if named := not base:
+        base = opened.config.get("base_model_name_or_path")
     if not base:
         raise QALoraError(f"the adapter {opened.folder} does not name its base. Pass it: --base BASE.")
     require_place(out, base, "the output")
-    source = QuantizedCheckpoint.open(base, revision)
+    with naming(opened.folder, "--base BASE") if named else nullcontext():
+        source = QuantizedCheckpoint.open(base, revision)
     source.check_values()
     opened.require_base(source.fingerprint(opened.base_fingerprint), base)
     opened.check_fits(source.specs)

@@ -54,6 +54,11 @@ _TABLE = (
         ("trainable_token_indices",),
     ),
     _Refusal("a merged checkpoint keeps the base's biases", ("lora_bias",), ("bias", "lora_bias"), allowed=("none",)),
+    _Refusal(
+        "new tokens would need embeddings that train, and a merged checkpoint has the base's",
+        ("tokens",),
+        instead="Remove tokens, and use some that the base's tokenizer has: added_tokens_overrides renames spare ones.",
+    ),
     _Refusal("base weights that train cannot be merged", ("unfrozen_parameters",)),
     _Refusal(
         "it rewrites embeddings, which a merged checkpoint takes from the base", ("fix_untrained_tokens",)
@@ -72,7 +77,10 @@ _TABLE = (
     _Refusal("random weights have no quantised base to be merged into", ("reinit_weights",)),
     _Refusal(
         "the base is quantised already",
-        ("qat", "quantize_moe_experts", "nonexpert_quantization", "gemma4_nf4_nonexpert", "gemma4_fp8_nonexpert"),
+        (
+            "qat", "quantize_moe_experts", "nonexpert_quantization", "gemma4_nf4_nonexpert", "gemma4_fp8_nonexpert",
+            "model_quantization_config",
+        ),
     ),
     _Refusal("it prunes or quantises the base while training, which stays packed", ("llmcompressor",)),
     _Refusal(

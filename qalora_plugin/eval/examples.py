@@ -54,9 +54,12 @@ class Row:
         return replace(self, messages=(*before, {**last, "content": last["content"] + more}))
 
     def prompt(self, tokenizer: Any) -> str:
-        """What a model is given: in the chat template, if the tokenizer has one; ``""`` of mere text."""
+        """What a model is given: in the chat template, if the tokenizer has one; ``""`` of mere text.
+
+        Without one, and without the space that begins the answer: it is part of the answer's first token.
+        """
         if not self.messages or not tokenizer.chat_template:
-            return self.plain
+            return self.plain.rstrip(" ") if self.named else self.plain
         return _in_template(tokenizer, list(self.messages), add_generation_prompt=True)
 
     def before_answer(self, tokenizer: Any) -> str:
@@ -69,12 +72,11 @@ class Row:
             return Example(tokenizer(self.answer).input_ids)
         eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         if not tokenizer.chat_template:
-            before = prompt_ids(tokenizer, self.plain)
-            after = tokenizer(self.answer, add_special_tokens=False).input_ids
-            return Example([*before, *after, *eos], max(1, len(before)))
+            before, ids = (prompt_ids(tokenizer, text) for text in (self.plain, self.plain + self.answer))
+            return Example([*ids, *eos], max(1, _alike(ids, before)))
         context, answer, end = self._in_parts(tokenizer)
         ids = tokenizer(context + answer + end, add_special_tokens=False).input_ids
-        before = tokenizer(context, add_special_tokens=False).input_ids  # which may end in half a token, as a space
+        before = tokenizer(context, add_special_tokens=False).input_ids  # may end in half a token, as a space
         return Example(ids if end else [*ids, *eos], max(1, _alike(ids, before)))
 
     def _in_parts(self, tokenizer: Any) -> tuple[str, str, str]:
@@ -158,9 +160,11 @@ def as_row(row: Any, where: object = "a row") -> Row:
     if row.get("messages") == [] and row.keys() & {"text", *(key for pair in _PAIRS for key in pair)}:
         del row["messages"]
     if "messages" in row:
+        _require_none(row, ("tools",), where)
         return _of_messages(row["messages"], where)
     for before, after in _PAIRS:
         if before in row or after in row:
+            _require_none(row, ("system", "context", "tools"), where)
             question, answer = (_text(row, key, where) for key in (before, after))
             return Row(({"role": "user", "content": question},), answer, named=before != "prompt")
     if "text" in row:
@@ -174,6 +178,7 @@ def _of_messages(messages: Any, where: object) -> Row:
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise QALoraError(f"{where} holds {short(message)}, expected messages with the texts role and content.")
+        _require_none(message, ("tool_calls",), where)
         if message["role"] not in _ROLES:  # chat templates leave out, in silence, what they do not know
             raise QALoraError(f"{where} has the role {short(message['role'])}, expected one of {', '.join(_ROLES)}.")
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
@@ -183,6 +188,14 @@ def _of_messages(messages: Any, where: object) -> Row:
         )
     asked = tuple({key: message[key] for key in ("role", "content")} for message in messages[:-1])
     return Row(asked, _text(messages[-1], "content", where))
+
+
+def _require_none(found: dict[str, Any], keys: Sequence[str], where: object) -> None:
+    if left_out := [key for key in keys if found.get(key)]:
+        raise QALoraError(
+            f"{where} has {', '.join(left_out)}, which would not be shown to the model. Write all that it is to see "
+            "into the contents of messages, or leave that out."
+        )
 
 
 def _text(row: dict[str, Any], key: str, where: object) -> str:

@@ -101,7 +101,8 @@ class Judge:
         lines = text.strip().splitlines()
         if not lines:
             return None
-        return _plain(lines[0]) if self.marked else self.result(lines[0])
+        found = None if self.marked else self.result(lines[0])
+        return found or _plain(lines[0])  # a result that was asked for alone need not stand as one does in an answer
 
 
 def exact_match(

@@ -8,6 +8,7 @@ from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from qalora_plugin.checkpoint.adapter_config import naming
 from qalora_plugin.checkpoint.adapter_folder import CONFIG_NAME, AdapterFolder
 from qalora_plugin.checkpoint.folder import INDEX_NAME, SINGLE_NAME, Checkpoint
 from qalora_plugin.checkpoint.hub import expanded, is_local, require_use_of_revision
@@ -60,7 +61,10 @@ class Subject:
             base = opened.config.get("base_model_name_or_path")
             if not base:
                 raise QALoraError(f"the adapter {adapter} does not name its base. Pass BASE+{adapter}.")
-        files = Checkpoint.open(str(base), revision)
+            with naming(adapter, f"BASE+{adapter}"):
+                files = Checkpoint.open(str(base), revision)
+        else:
+            files = Checkpoint.open(str(base), revision)
         quantized = QuantizedCheckpoint.of(files) if files.quantization or opened is not None else None
         if quantized is None:
             files.require_finite(files.tensors)  # every figure of it would be NaN
@@ -202,7 +206,11 @@ def _parts(model: str) -> tuple[str | None, str | None]:
         is_adapter = (folder / CONFIG_NAME).is_file() and not weights  # training runs put config.json beside it
         return (None, model) if is_adapter else (model, None)
     base, plus, adapter = model.rpartition("+")
-    return (base, adapter) if plus and base and is_local(adapter) else (model, None)
+    if plus and base and is_local(adapter):
+        return base, adapter
+    if plus and is_local(base):
+        raise QALoraError(f"{model} is no folder, and neither is {adapter!r}. Pass BASE+ADAPTER, two folders.")
+    return model, None
 
 
 def _dense_size(files: Checkpoint) -> SizeReport:

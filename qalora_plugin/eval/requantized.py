@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from qalora_plugin.checkpoint.hub import expanded
 from qalora_plugin.conversion.export_gptq8 import add_logit_change
 from qalora_plugin.eval.limits import fitting_length, model_config, vocabulary
 from qalora_plugin.eval.logits import full_precision
@@ -41,6 +42,7 @@ def measure_requantized(
     Args:
         tokens: of Python's own documentation, unless ``sequences`` of token ids are given.
     """
+    merged, export = expanded(merged), expanded(export)
     config = model_config(merged)
     if sequences is None:
         length = fitting_length(config, SEQUENCE_LENGTH)

@@ -16,7 +16,7 @@ def print_facts(title: str, rows: Iterable[tuple[str, ...]]) -> None:
     """Print rows of plain text: no markup, no control characters."""
     table = Table(title=Text(printable(title)), show_header=False)
     for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
+        table.add_row(*(Text(printable(cell), overflow="fold") for cell in row))
     Console().print(table)
 
 

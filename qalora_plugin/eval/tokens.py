@@ -14,7 +14,9 @@ SEQUENCE_LENGTH = 256
 ENCODING = "utf-8-sig"  # with or without the mark that Windows' editors begin a file with
 _SAMPLE = "Held out, 12. Привет, 你好"  # every tokenizer knows some of it
 _ID_COLUMNS = ("input_ids", "chosen_ids", "chosen_input_ids", "prompt_ids", "prompt_input_ids")
-_CHATS = ("messages", "conversations")  # whose messages hold "content", or "value"; beside them stand ids and sources
+_CHATS = ("messages", "conversations")  # whose messages hold "content", or "value"
+_TEXTS = ("text", "content")
+_LINES_SUFFIXES = (".jsonl", ".ndjson")
 _DATA_SUFFIXES = (".json", ".parquet", ".arrow", ".csv", ".tsv")
 _DOCUMENTED = (
     "argparse",
@@ -50,7 +52,7 @@ def sample_dataset(dataset: Iterable[Any] | None, max_tokens: int) -> list[list[
 
 def is_text_file(text: str) -> bool:
     """Whether this names a file here, there or not; else it is a dataset of the Hub."""
-    return expanded(text).exists() or text.endswith((".txt", ".jsonl", ".md"))
+    return expanded(text).exists() or text.lower().endswith((".txt", ".md", *_LINES_SUFFIXES))
 
 
 @os_errors_in_one_line()
@@ -62,14 +64,16 @@ def read_texts(path: str | Path) -> list[str]:
     """
     path = expanded(path)
     if not path.is_file():
-        raise QALoraError(f"the text file {path} does not exist. Pass a .txt or .jsonl file.")
-    if path.suffix in _DATA_SUFFIXES:
+        found = "is no file" if path.exists() else "does not exist"
+        raise QALoraError(f"the text file {path} {found}. Pass a .txt or .jsonl file.")
+    suffix = path.suffix.lower()
+    if suffix in _DATA_SUFFIXES:
         raise QALoraError(f"{path} holds data, not text. Pass a .txt file, or a .jsonl file with a JSON value a line.")
     try:
         content = path.read_text(encoding=ENCODING)
     except UnicodeDecodeError as error:
         raise QALoraError(f"{path} is not UTF-8 text ({error}). Pass a .txt or .jsonl file.") from error
-    if path.suffix != ".jsonl":
+    if suffix not in _LINES_SUFFIXES:
         texts = [content]
     else:
         try:
@@ -92,12 +96,16 @@ def parse_line(line: str) -> Any:
 
 
 def joined_text(row: Any) -> str:
-    """The text of a row: every string in a JSON value, depth first; of a row that holds a chat, what is said there."""
+    """The text of a row: what is said in its chat, else its ``text`` or ``content``, else every string in it, depth
+    first. (Beside a chat or a text stand ids, addresses and sources.)"""
     chats = [row[key] for key in _CHATS if isinstance(row, dict) and isinstance(row.get(key), list) and row[key]]
     if chats:
         said = [message.get("content", message.get("value")) for message in chats[0] if isinstance(message, dict)]
         if texts := [text for text in said if isinstance(text, str)]:
             return "\n".join(texts)
+    for key in _TEXTS:
+        if isinstance(row, dict) and isinstance(row.get(key), str) and row[key].strip():
+            return row[key]
     return "\n".join(_strings(row))
 
 

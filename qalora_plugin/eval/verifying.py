@@ -116,7 +116,7 @@ def verify(
         base_sha256=sha256,
         modules=len(opened.modules),
         dtype=str(dtype).removeprefix("torch."),
-        offset_dtype=files.quantization["offset_dtype"],
+        offset_dtype=next(spec.offset_dtype for spec in result.specs.values() if spec.offset_dtype),
         base_bytes=source.files.nbytes,
         merged_new_bytes=sum(offsets),
         config_differences=_config_differences(source.files, files),

@@ -12,7 +12,7 @@ from qalora_plugin.checkpoint.folder import Checkpoint
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.weight import GroupwiseSpec, GroupwiseWeight
 from qalora_plugin.formats.autoround import AutoRound
-from qalora_plugin.formats.base import CheckpointFormat
+from qalora_plugin.formats.base import CheckpointFormat, Unsupported
 from qalora_plugin.formats.fusion import dense_modules, unservable
 from qalora_plugin.formats.gptq import Gptq, column_groups, is_act_order
 from qalora_plugin.formats.qalora import FACTORS, QALora
@@ -85,6 +85,18 @@ class QuantizedCheckpoint:
         delta = self.files.array(f"{name}.scales_delta").astype(np.float32)
         return scales + delta, delta
 
+    def require_own_head(self) -> None:
+        """Refuse a quantized head that the config ties to the embeddings: other runtimes then use those.
+
+        Raises:
+            Unsupported: so it is.
+        """
+        if self.files.config.get("tie_word_embeddings") and "lm_head" in self.specs:
+            raise Unsupported(
+                f"{self.folder}: lm_head is quantized, but its config ties it to the embeddings, which would be used.",
+                "Set tie_word_embeddings to false in config.json if the head is the model's own.",
+            )
+
     def check_values(self) -> None:
         """Refuse NaN, Inf, and an act-order index that is none. Reads 1/g of the whole."""
         for spec in self.specs.values():
@@ -127,6 +139,12 @@ def _why_not_base(checkpoint: Checkpoint) -> str:
     method: object = checkpoint.method  # whatever a file says
     if method is None and checkpoint.quantization:
         return f"its quantization_config names no quant_method, expected 'gptq'. {_MAKE_ONE}"
+    packed = next((name for name in checkpoint.tensors if name.endswith((".qweight", ".weight_packed"))), None)
+    if method is None and packed:
+        return (
+            f"it holds {packed}, but config.json has no quantization_config, which says how that is packed. Download "
+            "or copy config.json again."
+        )
     if method is None:
         return f"it is dense (config.json has no quantization_config). {_MAKE_ONE}"
     if isinstance(method, str) and method in _IMPORTS:

@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 CALIBRATED = "calibrated"  # `qalora.init` in an adapter's config
 SAMPLES, LENGTH = 128, 512
 _UNRELATED = 1.5  # squared error of one linear's weights over their square, from which they are not the same ones
-_SHORTER = 4  # times as many sequences where a text's are short: tokens are what is needed
 
 
 class Errors(NamedTuple):
@@ -232,13 +231,7 @@ def calibration_sequences(folder: Path, text: str, samples: int, length: int, se
     """Token ids of a text, by the tokenizer in ``folder``: ``samples·length`` of them where there are so many."""
     require_amount(samples, length)
     length = fitting_length(model_config(folder), length)
-    rows = calibration_rows(load_tokenizer(folder), text, _SHORTER * samples, length, seed)
-    sequences, left = [], samples * length
-    for row in rows:
-        if left > 0:
-            sequences.append(row["input_ids"])
-            left -= len(row["input_ids"])
-    return sequences
+    return [row["input_ids"] for row in calibration_rows(load_tokenizer(folder), text, samples, length, seed)]
 
 
 @torch.no_grad()

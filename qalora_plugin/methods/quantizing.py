@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import chdir, contextmanager
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 _MSE_POWER = 2.4  # of the error that clipping minimizes, as GPTQ's authors have it
 _MEASURED = 32  # sequences that sensitivities are measured on
+_FEWEST = 512  # tokens to calibrate on
 
 
 @os_errors_in_one_line()
@@ -72,7 +74,8 @@ def quantize(
         out: the new folder; complete or absent.
         dataset: calibration text: a local ``.txt``/``.jsonl`` file, or a dataset id of the Hub.
         bits, group_size: default 4 and 32. ``budget`` chooses bits, and where no group size is given that, too.
-        samples, length: how many sequences of how many tokens to calibrate on.
+        samples, length: how many sequences of how many tokens to calibrate on; of shorter ones, as many as make as many
+            tokens.
         checkpoint_format: default ``gptq`` for symmetric, ``gptq_v2`` for asymmetric bases, whose zeros v1 stores
             in a way that some readers get wrong.
         budget: bits a weight when it is served, scales, zero-points and an adapter's offsets included: each layer gets
@@ -105,15 +108,19 @@ def quantize(
     if find_spec("gptqmodel") is None:
         raise QALoraError(
             "GPTQModel is not installed here. It cannot share an environment with axolotl 0.19; make one for "
-            "quantising and serving: python -m venv .venv-serve && .venv-serve/bin/pip install torch && "
-            ".venv-serve/bin/pip install --no-build-isolation gptqmodel==7.6.0 && .venv-serve/bin/pip install ."
+            "quantising and serving: python -m venv .venv-serve && .venv-serve/bin/pip install torch setuptools wheel "
+            "ninja && .venv-serve/bin/pip install --no-build-isolation gptqmodel==7.6.0 && "
+            ".venv-serve/bin/pip install '.[quantize]'"
         )
+    if budget is not None and find_spec("scipy") is None:
+        raise QALoraError("a budget takes scipy, which is not installed here. Install it: pip install scipy")
     require_place(out, model, "the output")
     folder = resolve(model, revision)
     config = read_config(folder)
     if found := config.get("quantization_config"):
-        method = found.get("quant_method") if isinstance(found, dict) else found
-        raise QALoraError(f"{model} is quantised already ({method}). Pass the original 16-bit model.")
+        raise QALoraError(
+            f"{model} is quantised already ({found.get('quant_method')}). Pass the original 16-bit model."
+        )
     files, empty = Checkpoint.open(folder), empty_model(folder)
     to_be_quantized = _sizes(folder, empty)
     if budget is None:
@@ -237,7 +244,8 @@ def require_amount(samples: int, length: int) -> None:
 
 
 def calibration_rows(tokenizer: Any, dataset: str, samples: int, length: int, seed: int) -> list[dict[str, list[int]]]:
-    """``samples`` random sequences of ``length`` tokens.
+    """Random sequences of at most ``length`` tokens, ``samples·length`` in all where there are so many: of short rows
+    more than ``samples``.
 
     Raises:
         QALoraError: numbers that make no sequence, or too little text.
@@ -248,12 +256,16 @@ def calibration_rows(tokenizer: Any, dataset: str, samples: int, length: int, se
     sequences = tokenize(tokenizer, texts, 4 * samples * length, length)
     random.Random(seed).shuffle(sequences)
     sequences.sort(key=len, reverse=True)  # full-length ones first; stable, so still random among equals
-    chosen = sequences[:samples]
-    if sum(map(len, chosen)) < 512:
+    before = accumulate(map(len, sequences), initial=0)
+    chosen = [sequence for sequence, tokens in zip(sequences, before, strict=False) if tokens < samples * length]
+    tokens = sum(map(len, chosen))
+    if tokens < _FEWEST:
         raise QALoraError(
-            f"{dataset} gives {sum(map(len, chosen))} tokens to calibrate on; that takes some thousands. "
-            "Give more text, or another dataset."
+            f"{dataset} gives {tokens} tokens to calibrate on, of {samples} × {length} that were asked for; that takes "
+            "some thousands. Give more text, more samples, or another dataset."
         )
+    if tokens < samples * length // 2:
+        logger.warning("%s gives %d tokens to calibrate on, not %d × %d.", dataset, tokens, samples, length)
     return [{"input_ids": sequence, "attention_mask": [1] * len(sequence)} for sequence in chosen]
 
 

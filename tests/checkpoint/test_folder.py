@@ -70,6 +70,8 @@ def test_dense(copy):
     config = json.loads((copy / "config.json").read_text())
     del config["quantization_config"]
     (copy / "config.json").write_text(json.dumps(config))
+    refuse(copy, r"it holds .*qweight, but config.json has no quantization_config")
+    edit_tensors(copy, lambda t: [t.pop(name) for name in list(t) if name.endswith(".qweight")])
     refuse(copy, r"it is dense .* qalora quantize")
 
 
@@ -128,6 +130,38 @@ def test_index_names_an_absent_tensor(sharded):
     index["weight_map"]["model.ghost.weight"] = "model-00001-of-00003.safetensors"
     path.write_text(json.dumps(index))
     refuse(sharded, "holds the tensor 'model.ghost.weight', but it does not")
+
+
+@pytest.mark.parametrize("part", ["g_idx", "qzeros", "bias"])
+def test_part_of_a_linear_that_the_index_does_not_list(tmp_path, part):
+    """transformers takes what a shard holds, a merge what the index lists: columns were read in another order."""
+    folder = make_base(tmp_path / "base", shards=2, act_order=True, bias=True)
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    name = f"model.layers.0.mlp.up_proj.{part}"
+    index["weight_map"].pop(name)
+    path.write_text(json.dumps(index))
+    refuse(folder, f"model.safetensors.index.json does not list {name}, which model-0000.-of-00002.safetensors holds")
+
+
+def test_tensors_of_other_modules_that_the_index_does_not_list(sharded):
+    """Such as old ``rotary_emb.inv_freq``: nobody needs them."""
+    path = sharded / "model-00001-of-00003.safetensors"
+    save_file(load_file(path) | {"model.other.inv_freq": torch.ones(4)}, path, {"format": "pt"})
+    open_base(sharded)
+    assert "model.other.inv_freq" not in Checkpoint.open(sharded).tensors
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_tensor_in_two_shards(sharded, backwards):
+    path = sharded / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] = dict(sorted(index["weight_map"].items(), key=lambda item: item[1], reverse=backwards))
+    path.write_text(json.dumps(index))
+    name = next(name for name, file in index["weight_map"].items() if "00001" in file and name.endswith("norm.weight"))
+    other = sharded / "model-00003-of-00003.safetensors"
+    save_file(load_file(other) | {name: torch.full((64,), 7.0).half()}, other, {"format": "pt"})
+    refuse(sharded, f"both hold {name}, and readers differ")
 
 
 @pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "model.bin", 3])

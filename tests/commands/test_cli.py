@@ -196,3 +196,33 @@ app()
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     assert "14 linears merged" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (("merge", "--base", "{base}", "--adapter", "", "--out", "{out}"), "--adapter"),
+        (("merge", "--base", "{base}", "--adapter={out}", "--out="), "--out"),
+        (("inspect", ""), "an argument"),
+        (("export", "mlx", "{base}", " "), "an argument"),
+        (("eval", "{base}", "--jsonl", "", "--generate", "1"), "--jsonl"),
+        (("eval", "{base}", "--answer-pattern", " "), "--answer-pattern"),
+    ],
+)
+def test_variables_of_the_shell_that_are_unset(base, adapter, tmp_path, monkeypatch, arguments, option):
+    """An empty path was the working directory: a merge of whatever adapter lay there."""
+    monkeypatch.chdir(adapter)
+    given = [text.format(base=base, out=tmp_path / "out") for text in arguments]
+    assert f"{option} is empty" in run(*given, code=1).stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_home_where_shells_leave_it(base, adapter, merged, tmp_path, monkeypatch):
+    """``--merged=~/m``: the proof passed, and its card stayed without it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(merged, tmp_path / "m")
+    run("verify", f"--base={base}", f"--adapter={adapter}", "--merged=~/m", "--tokens", 32)
+    assert "| exactness | verified" in (tmp_path / "m" / "README.md").read_text()
+    assert "logits: over 32 tokens" in run("export", "gptq8", "~/m", "~/g8", "--tokens", 32).output
+    assert "over 32 tokens" in (tmp_path / "g8" / "README.md").read_text()
+    assert "m cannot be" not in run("inspect", "~/m").output

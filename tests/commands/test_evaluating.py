@@ -185,15 +185,6 @@ def test_options_that_would_change_nothing(base, files, option):
     assert f"{option[0]} needs {UNUSED[option]}" in refused(base, *other, *option)
 
 
-@pytest.mark.parametrize(
-    "option", ["MODEL", "--adapter", "--reference", "--tasks", "--revision", "--answer-pattern", "--device"]
-)
-@pytest.mark.parametrize("value", ["", " "])
-def test_variables_of_the_shell_that_are_unset(base, files, option, value):
-    given = (value,) if option == "MODEL" else (option, value)
-    assert f"{option} is empty" in refused(base, "--jsonl", files / "qa.jsonl", "--generate", 1, *given)
-
-
 def test_what_names_nothing(base, files):
     text = ("--text", files / "text.txt")
     assert "--tasks , names no task" in refused(base, *text, "--tasks", ",")

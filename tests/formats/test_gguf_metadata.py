@@ -124,6 +124,18 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(architecture, setting
         metadata(config, of_config(config.to_dict(), "model"))
 
 
+@pytest.mark.parametrize(("model_type", "name"), [("mistral", "llama"), ("phi3", "phi3")])
+@pytest.mark.parametrize(("window", "context"), [(16, 16), (4096, 1024), (None, 1024)])
+def test_a_window_that_llama_cpp_does_not_know_is_the_context(model_type, name, window, context, caplog):
+    """Beyond it the two would compute something else."""
+    settings = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    config = AutoConfig.for_model(model_type, sliding_window=window, max_position_embeddings=1024, **settings)
+    architecture = of_config(config.to_dict(), "model")
+    assert architecture.name == name
+    assert metadata(config, architecture)[0]["context_length"] == context
+    assert (f"attends to the last {window} tokens" in caplog.text) == (context == window)
+
+
 def test_only_llama_has_rows_in_another_order():
     config = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 1}
     order = row_order(of_config(config, "x"), config, "model.layers.0.self_attn.q_proj", 8)

@@ -49,7 +49,7 @@ def test_other_adapters_are_left_alone():
         "load_in_8bit", "lora_modules_to_save", "lora_target_parameters", "peft_layer_replication",
         "peft_trainable_token_indices", "unfrozen_parameters", "qat", "fsdp", "lora_fan_in_fan_out",
         "fix_untrained_tokens", "reward_model", "process_reward_model", "llmcompressor", "quantize_moe_experts",
-        "nonexpert_quantization", "dsv4_fp8_lora_kernel",
+        "nonexpert_quantization", "dsv4_fp8_lora_kernel", "model_quantization_config",
     ],
 )  # fmt: skip
 def test_refused_keys(key):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.fabricate import make_base
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from qalora_plugin import load_base
@@ -125,6 +125,21 @@ def test_a_class_with_a_head_of_its_own_loads_a_merged_model(merged):
     """Its head is new, as transformers says; what the checkpoint's own class has is not to be missing."""
     model = AutoModelForSequenceClassification.from_pretrained(merged, num_labels=3)
     assert model.score.weight.shape[0] == 3
+
+
+def test_keywords_of_the_config(base, merged):
+    """As ``from_pretrained`` takes them, of a merged checkpoint and, through a config of ours, of a base."""
+    for folder in (base, merged):
+        model = load_base(folder, use_cache=False, max_position_embeddings=64, dtype=torch.bfloat16)
+        assert (model.config.use_cache, model.config.max_position_embeddings) == (False, 64)
+        assert model.dtype == torch.bfloat16
+
+
+def test_a_config_that_is_given_stays_as_it_was(base):
+    config = AutoConfig.from_pretrained(base)
+    before = config.to_dict()
+    load_base(base, config=config)
+    assert config.to_dict() == before
 
 
 def test_code_of_a_models_own_is_asked_for_once(tmp_path):

@@ -1,5 +1,7 @@
 """What is checked of a raw Axolotl config before any long work."""
 
+import json
+
 import pytest
 import torch
 from support.fabricate import make_base
@@ -44,3 +46,14 @@ def test_bfloat16_that_a_cpu_only_emulates(base, monkeypatch, caplog, emulated):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     check_axolotl(CONFIG | {"base_model": str(base), "bf16": True})
     assert ("Set bf16: false" in caplog.text) == emulated
+
+
+def test_what_an_adapter_that_is_trained_on_keeps(base, adapter, caplog):
+    """Its rank and alpha, whatever the config says: PEFT takes them from its folder."""
+    kept = json.loads((adapter / "adapter_config.json").read_text())
+    config = CONFIG | {"base_model": str(base), "lora_model_dir": str(adapter)}
+    check_axolotl(config | {"lora_r": kept["r"], "lora_alpha": kept["lora_alpha"]})
+    assert "keeps its own" not in caplog.text
+    check_axolotl(config | {"lora_r": 32, "lora_alpha": kept["lora_alpha"], "lora_rank_pattern": {"q_proj": 2}})
+    assert f"lora_r is 32, but lora_model_dir {adapter} keeps its own: {kept['r']}" in caplog.text
+    assert "lora_rank_pattern is {'q_proj': 2}" in caplog.text

@@ -52,7 +52,7 @@ def type_of(spec: GroupwiseSpec, symmetric: bool, eight_bit: str) -> str:
     plain = symmetric and spec.offset_dtype is None and spec.scale_dtype == "float16"
     whole = spec.group_size % BLOCK == 0
     if spec.bits == 8:
-        return "Q8_0" if plain and whole else eight_bit
+        return "Q8_0" if plain and whole else eight_bit if spec.in_features % BLOCK == 0 else "F16"
     if not whole:
         raise Unsupported(
             f"{spec.name} has groups of {spec.group_size} columns, and a block of GGUF has {BLOCK}: a group must be a "

@@ -4,6 +4,7 @@ llama.cpp builds the graph of an architecture from few numbers and knows the res
 that is refused here, since nothing would stop llama.cpp from running it wrongly. (llama.cpp ``src/models``.)
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from qalora_plugin.formats.gguf.rope import metadata_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+logger = logging.getLogger(__name__)
 
 _ACTIVATIONS = {"gemma2": "gelu_pytorch_tanh", "gemma3": "gelu_pytorch_tanh"}
 _ELSEWHERE = "Serve it with vLLM or transformers."
@@ -38,7 +41,7 @@ def metadata(config: "PretrainedConfig", architecture: Architecture) -> tuple[di
     )
     keys: dict[str, Any] = {
         "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings,
+        "context_length": _context(config, name),
         "embedding_length": hidden,
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": heads,
@@ -62,6 +65,18 @@ def metadata(config: "PretrainedConfig", architecture: Architecture) -> tuple[di
         if cap := getattr(config, f"{place}_logit_softcapping", None):
             keys[f"{place}_logit_softcapping"] = float(cap)
     return keys, tensors
+
+
+def _context(config: "PretrainedConfig", name: str) -> int:
+    """How many tokens llama.cpp computes as the model does: where it knows no sliding window, those of one."""
+    window, most = getattr(config, "sliding_window", None), config.max_position_embeddings
+    if name not in ("llama", "phi3") or not window or window >= most:
+        return most
+    logger.warning(
+        "the model attends to the last %d tokens, and llama.cpp's %s to all: the file's context length is %d, not %d.",
+        window, name, window, most,
+    )  # fmt: skip
+    return window
 
 
 def _require_known(config: "PretrainedConfig", name: str) -> None:

@@ -45,8 +45,8 @@ class QALoraBlock(BaseModel):
     scales: bool | None = Field(
         default=None,
         description="Train step sizes, too: scales ⊙ (1 + D·C), of the adapter's rank. More accurate, above all at 2 "
-        "and 3 bits, and slower: the linears multiply half as much again. Merges as exactly. Default: false, and with "
-        "lora_model_dir what that adapter has.",
+        "and 3 bits, and an eighth slower. Merges as exactly. Default: false, and with lora_model_dir what that "
+        "adapter has.",
     )
     scales_lr_ratio: float | None = Field(
         default=None,

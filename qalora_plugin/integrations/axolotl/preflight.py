@@ -13,6 +13,7 @@ from qalora_plugin.checkpoint import autogptq
 from qalora_plugin.checkpoint.adapter_config import check_config_patterns
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
 from qalora_plugin.checkpoint.atomic import require_absent
+from qalora_plugin.checkpoint.folder import stated_quantization
 from qalora_plugin.checkpoint.hub import expanded, fetch_config, is_local, resolve
 from qalora_plugin.checkpoint.json_files import read_json
 from qalora_plugin.checkpoint.patterns import matching_pattern
@@ -26,11 +27,16 @@ from qalora_plugin.integrations.axolotl.sharding import check_deepspeed
 from qalora_plugin.integrations.peft.target_names import FIELDS, LinearNames
 from qalora_plugin.integrations.transformers.loading import config_overrides, trainable
 from qalora_plugin.integrations.transformers.outline import outline
+from qalora_plugin.integrations.transformers.placing_experts import has_experts
 from qalora_plugin.kernels.hardware import emulates
 
 LOG = logging.getLogger("axolotl.qalora")
 AXOLOTLS_OUTPUT_DIR = "./model-out"
 _EXPERTS_KERNELS = ("expert_backend", "experts_implementation", "use_scattermoe", "use_sonicmoe")
+_KEPT = {  # of an adapter that is trained on: by Axolotl's key what its config has
+    "lora_r": "r", "lora_alpha": "lora_alpha", "lora_rank_pattern": "rank_pattern",
+    "lora_alpha_pattern": "alpha_pattern",
+}  # fmt: skip
 _NARROWING = ("lora_exclude_modules", "peft_layers_to_transform", "peft_layers_pattern")
 
 
@@ -60,6 +66,7 @@ def check_axolotl(cfg: dict[str, Any], other_adapters: dict[str, list[str]] | No
         adapter = AdapterFolder.open(cfg["lora_model_dir"])
         adapter.check_values()
         _require_same_scales(adapter, options)
+        _tell_what_is_kept(cfg, adapter)
         if modules is not None:
             adapter.check_fits(modules)
     elif modules is not None:
@@ -115,6 +122,13 @@ def _require_same_scales(adapter: AdapterFolder, options: QALoraBlock) -> None:
             f"with {ratio:g}, which its numbers are divided by. Leave it out, or train a new adapter on the base "
             "(without lora_model_dir)."
         )
+
+
+def _tell_what_is_kept(cfg: dict[str, Any], adapter: AdapterFolder) -> None:
+    for key, name in _KEPT.items():
+        wanted, kept = cfg.get(key), adapter.config.get(name)
+        if wanted and wanted != kept:
+            LOG.warning("%s is %s, but lora_model_dir %s keeps its own: %s", key, wanted, adapter.folder, kept)
 
 
 def check_targets(cfg: dict[str, Any], modules: dict[str, GroupwiseSpec], names: LinearNames | None = None) -> None:
@@ -230,7 +244,7 @@ def check_base(base: str, revision: str | None = None) -> QuantizedCheckpoint | 
 
 def _names_in_model(base: QuantizedCheckpoint) -> LinearNames | None:
     """Of a base with quantized experts, which are held against the model by the way; None for others."""
-    outlined = outline(base)
+    outlined = outline(base) if has_experts(base) else None
     if outlined is None:
         return None
     model, stored = outlined
@@ -245,16 +259,15 @@ def overrides_of_config(base: str, revision: str | None = None) -> dict[str, Any
     """
     if is_local(base):
         return config_overrides(expanded(base))
-    if found := read_json(fetch_config(base, revision)).get("quantization_config"):
+    if found := stated_quantization(read_json(fetch_config(base, revision)), base):
         return trainable(found)
     return config_overrides(resolve(base, revision))
 
 
 def _hub_quantization(base: str, revision: str | None) -> dict[str, Any]:
     """``quantization_config`` of a Hub id, ``{}`` for a dense one."""
-    config = read_json(fetch_config(base, revision))
-    if config.get("quantization_config"):
-        return config["quantization_config"]
+    if found := stated_quantization(read_json(fetch_config(base, revision)), base):
+        return found
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -262,4 +275,4 @@ def _hub_quantization(base: str, revision: str | None) -> dict[str, Any]:
         settings = hf_hub_download(base, autogptq.SETTINGS_NAME, revision=revision)
     except (EntryNotFoundError, LocalEntryNotFoundError):
         return {}
-    return autogptq.as_quantization_config(read_json(Path(settings)))
+    return {"quant_method": "gptq", **read_json(Path(settings))}

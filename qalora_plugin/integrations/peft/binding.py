@@ -1,6 +1,7 @@
 """A ``LoraConfig`` made ours: bound to the base of a loaded model, and aimed at its quantized linears alone."""
 
 import logging
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -187,11 +188,8 @@ def _restrict_to_quantized(
         )
     excluded = sorted(dense | barred | holders)
     if excluded and isinstance(config.exclude_modules, str):
-        raise QALoraError(
-            f"the targets also match layers that cannot have an adapter ({', '.join(excluded[:3])}). "
-            "Give the excluded modules as a list instead of a pattern, or name the targets more narrowly."
-        )
-    if excluded:
+        config.exclude_modules = "|".join((f"(?:{config.exclude_modules})", *map(re.escape, excluded)))
+    elif excluded:
         config.exclude_modules = sorted({*(config.exclude_modules or ()), *excluded})
     if dense:
         logger.warning("%d targeted layers are left dense by this base and get no adapter: %s", *_counted(dense))

@@ -11,7 +11,7 @@ from qalora_plugin.checkpoint.adapter_folder import (
 )
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.integrations.peft.adapter import QALoraConfig, require_adapters
-from qalora_plugin.integrations.peft.binding import bind_config, require_new_base
+from qalora_plugin.integrations.peft.binding import bind_config, require_new_base, require_own_embeddings
 
 
 def add_adapter(
@@ -52,6 +52,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool 
     quantizer: Any = model.hf_quantizer
     found = quantizer.base_fingerprint(adapter.base_fingerprint)
     adapter.require_base(found, str(quantizer.checkpoint.folder))
+    if is_trainable:
+        require_own_embeddings(model, quantizer.checkpoint)
     wanted = set(adapter.keys.values())
     if missing := sorted(wanted - set(quantizer.names)):
         raise QALoraError(

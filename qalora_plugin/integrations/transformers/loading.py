@@ -5,6 +5,7 @@ transformers has a quantizer of its own (optimum + GPTQModel), which stays as it
 the Axolotl plugin ask for ours by another name of the method, :data:`TRAINABLE_GPTQ`, in the config they load with.
 """
 
+from copy import deepcopy
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 
 TRAINABLE_GPTQ = "qalora_gptq"  # never on disk
+_OF_LOADING = ("dtype", "torch_dtype", "attn_implementation", "quantization_config")  # what configs have, too
 _HUB_OPTIONS = ("token", "cache_dir", "local_files_only")
 
 
@@ -197,7 +199,10 @@ def load_base(path: str | Path, revision: str | None = None, **kwargs: Any) -> "
     folder = resolve(path, revision, **{key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs})
     QuantizedCheckpoint.open(folder)
     if overrides := config_overrides(folder):
-        config = kwargs.get("config") or AutoConfig.from_pretrained(folder, **_config_options(kwargs))
+        if (config := deepcopy(kwargs.get("config"))) is None:
+            config = AutoConfig.from_pretrained(folder, **_config_options(kwargs))
+            for key in [key for key in kwargs if hasattr(config, key) and key not in _OF_LOADING]:
+                setattr(config, key, kwargs.pop(key))  # from_pretrained does so only with a config that it makes itself
         config.update(overrides)
         kwargs["config"] = config
     if is_sent_its_weights():

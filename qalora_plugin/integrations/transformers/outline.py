@@ -11,7 +11,8 @@ from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.integrations.transformers.dense_parts import require_shape
 from qalora_plugin.integrations.transformers.loading import auto_class
 from qalora_plugin.integrations.transformers.naming import Destination, destinations
-from qalora_plugin.integrations.transformers.placing_experts import has_experts, place_experts
+from qalora_plugin.integrations.transformers.placing import place_linears
+from qalora_plugin.integrations.transformers.placing_experts import place_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,20 +21,18 @@ logger = logging.getLogger(__name__)
 
 
 def outline(base: QuantizedCheckpoint) -> "tuple[PreTrainedModel, dict[str, list[str]]] | None":
-    """The model on the meta device, its quantized experts in place, and each packed linear's names on disk by its name
-    in the model: one, or those of all experts.
+    """The model on the meta device, packed linears in place, and each one's names on disk by its name in the model:
+    one, or those of all experts.
 
     Returns:
-        None for a base without quantized experts, which loading alone looks at, or where transformers makes no such
-        model by itself.
+        None where transformers makes no such model by itself.
 
     Raises:
-        QALoraError: the experts are not those of the model, as :func:`place_experts` has it, or a layer has none.
+        QALoraError: linears or experts are not those of the model (:func:`place_linears`, :func:`place_experts`), or
+            the checkpoint has nothing of a module.
     """
     from transformers import AutoConfig  # not at import: vLLM's environment imports this package, too
 
-    if not has_experts(base):
-        return None
     try:
         config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
@@ -47,7 +46,8 @@ def outline(base: QuantizedCheckpoint) -> "tuple[PreTrainedModel, dict[str, list
     experts = place_experts(model, base, found)
     placed = {spec.name for projection in experts.values() for spec in projection.specs}
     _require_dense_parts(model, base, found)
-    rest = {found[f"{name}.weight"].name.removesuffix(".weight"): [name] for name in base.specs if name not in placed}
+    linears = place_linears(model, base, found, placed)
+    rest = {name: [stored] for name, stored in linears.items()}
     return model, rest | {name: [spec.name for spec in one.specs] for name, one in experts.items()}
 
 
