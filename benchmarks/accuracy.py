@@ -75,15 +75,15 @@ def main() -> None:
     if not args.summary:
         prepare(args.work, args.gsm8k)
         run(args)
-    rows = known(args)
+    rows = summary.with_bits(known(args), args.work / "model")
     if not rows:
         raise SystemExit(f"{args.work} holds no results. Leave --summary out to run the jobs.")
     args.out.mkdir(parents=True, exist_ok=True)
     found = summary.cells(rows)
-    summary.write_csv(rows, args.work / "model", args.out / "accuracy.csv")
+    summary.write_csv(rows, args.out / "accuracy.csv")
     if found:
-        summary.plot(found, args.work / "model", args.out / "accuracy.png")
-    print(summary.markdown(found, args.work / "model"))
+        summary.plot(found, args.out / "accuracy.png")
+    print(summary.markdown(found))
     if failures := [f"{job_of(row).name}: {row['note']}" for row in rows if plan.failed(row)]:
         raise SystemExit("These failed, and what needs them was left out:\n" + "\n".join(failures))
 

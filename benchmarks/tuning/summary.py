@@ -54,6 +54,7 @@ class Cell(NamedTuple):
     job: Job
     losses: list[float]
     prose: list[float]
+    bits: float  # served, a weight
 
     @property
     def loss(self) -> float:
@@ -82,6 +83,15 @@ def bits_a_weight(job: Job, model: Path) -> float:
     return served_bits(merged_spec(spec, job.rank, "float16", scales=scales) for spec in specs).bits_a_weight
 
 
+def with_bits(rows: Iterable[dict], model: Path) -> list[dict]:
+    """Rows of results, with the served bits that those of a CSV have already. ``model`` is opened where one has not."""
+    return [
+        row if row["method"] == QUANTIZE or "bits_a_weight" in row
+        else {**row, "bits_a_weight": bits_a_weight(job_of(row), model)}
+        for row in rows
+    ]  # fmt: skip
+
+
 def cells(rows: Iterable[dict]) -> list[Cell]:
     """Of every method and base the runs at the rate that does best."""
     found: dict[Job, Cell] = {}
@@ -89,7 +99,7 @@ def cells(rows: Iterable[dict]) -> list[Cell]:
         job = job_of(row)
         if job.method == QUANTIZE or "loss" not in row:
             continue
-        one = found.setdefault(Job(**{**vars(job), "seed": 0}), Cell(job, [], []))
+        one = found.setdefault(Job(**{**vars(job), "seed": 0}), Cell(job, [], [], row["bits_a_weight"]))
         one.losses.append(row["loss"])
         one.prose.append(row["prose"])
     best: dict[tuple, Cell] = {}
@@ -100,14 +110,13 @@ def cells(rows: Iterable[dict]) -> list[Cell]:
     return list(best.values())
 
 
-def write_csv(rows: list[dict], model: Path, out: Path) -> None:
+def write_csv(rows: list[dict], out: Path) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     for row in sorted(rows, key=lambda row: job_of(row).name):
         if row["method"] != QUANTIZE:
-            job = job_of(row)
-            row = {"bits_a_weight": bits_a_weight(job, model), "rank": job.rank, **row}
+            row = {"rank": job_of(row).rank, **row}
             writer.writerow({key: round(value, 4) if key in FOUND else short(value) for key, value in row.items()})
     replace_text(out, text.getvalue(), 0o644)
 
@@ -126,7 +135,7 @@ def _base_of(job: Job) -> tuple[int, int, bool, bool]:
     return -(job.bits or 16), job.group_size, job.clip, job.gptaq
 
 
-def markdown(found: list[Cell], model: Path) -> str:
+def markdown(found: list[Cell]) -> str:
     """One table a task; differences are from LoRA on the 16-bit model."""
     lines = []
     for task in TASKS:
@@ -146,13 +155,13 @@ def markdown(found: list[Cell], model: Path) -> str:
             method = LABELS[cell.job.method] + (f", rank {cell.job.rank}" if cell.job.rank != RANK else "")
             lines.append(
                 f"| {base} | {method} | {cell.loss:.4f}{spread} | {behind} | {len(cell.losses)} | "
-                f"{statistics.mean(cell.prose):.3f} | {bits_a_weight(cell.job, model):.2f} |"
+                f"{statistics.mean(cell.prose):.3f} | {cell.bits:.2f} |"
             )
         lines.append("")
     return "\n".join(lines)
 
 
-def plot(found: list[Cell], model: Path, out: Path) -> None:
+def plot(found: list[Cell], out: Path) -> None:
     """Held-out loss against served bits, a panel a task, of all that was tuned and is served in INT; without trials."""
     import matplotlib.pyplot as plt
 
@@ -165,7 +174,7 @@ def plot(found: list[Cell], model: Path, out: Path) -> None:
         lines: dict[tuple[str, bool], list[tuple[float, float]]] = defaultdict(list)
         for cell in found:
             if cell.job.task == task and cell.job.bits:
-                lines[cell.job.method, cell.job.gptaq].append((bits_a_weight(cell.job, model), cell.loss))
+                lines[cell.job.method, cell.job.gptaq].append((cell.bits, cell.loss))
             elif cell.job.task == task and cell.job.method == "lora":
                 panel.axhline(cell.loss, color="gray", linestyle=":", label=LABELS["lora"])
         methods = list(dict.fromkeys(method for method, _ in lines))

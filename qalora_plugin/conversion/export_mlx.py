@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_BIASED = {"self_attn": "attention_bias", "mlp": "mlp_bias"}  # keys by which mlx-lm's Llama has biases there
+
 
 @dataclass
 class MlxExport:
@@ -109,6 +111,8 @@ def _tensors(source: QuantizedCheckpoint, writer: Mlx, result: MlxExport) -> "It
     parts = {name: set(source.format.parts(spec)) - {"bias"} for name, spec in source.specs.items()}
     for tensor in source.files.tensors:
         name, _, part = tensor.rpartition(".")
+        if part == "bias" and name in parts and _is_idle(source, name):
+            continue
         if part not in parts.get(name, ()):
             yield tensor, source.files.tensor(tensor)
         elif part == "qweight":
@@ -116,6 +120,14 @@ def _tensors(source: QuantizedCheckpoint, writer: Mlx, result: MlxExport) -> "It
             written = writer.write(name, weight)
             result.largest_error = max(result.largest_error, _error(name, weight, written))
             yield from written.items()
+
+
+def _is_idle(source: QuantizedCheckpoint, name: str) -> bool:
+    """Whether a linear's bias is zero, as tools of 2023 stored one of every linear, and mlx-lm has no place for it."""
+    config, part = source.files.config, name.split(".")[-2]
+    if config.get("model_type") not in ("llama", "mistral") or config.get(_BIASED.get(part, "")):
+        return False
+    return not source.files.array(f"{name}.bias").any()
 
 
 def _error(name: str, weight: GroupwiseWeight, written: "dict[str, Tensor]") -> float:

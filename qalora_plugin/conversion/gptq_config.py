@@ -2,7 +2,7 @@
 
 They take bits and group size from it, not from the tensors, and every linear for quantized that it does not exclude.
 ``dynamic`` says both, by patterns matched from the start of a module's name: ``+:`` other settings, ``-:`` left dense.
-(GPTQModel ``quantization/config.py``, ``dynamic_get``.)
+(GPTQModel ``quantization/config.py``, ``dynamic_get``.) vLLM asks by its own names of the layers that it fuses.
 """
 
 import re
@@ -12,6 +12,7 @@ from typing import Any
 
 from qalora_plugin.checkpoint.folder import Checkpoint
 from qalora_plugin.core.weight import GroupwiseSpec
+from qalora_plugin.formats.fusion import served_names
 from qalora_plugin.formats.provenance import provenance
 
 
@@ -34,13 +35,7 @@ def gptq_config(
     for name, kind in kinds.items():
         if kind != (bits, group_size) and (kind[0] != bits or specs[name].group_size != group_size):
             special.setdefault(kind, []).append(name)
-    dense = _dense_linears(files, specs)
-    dynamic: dict[str, dict[str, int]] = {}
-    for kind, names in special.items():
-        others = (set(specs) | set(dense)) - set(names)
-        settings = {"bits": kind[0], "group_size": kind[1]}
-        dynamic |= {f"+:{pattern}": settings for pattern in _patterns(names, others)}
-    dynamic |= {f"-:{pattern}": {} for pattern in _patterns(dense, specs)}
+    dynamic = patterns(special, specs, _dense_linears(files, specs))
     return {
         "quant_method": "gptq",
         "bits": bits,
@@ -52,6 +47,26 @@ def gptq_config(
         **({"dynamic": dynamic} if dynamic else {}),
         **provenance(files.quantization),
     }
+
+
+def patterns(
+    special: Mapping[tuple[int, int], list[str]], quantized: Iterable[str], dense: Iterable[str]
+) -> dict[str, dict[str, int]]:
+    """``dynamic``.
+
+    Args:
+        special: linears by bits and group size, where these are not the usual ones. quantized: all that are.
+        dense: linears that are not.
+    """
+    quantized, dense = set(quantized), list(dense)
+    everything = {*quantized, *served_names(quantized), *dense, *served_names(dense)}
+    found: dict[str, dict[str, int]] = {}
+    for (bits, group_size), names in special.items():
+        names = [*names, *served_names(names)]
+        settings = {"bits": bits, "group_size": group_size}
+        found |= {f"+:{pattern}": settings for pattern in _patterns(names, everything - set(names))}
+    dense = [*dense, *served_names(dense)]
+    return found | {f"-:{pattern}": {} for pattern in _patterns(dense, everything - set(dense))}
 
 
 def _dense_linears(files: Checkpoint, specs: Mapping[str, GroupwiseSpec]) -> list[str]:

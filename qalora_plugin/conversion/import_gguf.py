@@ -19,6 +19,7 @@ import numpy as np
 from qalora_plugin.checkpoint.atomic import new_folder, require_space
 from qalora_plugin.checkpoint.json_files import write_json
 from qalora_plugin.checkpoint.places import require_place
+from qalora_plugin.conversion.gptq_config import patterns
 from qalora_plugin.conversion.writer import write_model
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 from qalora_plugin.core.progress import track
@@ -163,13 +164,14 @@ def _generation(file: GgufFile) -> dict[str, Any]:
 def _quantization_config(placed: list[Placed], file: GgufFile) -> dict[str, Any]:
     """Most linears' settings, and under ``dynamic`` those of the others, as GPTQModel writes them."""
     packed = [one.spec for one in placed if one.packed]
-    kinds = {spec.name: (spec.bits, spec.group_size) for spec in packed}
-    usual = Counter(kinds.values()).most_common(1)[0][0]
-    dynamic: dict[str, dict] = {
-        f"+:^{name.replace('.', chr(92) + '.')}$": {"bits": kind[0], "group_size": kind[1]}
-        for name, kind in kinds.items()
-        if kind != usual
-    }
+    kinds: dict[tuple[int, int], list[str]] = {}
+    for spec in packed:
+        kinds.setdefault((spec.bits, spec.group_size), []).append(spec.name)
+    usual = max(kinds, key=lambda kind: len(kinds[kind]))
+    special = {kind: names for kind, names in kinds.items() if kind != usual}
+    linears = (one for one in placed if len(one.tensor.shape) == 2 and ".layers." in one.name)
+    dense = [one.module for one in linears if not one.packed]
+    dynamic = patterns(special, [spec.name for spec in packed], dense)
     settings: dict[str, Any] = {
         "bits": usual[0],
         "group_size": usual[1],

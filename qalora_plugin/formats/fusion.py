@@ -16,6 +16,7 @@ FUSED = (  # by their names in transformers, in vLLM 0.32
     ("in_proj_qkv", "in_proj_z"),
     ("in_proj_b", "in_proj_a"),
 )
+_SERVED_AS = {FUSED[0]: "qkv_proj", FUSED[1]: "gate_up_proj"}  # what vLLM calls them, where readers must know
 _OWN_EXPERTS = ("deepseek_v4", "minimax_m3_vl", "minimax_m3_vl_text")  # model types; read in vLLM 0.32
 
 
@@ -56,6 +57,17 @@ def unservable(
                 "with equal settings for them."
             )
     return None
+
+
+def served_names(names: Iterable[str]) -> list[str]:
+    """What vLLM calls the layers that it makes of linears which are all among ``names``."""
+    names, found = set(names), []
+    for name in sorted(names):
+        parent, dot, leaf = name.rpartition(".")
+        for parts, served in _SERVED_AS.items():
+            if leaf == parts[0] and all(f"{parent}{dot}{part}" in names for part in parts):
+                found.append(f"{parent}{dot}{served}")
+    return found
 
 
 def dense_modules(tensors: Iterable[str]) -> list[str]:

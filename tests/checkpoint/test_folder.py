@@ -81,6 +81,16 @@ def test_other_quantization(copy, method):
     refuse(copy, f"quant_method is '{method}', expected 'gptq'")
 
 
+def test_mlx_under_both_of_its_keys(copy):
+    """mlx-lm writes the same under another key, too, without a method: it was called dense."""
+    config = json.loads((copy / "config.json").read_text())
+    settings = {"group_size": 64, "bits": 4}
+    del config["quantization_config"]
+    for more in ({}, {"quantization_config": settings}):
+        (copy / "config.json").write_text(json.dumps(config | {"quantization": settings} | more))
+        refuse(copy, "its quant_method is 'mlx', expected 'gptq'")
+
+
 def test_a_merged_checkpoint_is_a_base(merged):
     source = QuantizedCheckpoint.open(merged)
     source.check_values()

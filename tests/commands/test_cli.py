@@ -8,6 +8,9 @@ from importlib.metadata import entry_points
 
 import click
 import pytest
+from safetensors.torch import load_file, save_file
+from support.fabricate import make_base
+from support.merged_checkpoints import quantize_head
 from typer.testing import CliRunner
 
 from qalora_plugin.commands.cli import app
@@ -226,3 +229,30 @@ def test_the_home_where_shells_leave_it(base, adapter, merged, tmp_path, monkeyp
     assert "logits: over 32 tokens" in run("export", "gptq8", "~/m", "~/g8", "--tokens", 32).output
     assert "over 32 tokens" in (tmp_path / "g8" / "README.md").read_text()
     assert "m cannot be" not in run("inspect", "~/m").output
+
+
+def test_inspect_says_what_is_there_instead(base, adapter, tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert (
+        "is a GGUF file. Make a base of it: qalora import gguf"
+        in run("inspect", tmp_path / "model.gguf", code=1).stderr
+    )
+    assert "Pass the folder that holds config.json" in run("inspect", base / "config.json", code=1).stderr
+    assert "does not exist" in run("inspect", tmp_path / "nope", code=1).stderr
+    assert "is an adapter's folder" in run("inspect", adapter, code=1).stderr
+
+
+def test_inspect_of_what_does_not_load(tmp_path):
+    """It said yes, and training no."""
+    half = make_base(tmp_path / "half")
+    tensors = load_file(half / "model.safetensors")
+    kept = {name: t for name, t in tensors.items() if ".layers.1." not in name}
+    save_file(kept, half / "model.safetensors", {"format": "pt"})
+    report = json.loads(run("inspect", half, "--json").stdout)
+    assert not report["can_be_base"]
+    assert "has no model.layers.1" in report["why_not"]
+    tied = make_base(tmp_path / "tied")
+    quantize_head(tied)
+    config = json.loads((tied / "config.json").read_text())
+    (tied / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    assert "shares between layers" in json.loads(run("inspect", tied, "--json").stdout)["why_not"]

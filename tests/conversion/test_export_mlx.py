@@ -89,6 +89,19 @@ def test_tied_embeddings(tmp_path):
     assert (by_mlx(folder) - by_transformers(base, load_base)).abs().max() <= EXACT
 
 
+def test_zero_biases_of_every_linear(tmp_path):
+    """As tools of 2023 stored them, whatever the config says; mlx-lm has no place for them."""
+    base = make_base(tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    zeros = {
+        name.replace("qweight", "bias"): torch.zeros(t.shape[1]).half()
+        for name, t in tensors.items() if name.endswith("qweight")
+    }  # fmt: skip
+    save_file(tensors | zeros, base / "model.safetensors", metadata={"format": "pt"})
+    folder = export_mlx(base, tmp_path / "mlx", progress=False).folder
+    assert (by_mlx(folder) - by_transformers(base, load_base)).abs().max() <= EXACT
+
+
 def test_a_quantized_head_that_is_tied(tmp_path):
     base = make_base(tmp_path / "base")
     tensors = load_file(base / "model.safetensors")

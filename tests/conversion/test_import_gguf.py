@@ -161,7 +161,10 @@ def test_mixed_types_in_a_fused_layer_are_told(tokenizer, tmp_path, caplog):
     assert result.unservable in caplog.text
     assert Counter(spec.bits for spec in QuantizedCheckpoint.open(result.folder).specs.values()) == {4: 10, 8: 2}
     dynamic = json.loads((result.folder / "config.json").read_text())["quantization_config"]["dynamic"]
-    assert dynamic["+:^model\\.layers\\.0\\.self_attn\\.v_proj$"] == {"bits": 8, "group_size": 16}
+    assert dynamic == {
+        r"+:model\.layers\.\d+\.self_attn\.v_proj$": {"bits": 8, "group_size": 16},
+        r"-:model\.layers\.\d+\.mlp\.down_proj$": {},
+    }
     load_base(result.folder)
 
 

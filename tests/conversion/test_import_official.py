@@ -231,6 +231,12 @@ def test_pickles_are_refused_with_the_command_that_converts_them(base, tmp_path)
     weights.unlink()
     with pytest.raises(QALoraError, match=r"as a pickle \(merged\.bin\).*Convert it: python -c") as error:
         import_official(folder, tmp_path / "out")
+    torch.save({}, folder / "optimizer.pt")  # of two the first was offered, whichever that was
+    with pytest.raises(
+        QALoraError, match=r"several pickles \(merged\.bin, optimizer\.pt\).*into one model\.safetensors"
+    ):
+        import_official(folder, tmp_path / "out")
+    (folder / "optimizer.pt").unlink()
     command = str(error.value).partition("Convert it: ")[2]
     subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
     assert import_official(folder, tmp_path / "out").modules == 14

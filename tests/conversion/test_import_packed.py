@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 
@@ -69,6 +70,35 @@ def dense_is_unchanged(src, out):
     assert (out / "tokenizer.json").read_bytes() == (src / "tokenizer.json").read_bytes()
     config = {key: value for key, value in after.config.items() if key != "quantization_config"}
     assert config == {key: value for key, value in before.config.items() if key != "quantization_config"}
+
+
+def test_settings_beside_the_config(tmp_path):
+    """As AutoAWQ kept them until 2023: such a folder was called dense."""
+    src = make_awq(tmp_path / "src", bias=True)
+    expected = import_packed(src, tmp_path / "expected", progress=False)
+    config = json.loads((src / "config.json").read_text())
+    del config["quantization_config"]
+    (src / "config.json").write_text(json.dumps(config))
+    settings = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
+    (src / "quant_config.json").write_text(json.dumps(settings))
+    found = import_packed(src, tmp_path / "out", progress=False)
+    assert (found.modules, found.symmetric) == (expected.modules, expected.symmetric)
+    assert not (found.folder / "quant_config.json").exists()
+
+
+def test_settings_of_fused_layers_under_vllms_names(tmp_path):
+    """Which asks for ``gate_up_proj``, and would take it for one of the usual bits."""
+    src, _ = make_packed(tmp_path / "src", other=("mlp", 8, 32, True))
+    found = import_packed(src, tmp_path / "out", progress=False).folder
+    quantization = json.loads((found / "config.json").read_text())["quantization_config"]
+
+    def bits(layer):
+        patterns = quantization["dynamic"].items()
+        return next((s["bits"] for p, s in patterns if re.match(p.removeprefix("+:"), layer)), quantization["bits"])
+
+    layer = "model.layers.1"
+    assert [bits(f"{layer}.mlp.{leaf}_proj") for leaf in ("gate_up", "gate", "up", "down")] == [8] * 4
+    assert [bits(f"{layer}.self_attn.{leaf}_proj") for leaf in ("qkv", "q", "k", "v", "o")] == [4] * 5
 
 
 @pytest.mark.parametrize("shards", [1, 3])

@@ -91,6 +91,37 @@ def test_a_space_before_the_answer_is_its_first_words():
     assert example.ids[example.start :] == [" 2", "."]
 
 
+def test_nor_is_it_a_token_of_its_own_without_a_template():
+    """Prompt and answer were tokenized apart, and the model given a space and an answer that begins without one."""
+    words = Words()
+    words.chat_template = None
+    for row in SAME[:2]:
+        example = as_row(row).example(words)
+        assert "".join(example.ids[: example.start]) == "User: two?\nAssistant:"
+        assert example.ids[example.start] == " 2"
+        assert as_row(row).prompt(words) == "User: two?\nAssistant:"
+    assert as_row({"prompt": "two is ", "completion": "2"}).prompt(words) == "two is "
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"system": "Be brief.", **SAME[1]}, "system"),
+        ({"context": "1 + 1 = 2", **SAME[1]}, "context"),
+        ({"tools": [{"name": "add"}], **SAME[0]}, "tools"),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}, *SAME[0]["messages"]]},
+            "tool_calls",
+        ),
+    ],
+    ids=["system", "context", "tools", "tool_calls"],
+)
+def test_what_would_not_be_shown_to_the_model(more, named):
+    with pytest.raises(QALoraError, match=f"line 3 has {named}, which would not be shown to the model"):
+        as_row(more, "line 3")
+    assert as_row({"system": "", "context": None, "tools": [], "id": "7", "source": "hub", **SAME[1]})
+
+
 def test_a_template_that_leaves_answers_out(chat):
     chat.chat_template = "{% for m in messages if m.role == 'user' %}<s>{{ m.content }}</s>{% endfor %}"
     with pytest.raises(QALoraError, match="writes nothing of the answer '2'"):

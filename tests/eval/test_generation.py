@@ -59,6 +59,9 @@ def test_patterns():
     assert judge.wanted == ["4", "1200"]
     assert judge.reasons
     assert judge.answers(["so 3 and 4 it is", "about 1200 dollars."], 0, True).right == 2
+    whole = Judge(GSM8K, r"#### (-?[\d.,]+)")  # lm_eval's of gsm8k
+    assert whole.answers(["4", "#### 1200"], 0, False).right == 2  # asked for alone, it has no mark
+    assert whole.answers(["4", "#### 1200"], 0, True).right == 1
     assert Judge(PLAIN, "y.s").wanted == ["yes"]
     with pytest.raises(QALoraError, match="has nothing that"):
         Judge(PLAIN, r"\d+")

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 from support.fabricate import make_tokenizer
 
@@ -5,6 +7,7 @@ from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.eval.examples import read_rows
 from qalora_plugin.eval.tokens import (
     default_texts,
+    is_text_file,
     joined_text,
     load_tokenizer,
     read_texts,
@@ -28,6 +31,10 @@ def test_read_texts(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}], "n": 1}\n"plain"\n')
     assert read_texts(tmp_path / "a.txt") == ["hello"]
     assert read_texts(tmp_path / "a.jsonl") == ["hi", "plain"]
+    for name in ("A.JSONL", "a.ndjson"):  # were measured as JSON
+        shutil.copyfile(tmp_path / "a.jsonl", tmp_path / name)
+        assert read_texts(tmp_path / name) == ["hi", "plain"]
+        assert is_text_file(str(tmp_path / "none" / name))
 
 
 @pytest.mark.parametrize("read", [read_texts, lambda path: [row.answer for row in read_rows(path)]])
@@ -44,6 +51,8 @@ def test_bad_texts(tmp_path, content, match):
         read_texts(tmp_path / "bad.jsonl")
     with pytest.raises(QALoraError, match="does not exist"):
         read_texts(tmp_path / "none.txt")
+    with pytest.raises(QALoraError, match="is no file"):
+        read_texts(tmp_path)
     (tmp_path / "bad.json").write_text("[]")
     with pytest.raises(QALoraError, match="holds data, not text"):
         read_texts(tmp_path / "bad.json")
@@ -58,6 +67,14 @@ def test_of_chats_what_was_said():
     assert joined_text(shared) == "hi\nyou"
     assert joined_text({"messages": [], "text": "plain"}) == "plain"
     assert joined_text({"messages": ["a", "b"]}) == "a\nb"
+
+
+def test_of_rows_with_a_text_that_alone():
+    """Beside it stand addresses and times, as in C4."""
+    row = {"url": "https://x.y/z", "text": "hello", "timestamp": "2019-01-01", "meta": {"set": "C4"}}
+    assert joined_text(row) == "hello"
+    assert joined_text({"id": "1", "content": "code"}) == "code"
+    assert joined_text({"text": "", "question": "two?", "answer": "2"}) == "\ntwo?\n2"
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "qwen3", "gemma2"])

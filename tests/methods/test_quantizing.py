@@ -110,11 +110,14 @@ def test_places(refused, dense):
     assert "which is the base's folder, or inside it" in refused(out=dense / "base")
 
 
-def test_numbers(refused):
+def test_numbers(refused, monkeypatch):
     assert "samples is 0, expected 1 or more" in refused(samples=0)
     assert "length is 1, expected 2 or more" in refused(length=1)
     assert "a budget chooses bits itself" in refused(budget=4.0, bits=4)
     assert "group_size is 48, expected one of (32, 64, 128) beside a budget" in refused(budget=4.0, group_size=48)
+    with monkeypatch.context() as patch:
+        patch.setattr(quantizing, "find_spec", lambda name: None if name == "scipy" else name)
+        assert "a budget takes scipy, which is not installed here" in refused(budget=4.0)
     assert "fisher weights the choices that a budget leaves" in refused(fisher=True)
     for seed in (2**64, -(2**63) - 1):
         assert f"seed is {seed}, expected a number of 64 bits" in refused(seed=seed)
