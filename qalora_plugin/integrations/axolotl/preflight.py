@@ -125,6 +125,7 @@ def _require_same_scales(adapter: AdapterFolder, options: QALoraBlock) -> None:
 
 
 def _tell_what_is_kept(cfg: dict[str, Any], adapter: AdapterFolder) -> None:
+    """PEFT takes rank and alpha from the adapter's folder, whatever else is asked for."""
     for key, name in _KEPT.items():
         wanted, kept = cfg.get(key), adapter.config.get(name)
         if wanted and wanted != kept:

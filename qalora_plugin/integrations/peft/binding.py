@@ -187,10 +187,8 @@ def _restrict_to_quantized(
             f"{_leaves(layers)}."
         )
     excluded = sorted(dense | barred | holders)
-    if excluded and isinstance(config.exclude_modules, str):
-        config.exclude_modules = "|".join((f"(?:{config.exclude_modules})", *map(re.escape, excluded)))
-    elif excluded:
-        config.exclude_modules = sorted({*(config.exclude_modules or ()), *excluded})
+    if excluded:
+        config.exclude_modules = sorted({*_names_excluded(config, modules), *excluded})
     if dense:
         logger.warning("%d targeted layers are left dense by this base and get no adapter: %s", *_counted(dense))
     if barred:
@@ -198,6 +196,15 @@ def _restrict_to_quantized(
             "%d targeted linears get no adapter, because fused Mamba kernels would leave it out: %s", *_counted(barred)
         )
     return quantised
+
+
+def _names_excluded(config: QALoraConfig, modules: dict[str, nn.Module]) -> Iterable[str]:
+    """Of a pattern those linears that it matches: a pattern of all these names would be as long as the model is deep."""
+    if not isinstance(config.exclude_modules, str):
+        return config.exclude_modules or ()
+    kinds = (*_DENSE_LAYERS, QuantLinear, QuantExperts, QuantExpertLinear)
+    pattern = re.compile(config.exclude_modules)
+    return [name for name, module in modules.items() if isinstance(module, kinds) and pattern.fullmatch(name)]
 
 
 def _leaves(names: Iterable[str]) -> str:
