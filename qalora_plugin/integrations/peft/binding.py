@@ -199,7 +199,7 @@ def _restrict_to_quantized(
 
 
 def _names_excluded(config: QALoraConfig, modules: dict[str, nn.Module]) -> Iterable[str]:
-    """Of a pattern those linears that it matches: a pattern of all these names would be as long as the model is deep."""
+    """Of a pattern those linears that it matches: with more names in it it would be as long as the model is deep."""
     if not isinstance(config.exclude_modules, str):
         return config.exclude_modules or ()
     kinds = (*_DENSE_LAYERS, QuantLinear, QuantExperts, QuantExpertLinear)
