@@ -57,7 +57,7 @@ _TABLE = (
     _Refusal(
         "new tokens would need embeddings that train, and a merged checkpoint has the base's",
         ("tokens",),
-        instead="Remove tokens, and use some that the base's tokenizer has: added_tokens_overrides renames spare ones.",
+        instead="Remove tokens, and use some that the base's tokenizer has.",
     ),
     _Refusal("base weights that train cannot be merged", ("unfrozen_parameters",)),
     _Refusal(

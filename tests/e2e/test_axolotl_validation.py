@@ -37,7 +37,7 @@ def validate(folder, base, **changes):
         ({"plugins": [OURS, EXPERTS], "expert_parallel_size": 2}, "expert_parallel_size: 2 cannot be combined"),
         ({"plugins": [OURS, MORA]}, r"plugins lists axolotl.integrations.mora.MoraPlugin, which brings adapter: mora"),
         ({"plugins": [MORA, OURS]}, r"Remove axolotl.integrations.mora.MoraPlugin"),
-        ({"tokens": ["<|a|>"]}, "tokens cannot be combined .* embeddings that train.*added_tokens_overrides"),
+        ({"tokens": ["<|a|>"]}, "tokens cannot be combined .* embeddings that train.*Remove tokens"),
         ({"lora_model_dir": "/nowhere"}, "the adapter folder /nowhere does not exist"),
         ({"lora_target_linear": False, "lora_target_modules": ["qproj"]}, r"\['qproj'\] matches no quantised linear"),
         (
