@@ -62,6 +62,7 @@ def quantize(
 ) -> None:
     """Make a GPTQ base of a 16-bit model (GPTQModel does the work)."""
     from qalora_plugin.checkpoint.hub import require_use_of_revision
+    from qalora_plugin.commands.inspecting import made_of
     from qalora_plugin.methods.quantizing import quantize
 
     require_use_of_revision(revision, [model])
@@ -82,7 +83,7 @@ def quantize(
         fisher=fisher,
         gptaq=gptaq,
     )
-    print(printable(made))
+    print(f"{printable(made)}: {made_of(made)}")
 
 
 @app.command()

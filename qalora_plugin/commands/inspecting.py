@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from qalora_plugin.checkpoint.folder import Checkpoint
 from qalora_plugin.checkpoint.hub import expanded, is_local
 from qalora_plugin.conversion.added import added_bytes, merged_spec, usual_dtype
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
+from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.eval.tables import print_facts
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.formats.served_bits import served_bits
@@ -105,12 +107,11 @@ def inspect(path: str | Path, rank: int = 16) -> InspectReport:
     if source is not None:
         specs = source.specs.values()
         served = served_bits(specs, source.act_order)
-        kinds = Counter(f"{spec.bits} bit, g {spec.group_size}" for spec in specs)
         dtype = usual_dtype(specs)
         parameters = sum(rank * (spec.groups + spec.out_features) for spec in specs)
         report |= {
             "quantised": len(specs),
-            "kinds": tuple(f"{count} × {kind}" for kind, count in kinds.items()),
+            "kinds": _kinds(specs),
             "symmetric": source.symmetric,
             "act_order": source.act_order,
             "zeros": source.format.reading,
@@ -127,6 +128,17 @@ def inspect(path: str | Path, rank: int = 16) -> InspectReport:
             "served": str(served),
         }
     return InspectReport(**report)
+
+
+def made_of(base: Path) -> str:
+    """Of a base that was just made: how its linears are quantized, and what they take."""
+    specs = QuantizedCheckpoint.open(base).specs.values()
+    return f"{'; '.join(_kinds(specs))}; {served_bits(specs)}"
+
+
+def _kinds(specs: Collection[GroupwiseSpec]) -> tuple[str, ...]:
+    found = Counter(f"{spec.bits} bit, g {spec.group_size}" for spec in specs)
+    return tuple(f"{count} × {kind}" for kind, count in found.items())
 
 
 def _why_no_folder(path: Path) -> str:

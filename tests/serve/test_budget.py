@@ -1,11 +1,14 @@
 """``qalora quantize --budget``: GPTQModel quantizes as the integer program says."""
 
 import json
+import re
 
 import pytest
 from support.fabricate import make_base, make_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
+from qalora_plugin.commands.cli import app
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.formats.served_bits import served_bits
@@ -46,6 +49,13 @@ def test_group_size_may_be_given(dense, tmp_path):
     specs = QuantizedCheckpoint.open(base).specs.values()
     assert {spec.group_size for spec in specs} == {32}
     assert len({spec.bits for spec in specs}) > 1
+
+
+def test_the_command_says_what_was_chosen(dense, tmp_path):
+    arguments = ["quantize", dense, tmp_path / "base", "--dataset", dense.parent / "text.jsonl", "--budget", "4.3"]
+    result = CliRunner().invoke(app, [str(part) for part in [*arguments, "--samples", 32, "--length", 64]])
+    assert result.exit_code == 0, result.output
+    assert re.search(r"base: \d+ × \d bit, g \d+; \d.*; [34]\.\d+ bits a weight \(", result.output)
 
 
 def test_gpt2(dense, tmp_path):
