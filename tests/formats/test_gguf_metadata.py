@@ -114,6 +114,7 @@ def test_scaled_positions(scaling, tokenizer, tmp_path):
         ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
         ("qwen3", {"rope_parameters": LLAMA3}, "scales its positions by 'llama3'.*llama.cpp's qwen3"),
         ("llama", {"rope_parameters": {**SCALED["yarn"][1], "attention_factor": 2.0}}, "positions by 'yarn'"),
+        ("llama", {"rope_parameters": {**SCALED["yarn"][1], "truncate": False}}, "positions by 'yarn'"),
     ],
 )
 def test_what_llama_cpp_would_compute_otherwise_is_refused(architecture, settings, message):

@@ -21,7 +21,14 @@ LLAMA3_FACTORS, LONG_FACTORS, SHORT_FACTORS = TENSORS = (
 )  # fmt: skip
 _DEFAULT_BASE = 10000.0  # llama.cpp's, where the file names none
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-_YARN_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "attention_factor": None, "mscale": None, "mscale_all_dim": None}
+_YARN_DEFAULTS = {
+    "truncate": True,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "attention_factor": None,
+    "mscale": None,
+    "mscale_all_dim": None,
+}
 _CLOSE = 1e-4  # relative; the factors are float32
 _ANOTHER_CONFIG = "Pass the original model's config: model_config=FOLDER."
 
