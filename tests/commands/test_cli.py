@@ -14,6 +14,7 @@ from support.merged_checkpoints import quantize_head
 from typer.testing import CliRunner
 
 from qalora_plugin.commands.cli import app
+from qalora_plugin.eval.tables import print_facts
 
 runner = CliRunner()
 
@@ -193,6 +194,7 @@ import atexit, sys
 heavy = ("transformers", "peft", "huggingface_hub", "torch._dynamo")
 atexit.register(lambda: print([name for name in heavy if name in sys.modules]))
 from qalora_plugin.commands.cli import app
+from qalora_plugin.eval.tables import print_facts
 app()
 """
     arguments = ["merge", "--base", base, "--adapter", adapter, "--out", tmp_path / "out"]
@@ -256,3 +258,10 @@ def test_inspect_of_what_does_not_load(tmp_path):
     config = json.loads((tied / "config.json").read_text())
     (tied / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     assert "shares between layers" in json.loads(run("inspect", tied, "--json").stdout)["why_not"]
+
+
+def test_facts_are_whole_in_a_narrow_terminal(monkeypatch, capsys):
+    """A proof's hash was cut off at 80 columns, in every log."""
+    monkeypatch.setenv("COLUMNS", "60")
+    print_facts("proof", [("sha256", "7" * 64)])
+    assert capsys.readouterr().out.count("7") == 64

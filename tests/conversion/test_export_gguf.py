@@ -18,9 +18,11 @@ from qalora_plugin.conversion.writer import write_model
 from qalora_plugin.core import reference
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.packing import unpack_rows
+from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.base import Unsupported
 from qalora_plugin.formats.gguf.architectures import of_config, row_order, tensor_names
 from qalora_plugin.formats.gguf.blocks import decode
+from qalora_plugin.formats.gguf.encoding import type_of
 from qalora_plugin.formats.gguf.reading import GgufFile
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 
@@ -288,3 +290,9 @@ def test_like_brings_scaled_positions_along(tokenizer, tmp_path):
     out = export_gguf(base, tmp_path / "out.gguf", like=like, progress=False).file
     np.testing.assert_array_equal(GgufFile.open(out).tensors["rope_freqs.weight"].data, factors)
     llama_cpp_log_p(out)
+
+
+def test_eight_bits_of_a_width_without_whole_blocks():
+    """48 columns are no blocks of 32, whatever was asked for: writing them failed in the midst of a file."""
+    for columns, kind in ((48, "F16"), (64, "Q8_0")):
+        assert type_of(GroupwiseSpec("linear", columns, 96, 8, 16), False, "Q8_0") == kind
