@@ -182,15 +182,17 @@ def _patterned(config: dict[str, Any], field: str, name: str, default: Any) -> A
 
 
 @contextmanager
-def naming(adapter: object, instead: str) -> Iterator[None]:
+def naming(adapter: object | None, instead: str) -> Iterator[None]:
     """While the base is opened that an adapter names: an error says so. Its path may be relative, of another folder.
 
     Args:
-        instead: what a user may pass.
+        adapter: None: a user names the base. instead: what a user may pass.
     """
     try:
         yield
     except QALoraError as error:
+        if adapter is None:
+            raise
         raise QALoraError(f"{error} (The adapter {adapter} names this base; {instead} names another.)") from error
 
 

@@ -6,9 +6,16 @@ The settings stand in a file of their own alone, and AutoGPTQ's weights have nam
 
 from pathlib import Path
 
+from qalora_plugin.checkpoint.json_files import read_json
+
 SETTINGS_NAME = "quantize_config.json"
 SETTINGS = {SETTINGS_NAME: "gptq", "quant_config.json": "awq"}  # by file: the method, which neither names
 _INDEX_SUFFIX = ".safetensors.index.json"
+
+
+def read_settings(path: Path) -> dict:
+    """What ``config.json`` would hold of such a file: each tool knew one method only."""
+    return {"quant_method": SETTINGS[path.name], **read_json(path)}
 
 
 def find_weights(folder: Path, base_name: str | None = None) -> str | None:

@@ -144,14 +144,13 @@ def read_config(folder: Path) -> dict:
     stands under another key, too."""
     config = read_json(folder / "config.json")
     quantization = stated_quantization(config, folder)
-    for name, method in () if quantization else autogptq.SETTINGS.items():
-        if not (folder / name).is_file():
-            continue
+    beside = next((path for name in autogptq.SETTINGS if (path := folder / name).is_file()), None)
+    if beside and not quantization:
         if not isinstance(config.get("model_type"), str):  # what it holds will be written into other folders
             raise QALoraError(
                 f"{folder / 'config.json'} names no model_type: it is no model's config. Download or copy it again."
             )
-        return config | {"quantization_config": {"quant_method": method, **read_json(folder / name)}}
+        return config | {"quantization_config": autogptq.read_settings(beside)}
     mlx = config.get("quantization")
     if "quant_method" not in quantization and isinstance(mlx, dict) and "bits" in mlx:
         return config | {"quantization_config": {**mlx, "quant_method": "mlx"}}

@@ -83,9 +83,10 @@ def inspect(path: str | Path, rank: int = 16) -> InspectReport:
     Raises:
         QALoraError: the folder is no readable checkpoint at all.
     """
+    folder = expanded(path)
     if not is_local(path):
-        raise QALoraError(f"{path} {_why_no_folder(expanded(path))}")
-    if (expanded(path) / CONFIG_NAME).is_file() and not (expanded(path) / "config.json").is_file():
+        raise QALoraError(f"{path} {_why_no_folder(folder)}")
+    if (folder / CONFIG_NAME).is_file() and not (folder / "config.json").is_file():
         raise QALoraError(f"{path} is an adapter's folder. Inspect its base, or measure it: qalora eval.")
     checkpoint, source, why_not = Checkpoint.open(path), None, None
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
-from qalora_plugin.checkpoint.hub import expanded, is_local
+from qalora_plugin.checkpoint.hub import is_local
 from qalora_plugin.checkpoint.replacing import replace_text
 from qalora_plugin.conversion.strength import PICTURE_NAME
 from qalora_plugin.core.errors import printable
@@ -85,7 +85,7 @@ Means over a sample of each linear's weights: what its offsets move a weight by,
 """
 
 
-def add_exactness(folder: str | Path, report: "VerifyReport") -> None:
+def add_exactness(folder: Path, report: "VerifyReport") -> None:
     """Put the figures of a verification into the card of a merged checkpoint, in place of an earlier one's.
 
     A card that somebody has rewritten, or a folder that cannot be written, stays as it is; a warning says so.
@@ -98,7 +98,7 @@ def add_exactness(folder: str | Path, report: "VerifyReport") -> None:
         f"where nothing is rounded, and rounding moves them by ≤ {report.logit_difference:.2g} (KL "
         f"{report.kl_mean:.2g} nats, top-1 agreement {report.top1_agreement:.2%})"
     )
-    card = expanded(folder) / "README.md"
+    card = folder / "README.md"
     lines = card.read_text(encoding="utf-8").split("\n") if card.is_file() else []
     found = [i for i, line in enumerate(lines) if line.startswith(_EXACTNESS)]
     if len(found) != 1:

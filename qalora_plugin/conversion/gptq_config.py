@@ -30,43 +30,46 @@ def gptq_config(
         specs: bits and groups as they will be.
     """
     kinds = {name: (spec.bits, -1 if spec.groups == 1 else spec.group_size) for name, spec in specs.items()}
-    (bits, group_size), _ = Counter(kinds.values()).most_common(1)[0]
-    special: dict[tuple[int, int], list[str]] = {}
-    for name, kind in kinds.items():
-        if kind != (bits, group_size) and (kind[0] != bits or specs[name].group_size != group_size):
-            special.setdefault(kind, []).append(name)
-    dynamic = patterns(special, specs, _dense_linears(files, specs))
+    usual = usual_of(kinds)  # of which a linear of one group may be, too
+    kinds = {
+        name: usual if (specs[name].bits, specs[name].group_size) == usual else kind for name, kind in kinds.items()
+    }
     return {
         "quant_method": "gptq",
-        "bits": bits,
-        "group_size": group_size,
+        **settings_of(kinds, _dense_linears(files, specs)),
         "sym": symmetric,
         "desc_act": act_order,
         "checkpoint_format": checkpoint_format,
         "lm_head": any(name.split(".")[-1] == "lm_head" for name in specs),
-        **({"dynamic": dynamic} if dynamic else {}),
         **provenance(files.quantization),
     }
 
 
-def patterns(
-    special: Mapping[tuple[int, int], list[str]], quantized: Iterable[str], dense: Iterable[str]
-) -> dict[str, dict[str, int]]:
-    """``dynamic``.
+def usual_of(kinds: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+    """The bits and group size of most linears."""
+    return Counter(kinds.values()).most_common(1)[0][0]
+
+
+def settings_of(kinds: Mapping[str, tuple[int, int]], dense: Iterable[str] = ()) -> dict[str, Any]:
+    """``bits`` and ``group_size`` of most linears, and ``dynamic`` of the others, where there are any.
 
     Args:
-        special: linears by bits and group size, where these are not the usual ones. quantized: all that are.
-        dense: linears that are not.
+        kinds: bits and group size by the names of the quantized linears. dense: the other linears.
     """
-    quantized, dense = set(quantized), list(dense)
-    everything = {*quantized, *served_names(quantized), *dense, *served_names(dense)}
-    found: dict[str, dict[str, int]] = {}
-    for (bits, group_size), names in special.items():
-        names = [*names, *served_names(names)]
-        settings = {"bits": bits, "group_size": group_size}
-        found |= {f"+:{pattern}": settings for pattern in _patterns(names, everything - set(names))}
-    dense = [*dense, *served_names(dense)]
-    return found | {f"-:{pattern}": {} for pattern in _patterns(dense, everything - set(dense))}
+    usual, names = usual_of(kinds), dict[tuple[int, int], list[str]]()
+    for name, kind in kinds.items():
+        names.setdefault(kind, []).append(name)
+    dense = list(dense)
+    dense += served_names(dense)
+    everything = {*kinds, *served_names(kinds), *dense}
+    dynamic: dict[str, dict[str, int]] = {}
+    for (bits, group_size), found in names.items():
+        if (bits, group_size) != usual:
+            found = [*found, *served_names(found)]
+            settings = {"bits": bits, "group_size": group_size}
+            dynamic |= {f"+:{pattern}": settings for pattern in _patterns(found, everything - set(found))}
+    dynamic |= {f"-:{pattern}": {} for pattern in _patterns(dense, everything - set(dense))}
+    return {"bits": usual[0], "group_size": usual[1], **({"dynamic": dynamic} if dynamic else {})}
 
 
 def _dense_linears(files: Checkpoint, specs: Mapping[str, GroupwiseSpec]) -> list[str]:

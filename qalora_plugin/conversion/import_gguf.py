@@ -19,7 +19,7 @@ import numpy as np
 from qalora_plugin.checkpoint.atomic import new_folder, require_space
 from qalora_plugin.checkpoint.json_files import write_json
 from qalora_plugin.checkpoint.places import require_place
-from qalora_plugin.conversion.gptq_config import patterns
+from qalora_plugin.conversion.gptq_config import settings_of
 from qalora_plugin.conversion.writer import write_model
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 from qalora_plugin.core.progress import track
@@ -164,17 +164,10 @@ def _generation(file: GgufFile) -> dict[str, Any]:
 def _quantization_config(placed: list[Placed], file: GgufFile) -> dict[str, Any]:
     """Most linears' settings, and under ``dynamic`` those of the others, as GPTQModel writes them."""
     packed = [one.spec for one in placed if one.packed]
-    kinds: dict[tuple[int, int], list[str]] = {}
-    for spec in packed:
-        kinds.setdefault((spec.bits, spec.group_size), []).append(spec.name)
-    usual = max(kinds, key=lambda kind: len(kinds[kind]))
-    special = {kind: names for kind, names in kinds.items() if kind != usual}
     linears = (one for one in placed if len(one.tensor.shape) == 2 and ".layers." in one.name)
     dense = [one.module for one in linears if not one.packed]
-    dynamic = patterns(special, [spec.name for spec in packed], dense)
     settings: dict[str, Any] = {
-        "bits": usual[0],
-        "group_size": usual[1],
+        **settings_of({spec.name: (spec.bits, spec.group_size) for spec in packed}, dense),
         "desc_act": False,
         "sym": all(spec.offset_dtype is None for spec in packed),
         "checkpoint_format": V2,
@@ -183,7 +176,7 @@ def _quantization_config(placed: list[Placed], file: GgufFile) -> dict[str, Any]
     }
     if any(spec.offset_dtype for spec in packed):
         settings["offset_dtype"] = "float32"
-    return settings | ({"dynamic": dynamic} if dynamic else {})
+    return settings
 
 
 def _tensors(

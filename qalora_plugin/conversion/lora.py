@@ -7,7 +7,6 @@ neither rank nor alpha patterns, and takes the one alpha of the config over each
 """
 
 import json
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,12 +69,12 @@ def export_lora(
             f"the adapter {opened.folder} has trained scales, which multiply the base's weights group by group: no "
             "LoRA can do that. Merge it (qalora merge), or train without scales (qalora: {scales: false})."
         )
-    if named := not base:
-        base = opened.config.get("base_model_name_or_path")
+    named_by = None if base else opened.folder
+    base = base or opened.config.get("base_model_name_or_path")
     if not base:
         raise QALoraError(f"the adapter {opened.folder} does not name its base. Pass it: --base BASE.")
     require_place(out, base, "the output")
-    with naming(opened.folder, "--base BASE") if named else nullcontext():
+    with naming(named_by, "--base BASE"):
         source = QuantizedCheckpoint.open(base, revision)
     source.check_values()
     opened.require_base(source.fingerprint(opened.base_fingerprint), base)

@@ -57,13 +57,12 @@ class Subject:
         name = model if adapter is None else f"{model}+{adapter}"
         base, adapter = _parts(model) if adapter is None else (model, adapter)
         opened = None if adapter is None else AdapterFolder.open(adapter)
+        named_by = adapter if base is None else None
         if opened is not None and base is None:
             base = opened.config.get("base_model_name_or_path")
             if not base:
                 raise QALoraError(f"the adapter {adapter} does not name its base. Pass BASE+{adapter}.")
-            with naming(adapter, f"BASE+{adapter}"):
-                files = Checkpoint.open(str(base), revision)
-        else:
+        with naming(named_by, f"BASE+{adapter}"):
             files = Checkpoint.open(str(base), revision)
         quantized = QuantizedCheckpoint.of(files) if files.quantization or opened is not None else None
         if quantized is None:

@@ -18,7 +18,7 @@ from qalora_plugin.checkpoint.atomic import new_folder, require_absent
 from qalora_plugin.checkpoint.folder import Checkpoint, read_config
 from qalora_plugin.checkpoint.hub import resolve
 from qalora_plugin.checkpoint.places import absolute, require_place
-from qalora_plugin.conversion.gptq_config import patterns
+from qalora_plugin.conversion.gptq_config import settings_of
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 from qalora_plugin.core.progress import track
 from qalora_plugin.core.words import SUPPORTED_BITS
@@ -146,17 +146,10 @@ def quantize(
     if budget is not None:
         sequences = [row["input_ids"] for row in calibration]
         plan = plan_for(folder, sequences, budget, fisher is not False, to_be_quantized, act_order, group_sizes)
-    kinds: dict[tuple[int, int], list[str]] = {}
-    for name, choice in plan.items():
-        kinds.setdefault(choice, []).append(name)
-    if kinds:
-        bits, group_size = max(kinds, key=lambda choice: len(kinds[choice]))
     fewest = min((choice.bits for choice in plan.values()), default=bits)
     torch.manual_seed(seed)
     quantize_config = QuantizeConfig(
-        bits=bits,
-        group_size=group_size,
-        dynamic=patterns(kinds, plan, ()) or None,
+        **(settings_of(plan) if plan else {"bits": bits, "group_size": group_size}),
         gptaq=GPTAQConfig(device="cpu") if gptaq else None,
         auto_forward_data_parallel=not gptaq,  # 7.6 pairs the inputs of both models by the order they come in
         mse=_MSE_POWER if (fewest <= 3 if clip is None else clip) else 0.0,

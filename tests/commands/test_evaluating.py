@@ -307,13 +307,3 @@ def test_a_chat_template_that_refuses(dense, tmp_path):
 def test_what_mlx_quantized(base, merged, files, tmp_path):
     assert runner.invoke(app, ["export", "mlx", str(merged), str(tmp_path / "mlx")]).exit_code == 0
     assert "quant_method is 'mlx'" in refused(base, tmp_path / "mlx", "--text", files / "text.txt")
-
-
-def test_an_adapter_whose_base_is_elsewhere(adapter, base, files, tmp_path):
-    """Its path may be relative, of another folder; and the base was said to be missing as if it had been named."""
-    moved = shutil.copytree(adapter, tmp_path / "moved")
-    config = json.loads((moved / "adapter_config.json").read_text())
-    (moved / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "./base"}))
-    text = ("--text", files / "text.txt")
-    assert f"(The adapter {moved} names this base; BASE+{moved} names another.)" in refused(moved, *text)
-    assert "is no folder, and neither is" in refused(f"{base}+{tmp_path}/none", *text)

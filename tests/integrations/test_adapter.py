@@ -215,23 +215,6 @@ def test_resized_embeddings_are_refused(base):
         add_adapter(model, r=4, target_modules="all-linear")
 
 
-def test_resized_embeddings_are_refused_of_an_adapter_that_is_trained_on(base, adapter):
-    """It was saved with the embeddings, and its merge refused in the end."""
-    model = load_base(base)
-    model.resize_token_embeddings(130)
-    with pytest.raises(QALoraError, match="resized from 128 to 130 tokens"):
-        load_adapter(model, adapter, is_trainable=True)
-    load_adapter(model, adapter)  # to look at
-
-
-def test_a_pattern_excludes_beside_layers_that_cannot_have_an_adapter(tmp_path):
-    """It was refused, with the advice to give a list, which says no parts of a model."""
-    model = load_base(make_base(tmp_path / "base", dense=("layers.0.mlp.down_proj",)), dtype=torch.float32)
-    model = add_adapter(model, r=4, target_modules="all-linear", exclude_modules=r".*self_attn.*|.*up_proj")
-    adapted = {name.partition("layers.")[2] for name in layers(model)}
-    assert adapted == {"0.mlp.gate_proj", "1.mlp.gate_proj", "1.mlp.down_proj"}
-
-
 def test_batches_of_several_adapters_are_refused(base, adapter):
     model = load_adapter(load_base(base, dtype=torch.float32), adapter).eval()
     with pytest.raises(QALoraError, match="one batch runs through one adapter"):

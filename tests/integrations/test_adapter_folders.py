@@ -117,3 +117,12 @@ def test_numbers_with_which_nothing_would_be_trained(base, options, match):
         add_adapter(load_base(base), **({"r": 4, "target_modules": "all-linear"} | options))
     with pytest.raises(QALoraError, match=match):  # as TRL does
         get_peft_model(load_base(base), LoraConfig(**({"r": 4, "target_modules": ["q_proj"]} | options)))
+
+
+def test_resized_embeddings_are_refused_of_an_adapter_that_is_trained_on(base, adapter):
+    """It was saved with the embeddings, and its merge refused in the end."""
+    model = load_base(base)
+    model.resize_token_embeddings(130)
+    with pytest.raises(QALoraError, match="resized from 128 to 130 tokens"):
+        load_adapter(model, adapter, is_trainable=True)
+    load_adapter(model, adapter)  # to look at

@@ -119,3 +119,12 @@ def test_a_pattern_of_nothing_on_a_base_without_experts_is_a_warnings_matter(tmp
     with caplog.at_level(logging.WARNING):
         by_peft(base, ALL | {"rank_pattern": {"kproj": 2}})
     assert "rank_pattern: kproj matches no quantised linear" in caplog.text
+
+
+def test_a_pattern_excludes_beside_layers_that_cannot_have_an_adapter(tmp_path):
+    """It was refused, with the advice to give a list, which says no parts of a model."""
+    model = load_base(make_base(tmp_path / "base", dense=("layers.0.mlp.down_proj",)), dtype=torch.float32)
+    model = add_adapter(model, r=4, target_modules="all-linear", exclude_modules=r".*self_attn.*|.*up_proj")
+    modules = model.get_base_model().named_modules()
+    adapted = {name.partition("layers.")[2] for name, module in modules if isinstance(module, QALoraLayer)}
+    assert adapted == {"0.mlp.gate_proj", "1.mlp.gate_proj", "1.mlp.down_proj"}

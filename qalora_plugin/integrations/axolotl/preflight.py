@@ -276,4 +276,4 @@ def _hub_quantization(base: str, revision: str | None) -> dict[str, Any]:
         settings = hf_hub_download(base, autogptq.SETTINGS_NAME, revision=revision)
     except (EntryNotFoundError, LocalEntryNotFoundError):
         return {}
-    return {"quant_method": "gptq", **read_json(Path(settings))}
+    return autogptq.read_settings(Path(settings))
