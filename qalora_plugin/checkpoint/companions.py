@@ -1,4 +1,4 @@
-"""The files beside the weights of a merged checkpoint: tokenizer, generation config, licence …
+"""The files beside the weights of a base or a merged checkpoint: tokenizer, generation config, licence …
 
 Copied is what is known to belong to a model, never what else lies in the folder: logs, keys, a run's state.
 """
@@ -14,6 +14,7 @@ from qalora_plugin.core.errors import printable
 
 logger = logging.getLogger(__name__)
 
+GENERATION_CONFIG = "generation_config.json"
 _TOKENIZER_CONFIG, _TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"
 _TOKENIZER_FILES = (
     "tokenizer*.json", _TOKENS_MAP, "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken",
@@ -21,7 +22,7 @@ _TOKENIZER_FILES = (
 )  # fmt: skip
 _PROCESSOR_FILES = ("*processor_config.json",)
 _OTHER_FILES = (
-    "generation_config.json", "LICENSE*", "LICENCE*", "License*", "license*", "NOTICE*", "Notice*", "COPYING*",
+    GENERATION_CONFIG, "LICENSE*", "LICENCE*", "License*", "license*", "NOTICE*", "Notice*", "COPYING*",
     "USE_POLICY*", "modeling_*.py", "configuration_*.py", "tokenization_*.py", "tokenizer_*.py", "processing_*.py",
     "*_processing_*.py", "feature_extraction_*.py",
 )  # fmt: skip
@@ -63,7 +64,7 @@ def _copy_companion(path: Path, folder: Path, work: Path) -> None:
     elif path.stat().st_size > _LARGEST:
         why_not = f"it has {path.stat().st_size / 1e6:.0f} MB"
     if why_not:
-        logger.warning("qalora: %s is not copied into the merged checkpoint: %s.", printable(path), why_not)
+        logger.warning("qalora: %s is not copied into the new checkpoint: %s.", printable(path), why_not)
     else:
         shutil.copyfile(path, work / path.name)
 
@@ -99,7 +100,7 @@ def carry_special_tokens(base: Path, work: Path) -> None:
     if beyond := {key: token for key, token in changed.items() if token >= vocabulary}:
         logger.warning("the tokenizer has %s, beyond the model's %d tokens: the base's stay", beyond, vocabulary)
         changed = {key: token for key, token in changed.items() if key not in beyond}
-    for path in (work / "config.json", work / "generation_config.json"):
+    for path in (work / "config.json", work / GENERATION_CONFIG):
         if changed and path.is_file():
             config = read_json(path)
             write_json(path, config | {key: _with(config.get(key), token) for key, token in changed.items()})

@@ -18,6 +18,12 @@ def is_local(path: str | Path) -> bool:
     return path != "" and expanded(path).is_dir()
 
 
+def is_hub_id(name: str | Path) -> bool:
+    """Whether :func:`resolve` asks the Hub for it: no path that is there, nor one that only a folder could have."""
+    text = str(name)
+    return bool(text) and not (expanded(name).exists() or text.startswith(("/", ".", "~")) or text.count("/") > 1)
+
+
 def require_use_of_revision(revision: str | None, names: Iterable[str | Path | None]) -> None:
     """Refuse a revision where none of the models comes from the Hub: it would change nothing. (``None``: a name that
     is found later, in an adapter's folder.)"""
@@ -63,16 +69,15 @@ def resolve(path: str | Path, revision: str | None = None, **hub: Any) -> Path:
         return folder.resolve()
     if folder.exists():
         raise QALoraError(f"{path} is a file, expected a model folder. Pass the folder that holds config.json.")
-    text = str(path)
-    if text.startswith(("/", ".", "~")) or text.count("/") > 1:
+    if not is_hub_id(path):
         raise QALoraError(f"the folder {path} does not exist. Pass a local model folder or a Hub id (owner/name).")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(text, revision=revision, allow_patterns=_HUB_PATTERNS, **hub))
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=_HUB_PATTERNS, **hub))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise QALoraError(
-            f"{text!r} is no local folder, and fetching it from the Hub failed: {error}. "
+            f"{str(path)!r} is no local folder, and fetching it from the Hub failed: {error}. "
             "Check the spelling, your connection, and access rights."
         ) from error

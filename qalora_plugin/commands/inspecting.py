@@ -133,8 +133,9 @@ def inspect(path: str | Path, rank: int = 16) -> InspectReport:
 
 def made_of(base: Path) -> str:
     """Of a base that was just made: how its linears are quantized, and what they take."""
-    specs = QuantizedCheckpoint.open(base).specs.values()
-    return f"{'; '.join(_kinds(specs))}; {served_bits(specs)}"
+    source = QuantizedCheckpoint.open(base)
+    specs = source.specs.values()
+    return f"{'; '.join(_kinds(specs))}; {served_bits(specs, source.act_order)}"
 
 
 def _kinds(specs: Collection[GroupwiseSpec]) -> tuple[str, ...]:

@@ -84,8 +84,10 @@ def allocate(layers: Sequence[Layer], budget: float) -> dict[str, Choice]:
     costs = np.array([layers[i].costs[choice] for i, choice in pairs], dtype=np.float64)
     sizes = np.array([layers[i].bits(choice) / total for i, choice in pairs])
     of_layer = csr_array((np.ones(len(pairs)), ([i for i, _ in pairs], range(len(pairs)))))
+    # Of the least there is: in parts of the largest, all but one layer's may be less than HiGHS can tell from zero.
+    unit = sum(min(layer.costs.values()) for layer in layers) or costs.max() or 1.0
     found = milp(
-        costs / max(costs.max(), 1e-300),
+        costs / unit,
         constraints=[LinearConstraint(of_layer, 1, 1), LinearConstraint(sizes[None], -np.inf, budget)],
         integrality=np.ones(len(pairs)),
         bounds=Bounds(0, 1),

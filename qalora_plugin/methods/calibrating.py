@@ -4,7 +4,7 @@ The arithmetic is in :mod:`.calibration`, the inputs of linears come from :mod:`
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from math import inf
 from pathlib import Path
@@ -15,8 +15,6 @@ import torch.distributed as dist
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from qalora_plugin.checkpoint.folder import read_config
-from qalora_plugin.checkpoint.hub import resolve
 from qalora_plugin.checkpoint.json_files import short
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.reference import dequantize
@@ -30,12 +28,14 @@ from qalora_plugin.integrations.transformers.launched import is_one_of_several, 
 from qalora_plugin.layers.linear import QuantLinear
 from qalora_plugin.methods.block_inputs import Moments, blocks_of, moments
 from qalora_plugin.methods.calibration import calibrated_factors, made_up
-from qalora_plugin.methods.quantizing import calibration_rows, require_amount
+from qalora_plugin.methods.calibration_text import read_calibration
+from qalora_plugin.methods.dense_source import dense_folder
 
 logger = logging.getLogger(__name__)
 
 CALIBRATED = "calibrated"  # `qalora.init` in an adapter's config
 SAMPLES, LENGTH = 128, 512
+_ROUNDED = 0.02  # relative: of norms, which no quantization changes, more than any rounding to 16 bits
 _UNRELATED = 1.5  # squared error of one linear's weights over their square, from which they are not the same ones
 
 
@@ -79,12 +79,13 @@ def calibrate(
         QALoraError: not a new adapter, not its base's 16-bit model, or one that this cannot be done for.
     """
     layers = _adapted(model)
-    folder = resolve(dense, revision)
-    require_dense(read_config(folder), dense)
     if isinstance(text, str | Path):
-        sequences = calibration_sequences(folder, str(text), samples, length, seed)
+        read = read_calibration(str(text), samples, length, seed)
+        folder = dense_folder(dense, revision)
+        sequences = read.sequences(load_tokenizer(folder), fitting_length(model_config(folder), length))
     else:
         sequences = _as_sequences(text)
+        folder = dense_folder(dense, revision)
     base = model.get_base_model()
     twin = load_dense(folder, str(dense), model_class=type(base).__name__, dtype="auto").eval()
     _require_twin(twin, layers, dense)
@@ -94,11 +95,13 @@ def calibrate(
     require_ids(sequences, vocabulary(twin.config), dense)
     blocks, inside = blocks_of(twin, [name for name, layer in layers.items() if layer.scaling[_active(layer)]])
     _require_near(twin, {name: layers[name] for name in inside}, dense)
+    _require_same_norms(twin, base, dense)
     errors = {}
-    with Progress(disable=not progress, transient=True) as bar, _evaluating(base):
+    with Progress(disable=not progress, transient=True) as bar, _evaluating(base), _all_or_none(layers.values()):
         for names, found in moments(twin, base, blocks, inside, sequences, bar):
             for name in names:
                 errors[name] = _set(name, layers[name], _dense_weight(twin.get_submodule(name)), found)
+        _take_the_first_ranks(layers.values())
     if untouched := sorted(set(layers) - set(errors)):
         logger.warning(
             "%d linears keep an adapter that starts at zero, because no calibration text comes to them, or their alpha "
@@ -106,20 +109,12 @@ def calibrate(
             len(untouched), untouched[0],
         )  # fmt: skip
     model.peft_config[model.active_adapter].qalora["init"] = CALIBRATED
-    _take_the_first_ranks(layers)
     before, after = sum(found.before for found in errors.values()), sum(found.after for found in errors.values())
     logger.info(
         "adapter calibrated on %d tokens: the mean square error of %d linears' outputs is %.3f of the base's",
         sum(map(len, sequences)), len(errors), after / before if before else 1.0,
     )  # fmt: skip
     return errors
-
-
-def require_dense(config: dict[str, Any], dense: str | Path) -> None:
-    """Refuse a model that is quantized itself."""
-    if found := config.get("quantization_config"):
-        method = found.get("quant_method") if isinstance(found, dict) else found
-        raise QALoraError(f"{dense} is quantized itself ({method}). Give the 16-bit model that the base was made from.")
 
 
 def _adapted(model: Any) -> dict[str, QALoraLayer]:
@@ -201,6 +196,22 @@ def _require_near(twin: nn.Module, layers: dict[str, QALoraLayer], dense: str | 
         refuse("the weights that both have are", off, all_of_it)
 
 
+def _require_same_norms(twin: nn.Module, base: nn.Module, dense: str | Path) -> None:
+    """Refuse a base in which scales were moved between layers, as AWQ and SmoothQuant do: the model computes the same,
+    and a linear of it does not.
+    """
+    theirs = {name: tensor for name, tensor in twin.named_parameters() if tensor.dim() == 1}
+    for name, tensor in base.named_parameters():
+        if name in theirs and tensor.shape == theirs[name].shape:
+            found, wanted = (one.detach().to("cpu", torch.float32) for one in (tensor, theirs[name]))
+            if not (found - wanted).norm() <= _ROUNDED * wanted.norm():
+                raise QALoraError(
+                    f"{name} is another one in this base than in {dense}. Give the model that the base was quantized "
+                    "from, if it is not that; if it is, scales were moved between its layers (AWQ does that), and "
+                    "init: calibrated is not for this base."
+                )
+
+
 def _dense_weight(linear: nn.Module) -> Tensor:
     """``[K, N]`` of a linear, or of what transformers calls Conv1D, which stores it so."""
     weight = cast(Tensor, linear.weight).detach()
@@ -225,13 +236,6 @@ def _as_sequences(given: Any) -> list[list[int]]:
     if not sequences or not all(sequences):
         raise QALoraError("no sequence to calibrate on was given, or an empty one. Pass some, or a text file.")
     return [list(sequence) for sequence in sequences]
-
-
-def calibration_sequences(folder: Path, text: str, samples: int, length: int, seed: int) -> list[list[int]]:
-    """Token ids of a text, by the tokenizer in ``folder``: ``samples·length`` of them where there are so many."""
-    require_amount(samples, length)
-    length = fitting_length(model_config(folder), length)
-    return [row["input_ids"] for row in calibration_rows(load_tokenizer(folder), text, samples, length, seed)]
 
 
 @torch.no_grad()
@@ -267,12 +271,32 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _take_the_first_ranks(layers: dict[str, QALoraLayer]) -> None:
-    """What is random in A and D, and rounding, may differ between ranks."""
+@contextmanager
+def _all_or_none(layers: Collection[QALoraLayer]) -> Iterator[None]:
+    """What stops half-way leaves a new adapter, which can be calibrated again."""
+    before = [(weight, weight.clone()) for layer in layers for weight in _factors(layer)]
+    try:
+        yield
+    except BaseException:  # Ctrl-C, too
+        with torch.no_grad():
+            for weight, value in before:
+                weight.copy_(value)
+        raise
+
+
+def _factors(layer: QALoraLayer) -> list[Tensor]:
+    name = _active(layer)
+    held = (layer.lora_A, layer.lora_B, layer.lora_D, layer.lora_C)
+    return [factors[name].weight.detach() for factors in held if name in factors]
+
+
+def _take_the_first_ranks(layers: Iterable[QALoraLayer]) -> None:
+    """What is random in A and D, and rounding, may differ between ranks. As objects: NCCL has none on a CPU."""
     if not is_one_of_several():
         return
-    for layer in layers.values():
-        name = _active(layer)
-        for factors in (layer.lora_A, layer.lora_B, layer.lora_D, layer.lora_C):
-            if name in factors:
-                dist.broadcast(factors[name].weight.detach(), src=0)
+    for layer in layers:
+        weights = _factors(layer)
+        values = [[weight.cpu() for weight in weights]]
+        dist.broadcast_object_list(values, src=0)
+        for weight, value in zip(weights, values[0], strict=True):
+            weight.copy_(value)

@@ -2,11 +2,15 @@
 
 import re
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from qalora_plugin.checkpoint.folder import read_config
+from qalora_plugin.checkpoint.hub import fetch_config, is_hub_id, resolve
+from qalora_plugin.checkpoint.json_files import read_json
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.words import codes_per_period
 
@@ -50,6 +54,42 @@ def sizes_in_layers(
     return found
 
 
+def dense_folder(model: str | Path, revision: str | None = None, what: str = "the model") -> Path:
+    """Where a 16-bit model is; one on the Hub is downloaded, once its config says that it is one.
+
+    Args:
+        model: folder or Hub id. what: the setting that names it, for the error.
+
+    Raises:
+        QALoraError: there is none, or it is quantized itself.
+    """
+    if is_hub_id(model):
+        require_dense(read_json(fetch_config(str(model), revision, what)), model)
+    folder = resolve(model, revision)
+    require_dense(read_config(folder), model)
+    return folder
+
+
+def require_dense(config: dict[str, Any], model: str | Path) -> None:
+    """Refuse a model that is quantized itself."""
+    if found := config.get("quantization_config"):
+        method = found.get("quant_method") if isinstance(found, dict) else found
+        raise QALoraError(f"{model} is quantized itself ({method}). Give the original 16-bit model.")
+
+
+def require_group_size(group_size: int) -> None:
+    """
+    Raises:
+        QALoraError: GPTQModel packs no such groups.
+    """
+    if group_size != -1 and group_size not in GROUP_SIZES:
+        raise QALoraError(f"group size {group_size} is none that GPTQModel packs. {_advice(GROUP_SIZES)}")
+
+
+def _advice(fitting: Collection[int]) -> str:
+    return f"Use {f'one of {list(fitting)}, or ' if fitting else ''}-1 for one group a column."
+
+
 def require_sizes(sizes: dict[str, tuple[int, int]], bits: int, group_size: int) -> None:
     """
     Args:
@@ -59,15 +99,12 @@ def require_sizes(sizes: dict[str, tuple[int, int]], bits: int, group_size: int)
         QALoraError: GPTQModel packs no such groups, or a linear cannot be cut into whole groups and whole words.
     """
     fitting = [size for size in GROUP_SIZES if all(k % size == 0 for _, k in sizes.values())]
-    advice = f"Use {f'one of {fitting}, or ' if fitting else ''}-1 for one group a column."
-    if group_size != -1 and group_size not in GROUP_SIZES:
-        raise QALoraError(f"group size {group_size} is none that GPTQModel packs. {advice}")
     period = codes_per_period(bits)
     for name, (n, k) in sizes.items():
         if group_size != -1 and k % group_size:
             raise QALoraError(
                 f"group size {group_size} does not divide the {k} inputs of {name}: pooling needs whole groups. "
-                f"{advice}"
+                f"{_advice(fitting)}"
             )
         if k % period or n % period:
             raise QALoraError(

@@ -2,31 +2,31 @@
 
 import logging
 import os
-import random
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import chdir, contextmanager
 from importlib.util import find_spec
-from itertools import accumulate
+from math import prod
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory, gettempdir
+from typing import TYPE_CHECKING
 
 import torch
 
-from qalora_plugin.checkpoint.atomic import new_folder, require_absent
-from qalora_plugin.checkpoint.folder import Checkpoint, read_config
-from qalora_plugin.checkpoint.hub import resolve
+from qalora_plugin.checkpoint.atomic import new_folder, require_absent, require_space
+from qalora_plugin.checkpoint.companions import GENERATION_CONFIG, copy_companions
+from qalora_plugin.checkpoint.folder import Checkpoint
 from qalora_plugin.checkpoint.places import absolute, require_place
 from qalora_plugin.conversion.gptq_config import settings_of
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 from qalora_plugin.core.progress import track
 from qalora_plugin.core.words import SUPPORTED_BITS
 from qalora_plugin.eval.limits import fitting_length, vocabulary
-from qalora_plugin.eval.tokens import is_text_file, joined_text, load_tokenizer, read_texts, require_ids, tokenize
+from qalora_plugin.eval.tokens import load_tokenizer, require_ids
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.integrations.transformers.dense_models import empty_model
 from qalora_plugin.integrations.transformers.loading import load_model
+from qalora_plugin.kernels.hardware import gemm_dtype
 from qalora_plugin.methods.bit_allocation import (
     GROUP_SIZES,
     Choice,
@@ -35,7 +35,14 @@ from qalora_plugin.methods.bit_allocation import (
     choices_of,
     require_possible,
 )
-from qalora_plugin.methods.dense_source import Linear, require_sizes, sizes_in_layers
+from qalora_plugin.methods.calibration_text import read_calibration
+from qalora_plugin.methods.dense_source import (
+    Linear,
+    dense_folder,
+    require_group_size,
+    require_sizes,
+    sizes_in_layers,
+)
 from qalora_plugin.methods.sensitivity import measure, sizes
 
 if TYPE_CHECKING:
@@ -45,7 +52,6 @@ logger = logging.getLogger(__name__)
 
 _MSE_POWER = 2.4  # of the error that clipping minimizes, as GPTQ's authors have it
 _MEASURED = 32  # sequences that sensitivities are measured on
-_FEWEST = 512  # tokens to calibrate on
 
 
 @os_errors_in_one_line()
@@ -103,7 +109,7 @@ def quantize(
         raise QALoraError(f"bits is {bits}, expected one of {SUPPORTED_BITS}.")
     if not -(2**63) <= seed < 2**64:
         raise QALoraError(f"seed is {seed}, expected a number of 64 bits.")
-    if budget is None and fisher:
+    if budget is None and fisher is not None:
         raise QALoraError("fisher weights the choices that a budget leaves. Give a budget, or leave fisher out.")
     if find_spec("gptqmodel") is None:
         raise QALoraError(
@@ -114,13 +120,10 @@ def quantize(
         )
     if budget is not None and find_spec("scipy") is None:
         raise QALoraError("a budget takes scipy, which is not installed here. Install it: pip install scipy")
+    require_group_size(group_size)
     require_place(out, model, "the output")
-    folder = resolve(model, revision)
-    config = read_config(folder)
-    if found := config.get("quantization_config"):
-        raise QALoraError(
-            f"{model} is quantised already ({found.get('quant_method')}). Pass the original 16-bit model."
-        )
+    text = read_calibration(dataset, samples, length, seed)
+    folder = dense_folder(model, revision)
     files, empty = Checkpoint.open(folder), empty_model(folder)
     to_be_quantized = _sizes(folder, empty)
     if budget is None:
@@ -136,15 +139,13 @@ def quantize(
     from gptqmodel import GPTAQConfig, GPTQModel, QuantizeConfig
 
     tokenizer = load_tokenizer(folder)
-    fitting = fitting_length(empty.config, length)
-    if fitting < length:
-        logger.warning("sequences of %d tokens, not %d: %s has no more positions.", fitting, length, model)
-    calibration = calibration_rows(tokenizer, dataset, samples, fitting, seed)
-    require_ids((row["input_ids"] for row in calibration), vocabulary(empty.config), model)
+    sequences = text.sequences(tokenizer, fitting_length(empty.config, length))
+    require_ids(sequences, vocabulary(empty.config), model)
+    for place in (out.parent, Path(gettempdir())):  # where GPTQModel leaves what it is done with
+        require_space(place, _bytes_made(files, to_be_quantized, bits, group_size, budget))
     files.require_finite(track(files.tensors, "reading"))
     plan = {}
     if budget is not None:
-        sequences = [row["input_ids"] for row in calibration]
         plan = plan_for(folder, sequences, budget, fisher is not False, to_be_quantized, act_order, group_sizes)
     fewest = min((choice.bits for choice in plan.values()), default=bits)
     torch.manual_seed(seed)
@@ -161,10 +162,14 @@ def quantize(
     # GPTQModel leaves a folder of logs where it runs.
     with TemporaryDirectory() as scratch, chdir(scratch), _enough_workers():
         quantized = GPTQModel.load(str(folder), quantize_config)
-        quantized.quantize(calibration, tokenizer=tokenizer)
-        with new_folder(out) as work:
+        _tell_what_is_rounded(empty.config.dtype, quantized.model.dtype)
+        rows = [{"input_ids": sequence, "attention_mask": [1] * len(sequence)} for sequence in sequences]
+        quantized.quantize(rows, tokenizer=tokenizer, calibration_data_min_length=1)  # it leaves out short ones else
+        with new_folder(out) as work, TemporaryDirectory() as own:
             quantized.save(str(work))
-            tokenizer.save_pretrained(work)
+            (work / GENERATION_CONFIG).unlink(missing_ok=True)  # GPTQModel's own, which samples
+            tokenizer.save_pretrained(own)
+            copy_companions(folder, Path(own), work)
             QuantizedCheckpoint.open(work).check_values()
     return out
 
@@ -184,7 +189,7 @@ def plan_for(
         fisher: weight by it. to_be_quantized: those that count, where that is known; else all but the head.
         act_order: of the base. group_sizes: to choose from.
     """
-    model = load_model(folder, dtype=torch.bfloat16).eval()
+    model = load_model(folder, dtype=gemm_dtype(torch.bfloat16, torch.device("cpu"))).eval()
     stacked = (name for name, part in model.named_parameters() if ".experts." in name and part.dim() > 2)
     if experts := next(stacked, None):
         raise QALoraError(
@@ -221,6 +226,25 @@ def _enough_workers() -> Iterator[None]:
         del os.environ[name]
 
 
+def _bytes_made(
+    files: Checkpoint, sizes: dict[str, tuple[int, int]], bits: int, group_size: int, budget: float | None
+) -> int:
+    """About what the base takes on a disk: 2 bytes for each number that stays; the least, where nobody knows which."""
+    numbers = sum(prod(tensor.shape) for tensor in files.tensors.values())
+    weights = sum(n * k for n, k in sizes.values()) or numbers
+    a_weight = budget or bits + ((16 + bits) / group_size if group_size > 0 else 0)
+    return int(2 * (numbers - weights) + weights * a_weight / 8)
+
+
+def _tell_what_is_rounded(stated: object, computed: torch.dtype) -> None:
+    """GPTQModel keeps what it does not quantize in bfloat16 on every CPU, and everywhere of a float32 model."""
+    if stated in (torch.float16, torch.float32) and stated != computed:
+        logger.warning(
+            "embeddings, norms and all else that is not quantized are rounded from %s to %s%s.",
+            stated, computed, "; on a GPU they would not be" if stated == torch.float16 else "",
+        )  # fmt: skip
+
+
 def _sizes(folder: Path, model: "PreTrainedModel") -> dict[str, tuple[int, int]]:
     """``(N, K)`` of every linear that GPTQModel will quantize; none of a family that it does not know by name."""
     from gptqmodel.models.auto import check_and_get_model_definition
@@ -230,48 +254,3 @@ def _sizes(folder: Path, model: "PreTrainedModel") -> dict[str, tuple[int, int]]
         return {}
     blocks = family.simple_layer_modules(model.config, None)
     return sizes_in_layers(model, family.extract_layers_node(), {leaf for block in blocks for leaf in block})
-
-
-def require_amount(samples: int, length: int) -> None:
-    """Refuse numbers that make no sequence."""
-    for name, value, least in (("samples", samples, 1), ("length", length, 2)):
-        if type(value) is not int or value < least:
-            raise QALoraError(f"{name} is {value!r}, expected {least} or more.")
-
-
-def calibration_rows(tokenizer: Any, dataset: str, samples: int, length: int, seed: int) -> list[dict[str, list[int]]]:
-    """Random sequences of at most ``length`` tokens, ``samples·length`` in all where there are so many: of short rows
-    more than ``samples``.
-
-    Raises:
-        QALoraError: numbers that make no sequence, or too little text.
-    """
-    require_amount(samples, length)
-    texts = read_texts(dataset) if is_text_file(dataset) else _hub_texts(dataset, 8 * samples)
-    random.Random(seed).shuffle(texts)
-    sequences = tokenize(tokenizer, texts, 4 * samples * length, length)
-    random.Random(seed).shuffle(sequences)
-    sequences.sort(key=len, reverse=True)  # full-length ones first; stable, so still random among equals
-    before = accumulate(map(len, sequences), initial=0)
-    chosen = [sequence for sequence, tokens in zip(sequences, before, strict=False) if tokens < samples * length]
-    tokens = sum(map(len, chosen))
-    if tokens < _FEWEST:
-        raise QALoraError(
-            f"{dataset} gives {tokens} tokens to calibrate on, of {samples} × {length} that were asked for; that takes "
-            "some thousands. Give more text, more samples, or another dataset."
-        )
-    if tokens < samples * length // 2:
-        logger.warning("%s gives %d tokens to calibrate on, not %d × %d.", dataset, tokens, samples, length)
-    return [{"input_ids": sequence, "attention_mask": [1] * len(sequence)} for sequence in chosen]
-
-
-def _hub_texts(name: str, rows: int) -> list[str]:
-    from datasets import load_dataset
-
-    try:
-        return [joined_text(row) for row in load_dataset(name, split="train", streaming=True).take(rows)]
-    except Exception as error:  # whatever datasets, the Hub and the network raise, between two rows, too
-        raise QALoraError(
-            f"{name!r} is neither a local .txt/.jsonl file nor a dataset that can be had from the Hub: {error}. Pass "
-            "one of these, or try again."
-        ) from error

@@ -155,7 +155,7 @@ def test_links_that_lead_outside_are_not_followed(copies, tmp_path, caplog, wher
     out = merge(base, adapter, tmp_path / "out", progress=False).folder
     assert not (out / "merges.txt").exists()
     assert (out / "added_tokens.json").read_bytes() == (folder / "tokenizer_config.json").read_bytes()
-    assert "merges.txt is not copied into the merged checkpoint: it is a link that leads out" in caplog.text
+    assert "merges.txt is not copied into the new checkpoint: it is a link that leads out" in caplog.text
 
 
 def test_the_hubs_cache_is_made_of_links(copies, tmp_path, caplog):

@@ -11,6 +11,7 @@ from support.axolotl_runs import train_here, write_config, write_instructions
 from support.fabricate import make_base
 from support.two_processes import report, train_as_two, trained
 
+from qalora_plugin import QALoraPlugin
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
 from qalora_plugin.core.errors import QALoraError
 
@@ -33,8 +34,6 @@ ZERO2 = {"zero_optimization": {"stage": 2}}
     ("changes", "block", "message"),
     [
         ({}, {"init_model": None}, "qalora.init is calibrated, but init_model is missing"),
-        ({}, {"init_model": "/nowhere"}, "the folder /nowhere does not exist"),
-        ({}, {"init_dataset": "/nowhere/text.jsonl"}, "the text file /nowhere/text.jsonl does not exist"),
         ({"rl": "dpo"}, {}, "rl: dpo, whose reference is the base without an adapter"),
         ({"deepspeed": ZERO2}, {}, "needs whole layers, and deepspeed shares them out over ranks"),
         (
@@ -49,6 +48,30 @@ def test_refused(folders, tmp_path, changes, block, message):
         load_cfg(str(write_config(tmp_path, folders[0], qalora=options(folders, **block), **changes)))
 
 
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"init_model": "/nowhere"}, "the folder /nowhere does not exist"),
+        ({"init_dataset": "/nowhere/text.jsonl"}, "the text file /nowhere/text.jsonl does not exist"),
+    ],
+    ids=str,
+)
+def test_inputs_that_are_not_there_are_missed_where_a_run_starts(folders, tmp_path, block, message):
+    """Not by `merge-lora`, `inference`, or a run that is resumed: an adapter that was calibrated needs them no more."""
+    settings = {"qalora": options(folders, **block)}
+    cfg = load_cfg(str(write_config(tmp_path, folders[0], **settings)))
+    for preprocess in (True, False):
+        with pytest.raises(QALoraError, match=message):
+            QALoraPlugin().load_datasets(cfg, preprocess=preprocess)
+    (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
+    for resumed in (
+        {"resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-3")},
+        {"auto_resume_from_checkpoints": True},
+    ):
+        cfg = load_cfg(str(write_config(tmp_path, folders[0], **settings, **resumed)))
+        assert QALoraPlugin().load_datasets(cfg) is None
+
+
 def test_another_model_is_refused(folders, tmp_path):
     make_base(tmp_path / "wide", hidden=128, twin=tmp_path / "other")
     make_base(tmp_path / "deep", layers=1, twin=tmp_path / "shallow")
@@ -57,8 +80,9 @@ def test_another_model_is_refused(folders, tmp_path):
         (tmp_path / "shallow", r"is not the 16-bit model of this base: model.layers.1.* has no weight of that name"),
         (folders[0], r"is quantized itself \(gptq\)"),
     ):
+        cfg = load_cfg(str(write_config(tmp_path, folders[0], qalora=options(folders, init_model=str(model)))))
         with pytest.raises(QALoraError, match=message):
-            load_cfg(str(write_config(tmp_path, folders[0], qalora=options(folders, init_model=str(model)))))
+            QALoraPlugin().load_datasets(cfg)
 
 
 @pytest.mark.e2e

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from support.axolotl_runs import BIN, command, write_config
 from support.fabricate import make_tokenizer
 from support.vllm_server import Server
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from qalora_plugin import load_base
 from qalora_plugin.eval.tokens import default_texts
@@ -19,6 +19,7 @@ from qalora_plugin.layers.linear import QuantLinear
 
 pytestmark = pytest.mark.e2e
 SERVING = Path(__file__).parents[2] / ".venv-serve"
+GENERATION = {"eos_token_id": 2, "max_new_tokens": 77}
 KINDS = {
     "asymmetric": {"group_size": 32, "sym": False},
     "act-order": {"group_size": 64, "sym": True, "act_order": True},
@@ -38,6 +39,10 @@ def dense(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dense") / "model"
     LlamaForCausalLM(config).half().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps(GENERATION))
+    for name in ("LICENSE", "preprocessor_config.json"):
+        (folder / name).write_text('{"image_mean": [0.5]}')
+    (folder / "run.log").write_text("no part of a model")
     return folder
 
 
@@ -68,6 +73,16 @@ def test_reads_gptqmodels_checkpoint_as_gptqmodel_does(quantized, kind):
     for name, module in found.items():
         torch.testing.assert_close(module.dense_weight(), expected[name], rtol=2**-10, atol=1e-6)  # float16 there
     assert any(module.g_idx is not None for module in found.values()) == (kind == "act-order")
+
+
+def test_what_lies_beside_the_weights_comes_along(dense, quantized):
+    """GPTQModel has models sample, and leaves licences and most families' processors behind."""
+    base = quantized("asymmetric")
+    assert json.loads((base / "generation_config.json").read_text()) == GENERATION
+    for name in ("LICENSE", "preprocessor_config.json"):
+        assert (base / name).read_text() == (dense / name).read_text()
+    assert not (base / "run.log").exists()
+    assert AutoTokenizer.from_pretrained(base)("abc").input_ids == AutoTokenizer.from_pretrained(dense)("abc").input_ids
 
 
 def test_trains_merges_serves(quantized, tmp_path):

@@ -42,6 +42,21 @@ def test_it_is_the_best_there_is(budget, seed):
     assert sum(layer.costs[found[layer.names[0]]] for layer in made) <= best * (1 + 2e-4)
 
 
+@pytest.mark.parametrize("outlier", [1e5, 1e7, 1e9])
+def test_one_layer_that_outweighs_all_does_not_hide_the_others(outlier):
+    """In parts of the largest cost theirs were below HiGHS's tolerance, and up to a bit of the budget was not spent."""
+    made = layers(60)
+    alone = allocate(made[1:], 4.0)
+    first = replace(made[0], costs={choice: outlier * cost for choice, cost in made[0].costs.items()})
+    found = allocate([first, *made[1:]], 4.0)
+    assert bits_a_weight([first, *made[1:]], found) > 3.95
+
+    def cost(chosen):
+        return sum(layer.costs[chosen[layer.names[0]]] for layer in made[1:])
+
+    assert cost(found) < 1.25 * cost(alone)  # the first takes the most it can
+
+
 def test_linears_of_one_layer_are_alike():
     found = allocate(layers(4, names=3), 3.5)
     assert len(found) == 12

@@ -2,23 +2,21 @@
 
 import logging
 import re
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from axolotl.utils.train import determine_last_checkpoint
+
 from qalora_plugin.checkpoint.folder import Checkpoint
-from qalora_plugin.checkpoint.hub import expanded, fetch_config, is_local
+from qalora_plugin.checkpoint.hub import fetch_config, is_hub_id
 from qalora_plugin.checkpoint.json_files import read_json
 from qalora_plugin.core.errors import QALoraError, printable
 from qalora_plugin.core.weight import GroupwiseSpec
-from qalora_plugin.eval.tokens import is_text_file, read_texts
-from qalora_plugin.integrations.axolotl.args import QALoraBlock
-from qalora_plugin.methods.calibrating import (
-    CALIBRATED,
-    LENGTH,
-    SAMPLES,
-    calibrate,
-    calibration_sequences,
-    require_dense,
-)
+from qalora_plugin.eval.limits import fitting_length, model_config
+from qalora_plugin.eval.tokens import load_tokenizer
+from qalora_plugin.methods.calibrating import CALIBRATED, LENGTH, SAMPLES, calibrate
+from qalora_plugin.methods.calibration_text import read_calibration
+from qalora_plugin.methods.dense_source import require_dense
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -28,11 +26,11 @@ _AGAINST_THE_BASE = ("dpo", "ipo", "kto")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
-def check_init(cfg: dict[str, Any], options: QALoraBlock, targets: dict[str, GroupwiseSpec]) -> None:
-    """Refuse a calibrated start that cannot be made; of a raw config.
+def check_init(cfg: dict[str, Any], targets: Iterable[str]) -> None:
+    """Refuse a calibrated start of a run that cannot have one; of a raw config.
 
     Args:
-        targets: the base's linears that get an adapter, by their names on disk; ``{}`` where that is not known yet.
+        targets: the base's linears that get an adapter, by their names on disk; none where that is not known yet.
 
     Raises:
         QALoraError: with what was found, what was expected and what to do.
@@ -57,22 +55,32 @@ def check_init(cfg: dict[str, Any], options: QALoraBlock, targets: dict[str, Gro
             f"qalora.init: calibrated is for linears, but {printable(expert)} is one of a mixture of experts. Remove "
             "init, or exclude the experts (lora_exclude_modules)."
         )
-    _check_model(str(options.init_model), targets)
-    dataset = str(options.init_dataset)
-    if is_text_file(dataset) and is_local(str(options.init_model)):
-        samples, seed = options.init_samples or SAMPLES, cfg.get("seed") or 0
-        calibration_sequences(expanded(str(options.init_model)), dataset, samples, LENGTH, seed)
-    elif is_text_file(dataset):
-        read_texts(dataset)
 
 
-def _check_model(name: str, targets: dict[str, GroupwiseSpec]) -> None:
-    """A local one by its headers, one on the Hub by its config."""
-    if not (is_local(name) or expanded(name).exists() or name.startswith(("/", ".", "~"))):
+def check_inputs(cfg: Any, targets: Callable[[], dict[str, GroupwiseSpec]]) -> None:
+    """The 16-bit model and the text of a run that is about to start calibrated; what is merged or asked later needs
+    neither.
+
+    Args:
+        targets: gives the base's linears that get an adapter, by their names on disk; ``{}`` where they are not here.
+
+    Raises:
+        QALoraError: with what was found, what was expected and what to do.
+    """
+    if not cfg.qalora.init or cfg.lora_model_dir or determine_last_checkpoint(cfg):
+        return
+    name, samples = cfg.qalora.init_model, cfg.qalora.init_samples or SAMPLES
+    text = read_calibration(cfg.qalora.init_dataset, samples, LENGTH, cfg.seed or 0)
+    if is_hub_id(name):
         require_dense(read_json(fetch_config(name, what="qalora.init_model")), name)
         return
     files = Checkpoint.open(name)
     require_dense(files.config, name)
+    _check_sizes(files, targets(), name)
+    text.sequences(load_tokenizer(files.folder), fitting_length(model_config(files.folder), LENGTH))
+
+
+def _check_sizes(files: Checkpoint, targets: dict[str, GroupwiseSpec], name: str) -> None:
     stored = {target: files.tensors.get(f"{target}.weight") for target in targets}
     if not any(stored.values()):
         return  # named otherwise on disk than in the model: the names in the model are compared when it is loaded
@@ -88,8 +96,6 @@ def _check_model(name: str, targets: dict[str, GroupwiseSpec]) -> None:
 
 def start_calibrated(model: "PeftModel", cfg: Any) -> None:
     """Calibrate a new adapter; one that a checkpoint is about to be loaded into only says that it was."""
-    from axolotl.utils.train import determine_last_checkpoint
-
     if checkpoint := determine_last_checkpoint(cfg):
         LOG.info("qalora.init: not applied again, for training goes on from %s", checkpoint)
         config: Any = model.peft_config[model.active_adapter]

@@ -68,11 +68,13 @@ class QALoraPlugin(BasePlugin):
         return [AdapterCapabilities(name=ADAPTER, lora_like=True)]
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
-        """The first hook that only training calls; loading stays with Axolotl."""
-        if cfg.adapter == ADAPTER and not preprocess:
-            from qalora_plugin.integrations.axolotl.preflight import check_merge_dir
+        """The first hook that only ``preprocess`` and ``train`` call; loading stays with Axolotl."""
+        if cfg.adapter == ADAPTER:
+            from qalora_plugin.integrations.axolotl.preflight import check_merge_dir, check_start
 
-            check_merge_dir(cfg)
+            check_start(cfg)
+            if not preprocess:
+                check_merge_dir(cfg)
 
     def load_adapter(
         self, model: "PreTrainedModel", cfg: Any, inference: bool = False, config_only: bool = False

@@ -14,7 +14,7 @@ from qalora_plugin.checkpoint.adapter_config import check_config_patterns
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
 from qalora_plugin.checkpoint.atomic import require_absent
 from qalora_plugin.checkpoint.folder import stated_quantization
-from qalora_plugin.checkpoint.hub import expanded, fetch_config, is_local, resolve
+from qalora_plugin.checkpoint.hub import expanded, fetch_config, is_hub_id, is_local, resolve
 from qalora_plugin.checkpoint.json_files import read_json
 from qalora_plugin.checkpoint.patterns import matching_pattern
 from qalora_plugin.checkpoint.places import absolute, is_inside, require_outside, require_writable
@@ -22,7 +22,7 @@ from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line, printa
 from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.opened import QuantizedCheckpoint, base_format
 from qalora_plugin.integrations.axolotl.args import QALoraBlock, read_block, refuse_unmergeable
-from qalora_plugin.integrations.axolotl.calibrated_start import check_init
+from qalora_plugin.integrations.axolotl.calibrated_start import check_init, check_inputs
 from qalora_plugin.integrations.axolotl.sharding import check_deepspeed
 from qalora_plugin.integrations.peft.target_names import FIELDS, LinearNames
 from qalora_plugin.integrations.transformers.loading import config_overrides, trainable
@@ -72,9 +72,7 @@ def check_axolotl(cfg: dict[str, Any], other_adapters: dict[str, list[str]] | No
     elif modules is not None:
         check_targets(cfg, modules, in_model)
     if options.init:
-        check_init(
-            cfg, options, {} if modules is None or cfg.get("lora_model_dir") else targeted(cfg, modules, in_model)
-        )
+        check_init(cfg, () if modules is None or cfg.get("lora_model_dir") else targeted(cfg, modules, in_model))
     fused_loss = _fused_loss(cfg)
     if fused_loss and _quantises_head(cfg, modules):
         raise QALoraError(
@@ -205,6 +203,18 @@ def _quantises_head(cfg: dict[str, Any], modules: dict[str, GroupwiseSpec] | Non
     return any(name.split(".")[-1] == "lm_head" for name in modules)
 
 
+def check_start(cfg: Any) -> None:
+    """What a run needs that begins now, and no later command: of a validated config."""
+
+    def targets() -> dict[str, GroupwiseSpec]:
+        if is_hub_id(cfg.base_model):
+            return {}
+        base = QuantizedCheckpoint.open(cfg.base_model)
+        return targeted(cfg, base.specs, _names_in_model(base))
+
+    check_inputs(cfg, targets)
+
+
 def check_merge_dir(cfg: Any) -> None:
     """Before training: refuse to train towards a merge whose place is taken."""
     if cfg.qalora.merge:
@@ -225,7 +235,7 @@ def check_base(base: str, revision: str | None = None) -> QuantizedCheckpoint | 
     Returns:
         None for a Hub id.
     """
-    if not (expanded(base).exists() or base.startswith(("/", ".", "~"))):
+    if is_hub_id(base):
         found_there = _hub_quantization(base, revision)
         if base_format(found_there) is None:
             method = found_there.get("quant_method")
