@@ -7,12 +7,14 @@ checkpoints, and PEFT reads adapters. This module is imported then: it must stay
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
+from warnings import warn
 
 _REGISTRY = "transformers.quantizers.auto"  # where its quantizers are listed
 # Loading a model imports both. The second is waited for as well, because the first may be half imported already when
@@ -24,9 +26,9 @@ _PEFT = "peft.mapping"  # where its types are listed; PEFT imports torch before 
 def register_with_transformers() -> None:
     """Register at once if transformers' registry is there already, else once it is. Safe to call again."""
     if _is_imported(_REGISTRY):
-        _register()
+        _try(_register, "transformers")
     if _is_imported(_PEFT):
-        _register_with_peft()
+        _try(_register_with_peft, "PEFT")
     everything = _is_imported(_REGISTRY) and _is_imported(_PEFT)
     if not everything and not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
         sys.meta_path.insert(0, _WhenImported())
@@ -46,12 +48,26 @@ class _WhenImported(MetaPathFinder):
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
             if fullname == _PEFT:
-                _register_with_peft()
+                _try(_register_with_peft, "PEFT")
             elif fullname == _REGISTRY or _is_imported(_REGISTRY):
-                _register()
+                _try(_register, "transformers")
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]  # of this one loader
         return spec
+
+
+def _try(register: Callable[[], None], library: str) -> None:
+    """An exception here would break the import of a library, for tools that have nothing to do with us."""
+    try:
+        register()
+    except Exception as error:
+        _warn(f"qalora cannot register with {library}, which works without it: {error!r}")
+
+
+@cache
+def _warn(message: str) -> None:
+    """Once, however often it is tried."""
+    warn(message, RuntimeWarning, stacklevel=3)
 
 
 def _is_imported(name: str) -> bool:

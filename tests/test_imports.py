@@ -74,3 +74,18 @@ print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[0].mlp
 """
     done = subprocess.run([sys.executable, "-c", code, merged], capture_output=True, text=True)
     assert done.stdout.strip() == "QuantLinear", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("library", "moved"),
+    [
+        ("transformers", "import sys; sys.modules['qalora_plugin.integrations.transformers.loading'] = None"),
+        ("PEFT", "import qalora_plugin.registration as r; r._Config = None"),
+    ],
+)
+def test_a_library_in_which_something_has_moved_can_be_imported(library, moved):
+    """Our loader runs inside of its import: an ImportError there was one of ``import transformers``, for every tool."""
+    code = f"import qalora_plugin.registration; {moved}; import transformers.modeling_utils, peft; print(1)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "1", done.stderr
+    assert done.stderr.count(f"qalora cannot register with {library}, which works without it") == 1

@@ -52,6 +52,14 @@ def kernel_config(**values: Any) -> Any:
     return MPLinearLayerConfig(**values)
 
 
+def loads_from_files() -> bool:
+    """Whether vLLM's loader gives a layer every tensor that the checkpoint's files hold. (Not ``dummy``, nor those that
+    set parameters themselves.)"""
+    from vllm.config import get_current_vllm_config
+
+    return get_current_vllm_config().load_config.load_format in ("auto", "hf", "safetensors")
+
+
 def silence_unpacked_zeros() -> None:
     """Keep vLLM from warning, for each linear, that ``qzeros`` is stored as int32 and loaded as uint8: it is unpacked.
 

@@ -9,7 +9,7 @@ blocks, or their product ``[G, N]``; always the product where a kernel takes the
 zero-points are moved into them, and where another of the fused linears has offsets that are not factored.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from typing import Any
 
@@ -22,7 +22,7 @@ from qalora_plugin.core.delta import factored_offsets
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.weight import GroupwiseSpec
 from vllm_ext.compat import Layer
-from vllm_ext.loaders import load_by_part
+from vllm_ext.loaders import load_by_part, rows_of
 
 
 class OffsetFactors:
@@ -44,7 +44,7 @@ class OffsetFactors:
     def register(
         self,
         layer: Layer,
-        parts: int,
+        parts: Sequence[GroupwiseSpec],
         groups: int,
         n: int,
         loader: Callable,
@@ -56,23 +56,30 @@ class OffsetFactors:
             loader: vLLM's, which takes a rank's and a part's columns. noted: what becomes of a tensor's loader.
         """
         rank = self.rank
+        ranks = [part.offset_rank for part in parts]
 
         def load_a(param: BasevLLMParameter, loaded_weight: Tensor, shard_id: Any = None) -> None:
-            require_rank(loaded_weight.shape[1], rank)
+            require_rank(loaded_weight.shape[1], ranks, rows_of(shard_id, len(parts)))
             load_by_part(param, pad(loaded_weight, (0, rank - loaded_weight.shape[1])), shard_id)
 
         def load_b(param: BasevLLMParameter, loaded_weight: Tensor, *args: Any, **kwargs: Any) -> None:
-            require_rank(loaded_weight.shape[0], rank)
+            shard_id = next(iter((*args, *kwargs.values())), None)
+            require_rank(loaded_weight.shape[0], ranks, rows_of(shard_id, len(parts)))
             loader(param, pad(loaded_weight, (0, 0, 0, rank - loaded_weight.shape[0])), *args, **kwargs)
 
-        a, b = torch.empty(parts, groups, rank), torch.empty(rank, n, dtype=self.dtype)
+        a, b = torch.empty(len(parts), groups, rank), torch.empty(rank, n, dtype=self.dtype)
         load_b = noted("offsets_b", load_b)
         layer.register_parameter("offsets_a", BasevLLMParameter(data=a, weight_loader=noted("offsets_a", load_a)))
         layer.register_parameter("offsets_b", ChannelQuantScaleParameter(data=b, output_dim=1, weight_loader=load_b))
 
 
-def require_rank(found: int, rank: int) -> None:
-    """Refuse reloaded factors that are wider than those that a layer was made for."""
+def require_rank(found: int, ranks: Sequence[int], rows: Iterable[int]) -> None:
+    """Refuse reloaded factors that are wider than those that a layer was made for.
+
+    Args:
+        ranks: of the layer's parts; one for all rows, or one each. rows: what is loaded.
+    """
+    rank = min(ranks[row] if len(ranks) > 1 else ranks[0] for row in rows)
     if found > rank:
         raise QALoraError(
             f"the reloaded offsets have factors of rank {found}, and the server was started with rank {rank} at most. "

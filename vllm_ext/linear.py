@@ -3,8 +3,8 @@ training changed them by: ``scales + scales_delta`` in float32, then in the kern
 
 The first term is a kernel of vLLM's, on the base's own INT weights; the second is ``ops.add_offsets``, [G, N] wide, or
 ``ops.add_factored`` (:mod:`.factors`), or part of the kernel's zero-points; without a kernel, ``dense`` computes both
-in one matmul (``paths`` chooses). Whether a layer is symmetric or in act-order is read off its tensors once they are
-loaded, since configs are known to be wrong.
+in one matmul (``kernels.select`` chooses). Whether a layer is symmetric or in act-order is read off its tensors once
+they are loaded, since configs are known to be wrong.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.core.words import codes_per_period
 from qalora_plugin.formats.gptq import Gptq
 from qalora_plugin.kernels.hardware import gemm_dtype
-from vllm_ext.compat import Layer
+from vllm_ext.compat import Layer, loads_from_files
 from vllm_ext.factors import OffsetFactors, multiplied, take
 from vllm_ext.kernels.dense import dense_weight, matmul
 from vllm_ext.kernels.select import FUSED, SEPARATE, LayerKind, choose_path
@@ -45,8 +45,8 @@ class QALoraLinearMethod(LinearMethodBase):
         prefix: name of the layer in the vLLM model, for messages.
         parts: the checkpoint's linears behind it, in order.
         fmt: how the checkpoint stores them.
-        forced_path: one of ``paths.PATHS``, or None to choose.
-        timed_path: the faster one where both are possible (``paths.timed_path``).
+        forced_path: one of ``select.PATHS``, or None to choose.
+        timed_path: the faster one where both are possible (``select.timed_path``).
         guessed: ``parts`` are those of a layer that is called alike.
         symmetric: what the config says. Only weights that are not loaded (``--load-format dummy``) go by it.
     """
@@ -104,26 +104,20 @@ class QALoraLinearMethod(LinearMethodBase):
             layer.tp_rank if is_split else 0,
         )  # fmt: skip
         k, n = self.shape
-        groups, factor = k // self.columns_of_group, Fraction(32, self.bits)
+        groups = k // self.columns_of_group
         is_head = isinstance(layer, ParallelLMHead)
+        self.loads.expected = loads_from_files() and not is_head  # a draft's head may be its target's
         loader = vocabulary_loader(layer) if is_head else extra_weight_attrs["weight_loader"]
 
         def noted(name: str, load: Callable = loader) -> Callable:
             return self.loads.noted(name, load, len(output_partition_sizes))
 
-        qweight = torch.empty(int(k / factor), n, dtype=torch.int32)
-        packed = {"packed_dim": 0, "packed_factor": factor}
-        packed["weight_loader"] = noted("qweight")
-        layer.qweight = PackedvLLMParameter(data=qweight, input_dim=0, output_dim=1, **packed)
+        qweight = torch.empty(k * self.bits // 32, n, dtype=torch.int32)
+        layer.qweight = self.parameter("qweight", qweight, noted("qweight"))
 
         def register(name: str, dtype: torch.dtype, load: Callable = loader) -> None:
             data = torch.empty(groups, n, dtype=dtype)
-            load = noted(name, load)
-            if self.one_group:
-                parameter = ChannelQuantScaleParameter(data=data, output_dim=1, weight_loader=load)
-            else:
-                parameter = GroupQuantScaleParameter(data=data, input_dim=0, output_dim=1, weight_loader=load)
-            layer.register_parameter(name, parameter)
+            layer.register_parameter(name, self.parameter(name, data, noted(name, load)))
 
         register("qzeros", torch.uint8, zeros_loader(loader, self.bits, self.format))
         layer.qzeros.dummy_weight_value = (1 << (self.bits - 1)) if self.symmetric else 1
@@ -131,13 +125,25 @@ class QALoraLinearMethod(LinearMethodBase):
         if self.offset_dtype is not None:
             register("offsets", self.offset_dtype)
         if self.factors is not None:
-            self.factors.register(layer, len(self.parts), groups, n, loader, noted)
+            self.factors.register(layer, self.parts, groups, n, loader, noted)
         if self.scales_delta_dtype is not None:
             register("scales_delta", self.scales_delta_dtype)
         if self.has_g_idx:
             g_idx = self.in_order().repeat(len(output_partition_sizes), 1)  # stays so with --load-format dummy
-            load = noted("g_idx", load_by_part)
-            layer.register_parameter("g_idx", BasevLLMParameter(data=g_idx, weight_loader=load))
+            layer.register_parameter("g_idx", self.parameter("g_idx", g_idx, noted("g_idx", load_by_part)))
+
+    def parameter(self, name: str, data: Tensor, load: Callable) -> BasevLLMParameter:
+        """A tensor of the checkpoint as vLLM's kernels and loaders know it, by its dimensions."""
+        if name in ("g_idx", "offsets_a", "offsets_b"):
+            return BasevLLMParameter(data=data, weight_loader=load)
+        if name == "qweight":
+            factor = Fraction(32, self.bits)
+            return PackedvLLMParameter(
+                data=data, input_dim=0, output_dim=1, packed_dim=0, packed_factor=factor, weight_loader=load
+            )
+        if self.one_group:
+            return ChannelQuantScaleParameter(data=data, output_dim=1, weight_loader=load)
+        return GroupQuantScaleParameter(data=data, input_dim=0, output_dim=1, weight_loader=load)
 
     def take_share(
         self, full_shape: tuple[int, int], k: int, outputs: list[int], act_dtype: torch.dtype, rank: int
@@ -181,12 +187,12 @@ class QALoraLinearMethod(LinearMethodBase):
         """Sort act-order away, choose the path, hand the kernel its weights. Once, and again after ``reload_weights``.
 
         Raises:
-            QALoraError: act-order across tensor-parallel ranks, a damaged ``g_idx``, no path (``paths``), or reloaded
-                weights of another kind.
+            QALoraError: act-order across tensor-parallel ranks, a damaged ``g_idx``, no path, or reloaded weights of
+                another kind.
         """
         if layer.qweight.is_meta:  # a head that a pooling model does not use
             return
-        self.loads.complete(layer, self.parts, self.columns, self.in_order())
+        self.loads.complete(layer, self.parts, self.columns, self.in_order(), first=self.kind is None)
         order = self.group_order(layer.g_idx.data) if self.has_g_idx else None
         if order is not None:
             layer.qweight.data = sort_rows(layer.qweight.data, self.bits, order, self.output_sizes)

@@ -81,6 +81,7 @@ def zeros_loader(load: Callable, bits: int, fmt: Gptq) -> Callable:
 
 
 _NEEDED = ("qweight", "qzeros", "scales")
+_CHANGES = ("offsets", "offsets_a", "offsets_b", "scales_delta")
 
 
 def _stored(part: GroupwiseSpec) -> dict[str, bool]:
@@ -104,10 +105,13 @@ class Loads:
     Args:
         prefix: name of the layer in the vLLM model, for messages.
         guessed: ``parts`` are those of a layer that is called alike, so that optional tensors may be missing.
+
+    Attributes:
+        expected: something has to be loaded at first, or what is served is what memory happened to hold.
     """
 
     def __init__(self, prefix: str, guessed: bool = False):
-        self.prefix, self.guessed = prefix, guessed
+        self.prefix, self.guessed, self.expected = prefix, guessed, False
         self.found: set[tuple[str, int]] = set()
 
     def noted(self, name: str, load: Callable, outputs: int) -> Callable:
@@ -124,17 +128,24 @@ class Loads:
     def note(self, name: str, rows: Iterable[int]) -> None:
         self.found |= {(name, row) for row in rows}
 
-    def complete(self, layer: Layer, parts: Sequence[GroupwiseSpec], columns: Sequence[int], in_order: Tensor) -> None:
+    def complete(
+        self, layer: Layer, parts: Sequence[GroupwiseSpec], columns: Sequence[int], in_order: Tensor, first: bool
+    ) -> None:
         """Fill what parts do not store: some of a fused layer may have no adapter (q and v only), or no ``g_idx``.
 
         Args:
             parts: of the checkpoint, one an output, or one for all. columns: of each part. in_order: ``g_idx`` ``[K]``
-                without act-order.
+                without act-order. first: these are the weights that the server starts with.
 
         Raises:
-            QALoraError: something was loaded, and something that the checkpoint stored was not.
+            QALoraError: nothing was loaded at first; or something, but not just what the checkpoint stored.
         """
         found, self.found = self.found, set()
+        if first and self.expected and not found:
+            raise QALoraError(
+                f"no tensor was loaded for {self.prefix}: the checkpoint's files hold none of that layer, which "
+                "config.json has. Download or copy it again."
+            )
         if len(parts) == 1:
             found = {(name, 0) for name, _ in found}
         ends = list(accumulate(columns))
@@ -143,11 +154,13 @@ class Loads:
                 missing = (name, row) not in found
                 optional = self.guessed and name not in _NEEDED
                 if there and missing and found and not optional:
+                    raise self._lacks(part, row, name, first)
+                if not there and not missing and not self.guessed and name in _CHANGES:
                     raise QALoraError(
-                        f"the weights that were loaded lack {part.name}.{name} (served as {self.prefix}), which the "
-                        "server was started with. Start it anew with the other checkpoint."
+                        f"the weights that were loaded hold {name} of {part.name} (served as {self.prefix}), which the "
+                        "server was started without. Start it anew with the other checkpoint."
                     )
-                if (there and not (missing and optional)) or getattr(layer, name, None) is None:
+                if not missing or (there and not optional) or getattr(layer, name, None) is None:
                     continue
                 rows = row if len(parts) > 1 else slice(None)
                 if name == "g_idx":
@@ -156,6 +169,17 @@ class Loads:
                     layer.offsets_a.data[rows] = 0
                 else:
                     getattr(layer, name).data[:, start:end] = 0
+
+    def _lacks(self, part: GroupwiseSpec, row: int, name: str, first: bool) -> QALoraError:
+        if first and name in _NEEDED:
+            return QALoraError(
+                f"the checkpoint lacks the {name} of part {row + 1} of {self.prefix}, which vLLM runs as one with "
+                f"{part.name}. Download or copy it again; if it is whole, serve it with transformers."
+            )
+        return QALoraError(
+            f"the weights that were loaded lack {part.name}.{name} (served as {self.prefix}), which the server was "
+            "started with. Start it anew with the other checkpoint."
+        )
 
 
 def require_finite(layer: Layer, parts: Sequence[GroupwiseSpec], columns: Sequence[int], prefix: str) -> None:
@@ -192,5 +216,7 @@ def vocabulary_loader(layer: Layer) -> Callable[[BasevLLMParameter, Tensor], Non
 def sort_rows(qweight: Tensor, bits: int, order: Tensor, sizes: list[int]) -> Tensor:
     """Reorder the K codes of every column; with several orders, each for its own part of the columns."""
     codes = unpack_rows(qweight, bits)
-    parts = codes.split(sizes, dim=1) if len(order) > 1 else [codes]
-    return pack_rows(torch.cat([part[rows] for part, rows in zip(parts, order, strict=True)], dim=1), bits)
+    if len(order) == 1:
+        return pack_rows(codes[order[0]], bits)
+    parts = [part[rows] for part, rows in zip(codes.split(sizes, dim=1), order, strict=True)]
+    return pack_rows(torch.cat(parts, dim=1), bits)

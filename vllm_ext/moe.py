@@ -21,6 +21,7 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.activation import apply_moe_activation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.platforms import current_platform
 
 from qalora_plugin.core.errors import QALoraError
@@ -151,14 +152,14 @@ class QALoraMoEMethod(FusedMoEMethodBase):
                 loaded_weight = self.format.true_zeros(loaded_weight, method.bits)
             if part == "offsets_a":
                 row, rank_of = target[int(second)], loaded_weight.shape[1]
-                require_rank(rank_of, row.shape[1])
+                require_rank(rank_of, [one.offset_rank for one in method.parts], [int(second)])
                 row[:, rank_of:].zero_()  # where vLLM reloads it is uninitialised
                 start = rank * len(row) if len(loaded_weight) > len(row) else 0
                 row[:, :rank_of].copy_(loaded_weight[start : start + len(row)])
             elif part == "offsets_b":
                 n = target.shape[1] // (2 if name == "w13" else 1)
                 start = rank * n if name == "w13" else 0
-                require_rank(len(loaded_weight), len(target))
+                require_rank(len(loaded_weight), [one.offset_rank for one in method.parts], [int(second)])
                 columns = target[:, n * second : n * (second + 1)]
                 columns[len(loaded_weight) :].zero_()
                 columns[: len(loaded_weight)].copy_(loaded_weight[:, start : start + n])
@@ -191,7 +192,8 @@ class QALoraMoEMethod(FusedMoEMethodBase):
             for i, method in enumerate(methods):
                 stacked = {part: getattr(layer, f"{name}_{part}", None) for part in _PARTS}
                 mine = {part: None if whole is None else whole.data[i] for part, whole in stacked.items()}
-                method.loads.complete(SimpleNamespace(**mine), method.parts, method.columns, method.in_order())
+                first = method.kind is None
+                method.loads.complete(SimpleNamespace(**mine), method.parts, method.columns, method.in_order(), first)
         why_not = grouped.why_not(layer, self.methods)
         if why_not is None:
             layer.grouped_experts = grouped.GroupedExperts(layer, self.methods)
@@ -227,11 +229,8 @@ class QALoraMoEMethod(FusedMoEMethodBase):
         for part, there in parts.items():
             if there:
                 data = getattr(layer, f"{name}_{part}").data[i].contiguous().clone()
-                linear.register_parameter(part, nn.Parameter(data, requires_grad=False))
+                linear.register_parameter(part, method.parameter(part, data, default_weight_loader))
         linear.bias = None
-        for parameter in (linear.qweight, linear.scales):  # what vLLM's kernels ask of its parameters
-            parameter.input_dim, parameter.output_dim = 0, 1
-        linear.qweight.packed_dim = 0
         method.process_weights_after_loading(linear)
         return linear
 

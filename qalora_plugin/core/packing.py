@@ -51,11 +51,10 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     period, stride = codes_per_period(bits), words_per_period(bits)
     if codes.shape[0] % period:
         raise ValueError(f"{codes.shape[0]} rows cannot be packed at {bits} bits: not a multiple of {period}")
-    codes = codes.to(torch.int64)
     words = torch.zeros(codes.shape[0] // period * stride, codes.shape[1], dtype=torch.int64, device=codes.device)
     for j in range(period):
         word, shift = divmod(j * bits, 32)
-        plane = codes[j::period]
+        plane = codes[j::period].to(torch.int64)  # all of them at once take 8 bytes a code
         words[word::stride] |= (plane << shift) & 0xFFFFFFFF
         if shift + bits > 32:
             words[word + 1 :: stride] |= plane >> (32 - shift)

@@ -1,1 +1,1 @@
-"""What makes it fast. Every function here is tested against ``quant/reference.py``, forward and backward."""
+"""What makes it fast. Every function here is tested against ``core/reference.py``, forward and backward."""

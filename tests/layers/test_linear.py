@@ -11,7 +11,7 @@ from support.layers import (
 )
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from qalora_plugin.core.delta import ScaleDelta
+from qalora_plugin.core.delta import ScaleDelta, factored_offsets
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.layers.linear import QuantLinear
@@ -103,6 +103,7 @@ def test_what_has_no_numbers_leaves_none_behind():
     assert not isinstance(y, FakeTensor)
     meta = make_layer(96, 32, 4, 32).to("meta")
     assert meta(torch.empty(5, 96, device="meta")).shape == (5, 32)
+    assert factored_offsets(torch.empty(3, 2, device="meta"), torch.empty(2, 32, device="meta")).shape == (3, 32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

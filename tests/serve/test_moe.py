@@ -7,6 +7,7 @@ import torch
 from support.vllm_layers import TOLERANCE, linear_tensors
 from torch import nn
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.parameter import BasevLLMParameter
 
 from qalora_plugin.core import reference
 from qalora_plugin.core.errors import QALoraError
@@ -14,6 +15,7 @@ from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.qalora import QALora
 from qalora_plugin.kernels import grouped
 from vllm_ext import moe
+from vllm_ext.linear import QALoraLinearMethod
 from vllm_ext.moe import QALoraMoEMethod
 
 EXPERTS, K, TOKENS = 4, 256, 9  # K is what linear_tensors makes
@@ -266,6 +268,34 @@ def test_an_expert_without_what_the_layer_was_made_for_is_refused(leaf):
     del loaded[1][leaf]["offsets"]
     with pytest.raises(QALoraError, match=rf"lack experts\.1\.{leaf}\.offsets \(served as experts\)"):
         make_layer(loaded, torch.float32, "dense", stored=stored)
+
+
+@pytest.mark.parametrize("leaf", list(LEAVES))
+def test_an_expert_with_more_than_the_layer_was_made_for_is_refused(leaf):
+    """What it brought was dropped, beside experts that were served with theirs."""
+    stored, loaded = make_experts(True, 32), make_experts(True, 32)
+    del stored[1][leaf]["offsets"]
+    with pytest.raises(QALoraError, match=rf"hold offsets of experts\.1\.{leaf} \(served as experts\)"):
+        make_layer(loaded, torch.float32, "dense", stored=stored)
+
+
+@pytest.mark.parametrize("group_size", [32, K])
+def test_vllms_kernels_get_parameters_of_its_own_kinds(monkeypatch, group_size):
+    """Machete, Marlin and others assert it; those of a CPU do not."""
+    given = []
+    whole = QALoraLinearMethod.process_weights_after_loading
+    monkeypatch.setattr(
+        QALoraLinearMethod,
+        "process_weights_after_loading",
+        lambda method, linear: given.append(dict(linear.named_parameters())) or whole(method, linear),
+    )
+    make_layer(make_experts(False, group_size), torch.float32, "dense")
+    assert len(given) == 2 * EXPERTS
+    for parameters in given:
+        assert all(isinstance(parameter, BasevLLMParameter) for parameter in parameters.values())
+        qweight, scales = parameters["qweight"], parameters["scales"]
+        assert (qweight.input_dim, qweight.output_dim, qweight.packed_dim, qweight.packed_factor) == (0, 1, 0, 8)
+        assert scales.output_dim == 1
 
 
 def test_graphs_hold_the_first_weights(together):

@@ -190,5 +190,22 @@ get_quantization_config("qalora").from_config({"quant_method": "qalora"})
     assert "QALoraError: qalora needs vLLM 0.26 or newer, this is 0.25.1. Update it" in done.stderr
 
 
+def test_a_vllm_in_which_something_has_moved_refuses_our_checkpoints_only():
+    """In a process of its own. vLLM calls a plugin unguarded: an ImportError ended every server."""
+    code = """
+import sys, vllm, vllm_ext, vllm.model_executor.kernels.linear
+sys.modules["vllm.model_executor.kernels.linear.mixed_precision.machete"] = None
+vllm_ext.register(), vllm_ext.register()
+from vllm.model_executor.layers.quantization import get_quantization_config
+get_quantization_config("gptq")
+print("gptq is served")
+get_quantization_config("qalora").from_config({"quant_method": "qalora"})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
+    assert "gptq is served" in done.stdout
+    assert "QALoraError: qalora does not run under vLLM" in done.stderr
+    assert "machete" in done.stderr.splitlines()[-1]
+
+
 def test_importing_the_package_imports_no_vllm():
     subprocess.run([sys.executable, "-c", "import sys, vllm_ext; assert 'vllm' not in sys.modules"], check=True)

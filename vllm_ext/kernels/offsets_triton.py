@@ -2,7 +2,7 @@
 
 Decoding is bound by launches. Up to four rows run as ONE kernel: each program pools x for its own tile of y and adds
 the product in place. Every tile of N pools x again; from L2 that is free for a few rows (K 4096: 8 KB a row) and would
-be the whole cost for more. More rows are pooled once (``kernels/pool_triton.py``), and cuBLAS multiplies and adds in
+be the whole cost for more. More rows are pooled once (``kernels/triton/pooling.py``), and cuBLAS multiplies and adds in
 place. Of offsets that are held as factors, ``a·b``, each program of the one kernel multiplies what it has pooled by a
 as well; for more rows cuBLAS multiplies twice.
 

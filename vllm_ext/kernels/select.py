@@ -9,8 +9,9 @@ where ``−8·scales + offsets`` would be rounded to bfloat16 once and lose abou
 that shifts by a tenth of a step (a hundredth in float16), while without offsets nothing is rounded. (The zeros of an
 asymmetric 4-bit base Machete rounds anyway.) There, and with 8 bits in bfloat16, fused-zeros has to be forced.
 On a CPU with AMX vLLM's kernel quantizes activations to INT8, token by token, which moves log-probabilities three times
-as far as bfloat16 does: it has to be forced there. Where VLLM_CPU_INT4_W4A8=0 has it compute in bfloat16, it may be the
-faster one: ``amx`` times both, and the config has the result.
+as far as bfloat16 does: an adapted layer takes it there if that is forced, or if nothing else is possible; a layer that
+no adapter changed does as in vLLM alone. Where VLLM_CPU_INT4_W4A8=0 has it compute in bfloat16, it may be the faster
+one: ``amx`` times both, and the config has the result.
 The environment's ``QALORA_PATH``, or ``serving_path`` in ``quantization_config``, forces a path for every layer.
 """
 
@@ -84,11 +85,16 @@ def forced_path(quantization: dict) -> str | None:
 def timed_path(quantization: dict, code: str) -> str | None:
     """Which of both paths was faster on this CPU, where that is not known beforehand and both compute the same: with
     AMX, and activations that vLLM leaves as they are."""
-    group_size, quantizes_activations = quantization.get("group_size"), getattr(envs, "VLLM_CPU_INT4_W4A8", False)
-    if current_platform.is_cpu() and amx.has_amx() and not quantizes_activations and group_size in GROUP_SIZES:
+    group_size = quantization.get("group_size")
+    if current_platform.is_cpu() and amx.has_amx() and not _quantizes_activations() and group_size in GROUP_SIZES:
         with suppress(NoKernel):
             return amx.faster_path(group_size, code)
     return None
+
+
+def _quantizes_activations() -> bool:
+    """Whether vLLM's kernel multiplies in INT8 here."""
+    return current_platform.is_cpu() and amx.has_amx() and getattr(envs, "VLLM_CPU_INT4_W4A8", False)
 
 
 def choose_path(kind: LayerKind, forced: str | None, timed: str | None = None) -> tuple[str, Kernel | None]:
@@ -103,6 +109,8 @@ def choose_path(kind: LayerKind, forced: str | None, timed: str | None = None) -
     path, kernel, why = _choose(kind, forced, timed)
     if path != DENSE:
         name = path if kind.has_offsets else "kernel"
+        if path == SEPARATE and kind.act_dtype == torch.bfloat16 and _quantizes_activations():
+            why += "; it multiplies in INT8, which VLLM_CPU_INT4_W4A8=0 avoids"
         logger.info_once("qalora: %s (%s) for %s: %s", name, _name(kernel), str(kind), why)
     elif forced:
         logger.info_once("qalora: dense for %s: %s", str(kind), why)
