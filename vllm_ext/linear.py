@@ -16,12 +16,7 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.model_executor.parameter import (
-    BasevLLMParameter,
-    ChannelQuantScaleParameter,
-    GroupQuantScaleParameter,
-    PackedvLLMParameter,
-)
+from vllm.model_executor.parameter import BasevLLMParameter
 
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.weight import GroupwiseSpec
@@ -33,7 +28,16 @@ from vllm_ext.factors import OffsetFactors, multiplied, take
 from vllm_ext.kernels.dense import dense_weight, matmul
 from vllm_ext.kernels.select import FUSED, SEPARATE, LayerKind, choose_path
 from vllm_ext.kernels.vllm import hand_over, moved_zeros
-from vllm_ext.loaders import Loads, by_output, load_by_part, require_finite, sort_rows, vocabulary_loader, zeros_loader
+from vllm_ext.loaders import (
+    Loads,
+    by_output,
+    load_by_part,
+    parameter_of,
+    require_finite,
+    sort_rows,
+    vocabulary_loader,
+    zeros_loader,
+)
 from vllm_ext.ops import add_factored, add_offsets, prepare, prepare_factors
 
 
@@ -133,17 +137,7 @@ class QALoraLinearMethod(LinearMethodBase):
             layer.register_parameter("g_idx", self.parameter("g_idx", g_idx, noted("g_idx", load_by_part)))
 
     def parameter(self, name: str, data: Tensor, load: Callable) -> BasevLLMParameter:
-        """A tensor of the checkpoint as vLLM's kernels and loaders know it, by its dimensions."""
-        if name in ("g_idx", "offsets_a", "offsets_b"):
-            return BasevLLMParameter(data=data, weight_loader=load)
-        if name == "qweight":
-            factor = Fraction(32, self.bits)
-            return PackedvLLMParameter(
-                data=data, input_dim=0, output_dim=1, packed_dim=0, packed_factor=factor, weight_loader=load
-            )
-        if self.one_group:
-            return ChannelQuantScaleParameter(data=data, output_dim=1, weight_loader=load)
-        return GroupQuantScaleParameter(data=data, input_dim=0, output_dim=1, weight_loader=load)
+        return parameter_of(name, data, load, self.bits, self.one_group)
 
     def take_share(
         self, full_shape: tuple[int, int], k: int, outputs: list[int], act_dtype: torch.dtype, rank: int

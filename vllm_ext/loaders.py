@@ -11,7 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.model_executor.parameter import BasevLLMParameter
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    PackedvLLMParameter,
+)
 
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.packing import pack_rows, unpack_rows
@@ -57,6 +62,23 @@ def by_output(
             f"({listed}). Serve it with transformers."
         )
     return found
+
+
+def parameter_of(name: str, data: Tensor, load: Callable, bits: int, one_group: bool) -> BasevLLMParameter:
+    """A tensor of the checkpoint as vLLM's kernels and loaders know it, by its dimensions.
+
+    Args:
+        name: its last part. one_group: there is one over all of K.
+    """
+    if name in ("g_idx", "offsets_a", "offsets_b"):
+        return BasevLLMParameter(data=data, weight_loader=load)
+    if name == "qweight":
+        return PackedvLLMParameter(
+            data=data, input_dim=0, output_dim=1, packed_dim=0, packed_factor=Fraction(32, bits), weight_loader=load
+        )
+    if one_group:
+        return ChannelQuantScaleParameter(data=data, output_dim=1, weight_loader=load)
+    return GroupQuantScaleParameter(data=data, input_dim=0, output_dim=1, weight_loader=load)
 
 
 def load_by_part(param: BasevLLMParameter, loaded_weight: Tensor, shard_id: str | int | tuple | None = None) -> None:

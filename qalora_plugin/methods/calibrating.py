@@ -6,7 +6,6 @@ The arithmetic is in :mod:`.calibration`, the inputs of linears come from :mod:`
 import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 
 from qalora_plugin.checkpoint.json_files import short
 from qalora_plugin.core.errors import QALoraError
-from qalora_plugin.core.reference import dequantize
 from qalora_plugin.core.weight import GroupwiseWeight
 from qalora_plugin.eval.limits import fitting_length, model_config, positions, vocabulary
 from qalora_plugin.eval.tokens import load_tokenizer, require_ids
@@ -30,13 +28,12 @@ from qalora_plugin.methods.block_inputs import Moments, blocks_of, moments
 from qalora_plugin.methods.calibration import calibrated_factors, made_up
 from qalora_plugin.methods.calibration_text import read_calibration
 from qalora_plugin.methods.dense_source import dense_folder
+from qalora_plugin.methods.same_model import dense_weight, require_near, require_same_norms, require_same_sizes
 
 logger = logging.getLogger(__name__)
 
 CALIBRATED = "calibrated"  # `qalora.init` in an adapter's config
 SAMPLES, LENGTH = 128, 512
-_ROUNDED = 0.02  # relative: of norms, which no quantization changes, more than any rounding to 16 bits
-_UNRELATED = 1.5  # squared error of one linear's weights over their square, from which they are not the same ones
 
 
 class Errors(NamedTuple):
@@ -88,19 +85,20 @@ def calibrate(
         folder = dense_folder(dense, revision)
     base = model.get_base_model()
     twin = load_dense(folder, str(dense), model_class=type(base).__name__, dtype="auto").eval()
-    _require_twin(twin, layers, dense)
+    weights = {name: _weight(layer) for name, layer in layers.items()}
+    require_same_sizes(twin, weights, dense)
     longest = positions(twin.config)
     if longest and any(len(sequence) > longest for sequence in sequences):
         raise QALoraError(f"a sequence has more tokens than the {longest} that {dense} takes. Pass shorter ones.")
     require_ids(sequences, vocabulary(twin.config), dense)
     blocks, inside = blocks_of(twin, [name for name, layer in layers.items() if layer.scaling[_active(layer)]])
-    _require_near(twin, {name: layers[name] for name in inside}, dense)
-    _require_same_norms(twin, base, dense)
+    require_near(twin, {name: weights[name] for name in inside}, dense)
+    require_same_norms(twin, base, dense)
     errors = {}
     with Progress(disable=not progress, transient=True) as bar, _evaluating(base), _all_or_none(layers.values()):
         for names, found in moments(twin, base, blocks, inside, sequences, bar):
             for name in names:
-                errors[name] = _set(name, layers[name], _dense_weight(twin.get_submodule(name)), found)
+                errors[name] = _set(name, layers[name], dense_weight(twin.get_submodule(name)), found)
         _take_the_first_ranks(layers.values())
     if untouched := sorted(set(layers) - set(errors)):
         logger.warning(
@@ -154,68 +152,6 @@ def _active(layer: QALoraLayer) -> str:
 
 def _weight(layer: QALoraLayer) -> GroupwiseWeight:
     return cast(QuantLinear, layer.get_base_layer()).quantized
-
-
-def _require_twin(twin: nn.Module, layers: dict[str, QALoraLayer], dense: str | Path) -> None:
-    modules = dict(twin.named_modules())
-    for name, layer in layers.items():
-        weight = getattr(modules.get(name), "weight", None)
-        expected = (_weight(layer).in_features, _weight(layer).out_features)
-        found = None if weight is None or weight.dim() != 2 else tuple(_dense_weight(modules[name]).shape)
-        if found != expected:
-            what = "has no such linear" if found is None else f"has one of {found[0]}×{found[1]}"
-            raise QALoraError(
-                f"{dense} is not the 16-bit model of this base: {name} is {expected[0]}×{expected[1]} here, and "
-                f"{dense} {what}. Give the model that the base was quantized from."
-            )
-
-
-def _require_near(twin: nn.Module, layers: dict[str, QALoraLayer], dense: str | Path) -> None:
-    """Refuse a model of the same sizes with other weights: what quantization leaves is nearer to them than zero is, by
-    and large; weights that have nothing to do with each other are off by √2 of their size.
-    """
-    off, all_of_it = 0.0, 0.0
-
-    def refuse(what: str, off: float, all_of_it: float) -> None:
-        raise QALoraError(
-            f"{dense} is not the 16-bit model of this base: {what} off by "
-            f"{(off / all_of_it) ** 0.5 if all_of_it else inf:.0%} of their size. Give the model that the base was "
-            "quantized from."
-        )
-
-    for name, layer in layers.items():
-        weight = _weight(layer)
-        wanted = _dense_weight(twin.get_submodule(name)).to(weight.scales.device, torch.float32)
-        if not wanted.isfinite().all():
-            raise QALoraError(f"{dense} holds NaN or Inf, in {name}. Download or copy it again.")
-        error, size = (wanted - dequantize(weight, torch.float32)).square().sum().item(), wanted.square().sum().item()
-        if error > _UNRELATED * size:
-            refuse(f"the weights of {name} are", error, size)
-        off, all_of_it = off + error, all_of_it + size
-    if not off < all_of_it:
-        refuse("the weights that both have are", off, all_of_it)
-
-
-def _require_same_norms(twin: nn.Module, base: nn.Module, dense: str | Path) -> None:
-    """Refuse a base in which scales were moved between layers, as AWQ and SmoothQuant do: the model computes the same,
-    and a linear of it does not.
-    """
-    theirs = {name: tensor for name, tensor in twin.named_parameters() if tensor.dim() == 1}
-    for name, tensor in base.named_parameters():
-        if name in theirs and tensor.shape == theirs[name].shape:
-            found, wanted = (one.detach().to("cpu", torch.float32) for one in (tensor, theirs[name]))
-            if not (found - wanted).norm() <= _ROUNDED * wanted.norm():
-                raise QALoraError(
-                    f"{name} is another one in this base than in {dense}. Give the model that the base was quantized "
-                    "from, if it is not that; if it is, scales were moved between its layers (AWQ does that), and "
-                    "init: calibrated is not for this base."
-                )
-
-
-def _dense_weight(linear: nn.Module) -> Tensor:
-    """``[K, N]`` of a linear, or of what transformers calls Conv1D, which stores it so."""
-    weight = cast(Tensor, linear.weight).detach()
-    return weight.t() if isinstance(linear, nn.Linear) else weight
 
 
 def _as_sequences(given: Any) -> list[list[int]]:
