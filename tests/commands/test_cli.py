@@ -14,6 +14,7 @@ from support.merged_checkpoints import quantize_head
 from typer.testing import CliRunner
 
 from qalora_plugin.commands.cli import app
+from qalora_plugin.commands.inspecting import inspect, made_of
 from qalora_plugin.eval.tables import print_facts
 
 runner = CliRunner()
@@ -154,6 +155,13 @@ def test_inspect(base, merged, tmp_path):
     assert "hf download owner/model" in result.stderr
 
 
+def test_what_was_made_is_counted_as_inspect_counts_it(tmp_path):
+    """In act-order the column's group is stored, too: quantize printed less."""
+    base = make_base(tmp_path / "base", act_order=True)
+    assert made_of(base).endswith(inspect(base).served)
+    assert "order" in made_of(base)
+
+
 def test_inspect_a_dense_model(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -194,6 +202,7 @@ import atexit, sys
 heavy = ("transformers", "peft", "huggingface_hub", "torch._dynamo")
 atexit.register(lambda: print([name for name in heavy if name in sys.modules]))
 from qalora_plugin.commands.cli import app
+from qalora_plugin.commands.inspecting import inspect, made_of
 from qalora_plugin.eval.tables import print_facts
 app()
 """
