@@ -25,7 +25,7 @@ LABELS = {
     "galore": "GaLore, 16-bit",
     "qlora": "QLoRA (NF4), not merged",
     REQUANTIZE: "LoRA → merge → GPTQ",
-    "peft": "PEFT `use_qalora`",
+    "peft": "PEFT `use_qalora`, not merged",
     "offsets": "QA-LoRA (offsets)",
     "peqa": "PEQA (free step sizes)",
     "scale-units": "offsets and scales, gradient of all tokens (trial)",
