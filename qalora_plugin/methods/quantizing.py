@@ -141,8 +141,9 @@ def quantize(
     tokenizer = load_tokenizer(folder)
     sequences = text.sequences(tokenizer, fitting_length(empty.config, length))
     require_ids(sequences, vocabulary(empty.config), model)
+    needed = _bytes_made(files, to_be_quantized, bits, group_size, budget)
     for place in (out.parent, Path(gettempdir())):  # where GPTQModel leaves what it is done with
-        require_space(place, _bytes_made(files, to_be_quantized, bits, group_size, budget))
+        require_space(place, needed)
     files.require_finite(track(files.tensors, "reading"))
     plan = {}
     if budget is not None:

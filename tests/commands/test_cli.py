@@ -202,7 +202,6 @@ import atexit, sys
 heavy = ("transformers", "peft", "huggingface_hub", "torch._dynamo")
 atexit.register(lambda: print([name for name in heavy if name in sys.modules]))
 from qalora_plugin.commands.cli import app
-from qalora_plugin.commands.inspecting import inspect, made_of
 from qalora_plugin.eval.tables import print_facts
 app()
 """

@@ -14,6 +14,7 @@ from support.vllm_layers import (
     assert_close,
     config_for,
     expected,
+    finished,
     linear_tensors,
     load,
     run_qkv,
@@ -124,7 +125,7 @@ def test_a_part_that_gets_more_than_it_was_started_with_is_refused(tmp_path, fir
     again = made(tmp_path, qkv(0, **first))
     again.quant_method.kind = layer.quant_method.kind
     with pytest.raises(QALoraError, match=f"{message}.*Start"):
-        filled(again, qkv(5, **second))
+        finished(again, parts := qkv(5, **second), parts)
 
 
 def made(folder, parts):
@@ -132,12 +133,6 @@ def made(folder, parts):
     return QKVParallelLinear(
         K, HEAD, HEADS, KV_HEADS, bias=True, params_dtype=torch.float32, quant_config=config, prefix="attn.qkv_proj"
     )
-
-
-def filled(layer, parts):
-    for part, tensors in parts.items():
-        load(layer, tensors, part)
-    layer.quant_method.process_weights_after_loading(layer)
 
 
 @pytest.mark.parametrize("form", ["auto", "dummy"])
@@ -161,4 +156,4 @@ def test_a_part_that_the_checkpoint_lacks_is_named(tmp_path):
     with pytest.raises(
         QALoraError, match=r"lacks the qweight of part 2 of attn\.qkv_proj, .* Download or copy it again"
     ):
-        filled(made(tmp_path, parts), parts)
+        finished(made(tmp_path, parts), parts, parts)
