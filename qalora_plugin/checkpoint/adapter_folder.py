@@ -19,6 +19,7 @@ from qalora_plugin.checkpoint.adapter_config import (
     require_base,
     scaling_of,
 )
+from qalora_plugin.checkpoint.folder import INDEX_NAME, SINGLE_NAME
 from qalora_plugin.checkpoint.hub import expanded
 from qalora_plugin.checkpoint.json_files import read_json, short
 from qalora_plugin.checkpoint.module_names import stored_name
@@ -33,6 +34,12 @@ LINEARS = "linears"  # in the config: of how many modules an adapter is, so that
 _MOST_EXPERTS = 1 << 13  # of a layer
 _FLOATS = ("F16", "BF16", "F32", "F64")
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[ABCD])\.weight")
+
+
+def is_adapter_folder(folder: Path) -> bool:
+    """Whether it holds an adapter and no model's weights; training runs put a config.json beside adapters."""
+    weights = any((folder / name).is_file() for name in (SINGLE_NAME, INDEX_NAME))
+    return (folder / CONFIG_NAME).is_file() and not weights
 
 
 @dataclass

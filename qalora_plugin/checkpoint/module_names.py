@@ -4,6 +4,15 @@ An adapter records them, shortened, so that merging, which sees no model, finds 
 The rules by which transformers renames are in :mod:`qalora_plugin.integrations.transformers.naming`.
 """
 
+import re
+
+_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
+
+
+def is_expert(name: str) -> bool:
+    """Whether a linear, by its name on disk, is one of a layer's experts."""
+    return bool(_EXPERT.search(name))
+
 
 def shorten(names: dict[str, str]) -> dict[str, str]:
     """Pairs of full names as pairs of prefixes, without what is named alike at the end; ``{}`` if nothing is renamed.

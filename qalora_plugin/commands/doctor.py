@@ -18,6 +18,7 @@ from rich.table import Table
 from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.gptq import is_act_order
 from qalora_plugin.formats.opened import QuantizedCheckpoint
+from qalora_plugin.kernels.cpu.build import compiler
 from qalora_plugin.kernels.select import example_weight, training_kernel
 
 PACKAGES = (
@@ -100,7 +101,7 @@ def diagnose(base: str | Path | None = None) -> Diagnosis:
         versions=dict(_versions()),
         devices=_devices(),
         cpu_features=[name for name in _CPU_FEATURES if name in _cpu_flags()],
-        compiler=shutil.which(os.environ.get("CXX", "g++")),
+        compiler=shutil.which(compiler()[0]),
         loads_merged_without_import=_loads_merged(),
         notes=notes,
     )

@@ -1,21 +1,18 @@
 """`qalora inspect`: what a checkpoint is, whether it can be a base, and what an adapter on it would cost."""
 
 import json
-from collections import Counter
-from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qalora_plugin.checkpoint.adapter_folder import CONFIG_NAME
+from qalora_plugin.checkpoint.adapter_folder import is_adapter_folder
 from qalora_plugin.checkpoint.folder import Checkpoint
 from qalora_plugin.checkpoint.hub import expanded, is_local
 from qalora_plugin.conversion.added import added_bytes, merged_spec, usual_dtype
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
-from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.eval.tables import print_facts
 from qalora_plugin.formats.opened import QuantizedCheckpoint
-from qalora_plugin.formats.served_bits import served_bits
+from qalora_plugin.formats.served_bits import kinds, served_bits
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ class InspectReport:
             rows += [
                 (f"trainable at rank {self.rank}", f"{self.trainable_parameters / 1e6:.2f} M (all quantised linears)"),
                 ("adapter on disk", f"{self.adapter_size / 1e6:.1f} MB (float32)"),
-                ("a merge adds", f"{self.merged_extra / 1e6:.1f} MB ({more})"),
+                ("a merge writes", f"{self.merged_extra / 1e6:.1f} MB ({more})"),
             ]
         print_facts(f"qalora inspect {self.path}", rows)
 
@@ -86,7 +83,7 @@ def inspect(path: str | Path, rank: int = 16) -> InspectReport:
     folder = expanded(path)
     if not is_local(path):
         raise QALoraError(f"{path} {_why_no_folder(folder)}")
-    if (folder / CONFIG_NAME).is_file() and not (folder / "config.json").is_file():
+    if is_adapter_folder(folder):
         raise QALoraError(f"{path} is an adapter's folder. Inspect its base, or measure it: qalora eval.")
     checkpoint, source, why_not = Checkpoint.open(path), None, None
     try:
@@ -112,7 +109,7 @@ def inspect(path: str | Path, rank: int = 16) -> InspectReport:
         parameters = sum(rank * (spec.groups + spec.out_features) for spec in specs)
         report |= {
             "quantised": len(specs),
-            "kinds": _kinds(specs),
+            "kinds": kinds(specs),
             "symmetric": source.symmetric,
             "act_order": source.act_order,
             "zeros": source.format.reading,
@@ -135,12 +132,7 @@ def made_of(base: Path) -> str:
     """Of a base that was just made: how its linears are quantized, and what they take."""
     source = QuantizedCheckpoint.open(base)
     specs = source.specs.values()
-    return f"{'; '.join(_kinds(specs))}; {served_bits(specs, source.act_order)}"
-
-
-def _kinds(specs: Collection[GroupwiseSpec]) -> tuple[str, ...]:
-    found = Counter(f"{spec.bits} bit, g {spec.group_size}" for spec in specs)
-    return tuple(f"{count} × {kind}" for kind, count in found.items())
+    return f"{'; '.join(kinds(specs))}; {served_bits(specs, source.act_order)}"
 
 
 def _why_no_folder(path: Path) -> str:

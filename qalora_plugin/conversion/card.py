@@ -3,6 +3,7 @@
 import json
 import logging
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,9 @@ from qalora_plugin.checkpoint.hub import is_local
 from qalora_plugin.checkpoint.replacing import replace_text
 from qalora_plugin.conversion.strength import PICTURE_NAME
 from qalora_plugin.core.errors import printable
+from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.qalora import NEEDS_QALORA
-from qalora_plugin.formats.served_bits import SizeReport
+from qalora_plugin.formats.served_bits import kinds, served_bits
 
 if TYPE_CHECKING:
     from qalora_plugin.eval.verifying import VerifyReport
@@ -25,20 +27,29 @@ _UNVERIFIED = "not measured yet: `qalora verify --base BASE --adapter ADAPTER --
 
 def model_card(
     name: str,
-    quantization: dict,
+    config: dict[str, Any],
+    quantization: dict[str, Any],
     adapter: AdapterFolder,
     new_bytes: int,
     base_bytes: int,
-    served: SizeReport,
-    factored: int,
+    specs: Collection[GroupwiseSpec],
+    act_order: bool,
 ) -> str:
     """Model card in Hugging Face form: what it was made of, how exact it is, how to use it.
 
     The metadata names the base only by a Hub id: the Hub refuses a path there.
 
     Args:
-        served: what all quantized linears take. factored: of how many the offsets are.
+        config: of the model. quantization: what stands in it, of the merge.
+        specs: all quantized linears of the merge. act_order: see :func:`served_bits`.
     """
+    stored, how = kinds(specs), served_bits(specs, act_order)
+    sizes, grid = (
+        (f"{quantization['bits']}-bit", f"{quantization['bits']} · {quantization.get('group_size')}")
+        if len(stored) <= 1
+        else ("mixed-bit", "; ".join(stored))
+    )
+    factored = sum(specs_of.offset_rank > 0 for specs_of in specs)
     base = quantization["base_model"]
     metadata = "" if is_local(base) else f"base_model: {_yaml(base)}\n"
     also, scales, delta = "", "scales", ""
@@ -48,7 +59,7 @@ def model_card(
         also += f"; the offsets of {factored} are kept as two factors each"
     return f"""---
 {metadata}library_name: transformers
-tags: [qalora, gptq, {quantization["bits"]}-bit]
+tags: [qalora, gptq, {sizes}]
 ---
 
 # {_plain(name)}
@@ -57,7 +68,7 @@ tags: [qalora, gptq, {quantization["bits"]}-bit]
 transformers, and whatever is built on it, then loads this folder like any other, and vLLM serves it without a flag.
 Without the package both stop: transformers at the missing file `{NEEDS_QALORA}`, vLLM at the unknown method `qalora`.
 
-A QA-LoRA fine-tune merged into its {quantization["bits"]}-bit GPTQ base without re-quantising anything: the base's
+A QA-LoRA fine-tune merged into its {sizes} GPTQ base without re-quantising anything: the base's
 tensors are unchanged, byte for byte, and the adapter is {len(adapter.modules)} tensors of group-wise offsets{also}.
 
     w' = {scales} · (q − zeros) + offsets
@@ -66,9 +77,8 @@ tensors are unchanged, byte for byte, and the adapter is {len(adapter.modules)} 
 |---|---|
 | base | {_code(base)} (`{quantization["base_fingerprint"]}`) |
 | adapter | rank {adapter.config["r"]}, alpha {adapter.config["lora_alpha"]} (`{quantization["adapter"]}`) |
-| bits · group size · symmetric · act-order | {quantization["bits"]} · {quantization.get("group_size")} · \
-{quantization["sym"]} · {quantization["desc_act"]} |
-| served bits | {served} |
+| bits · group size · symmetric · act-order | {grid} · {quantization["sym"]} · {quantization["desc_act"]} |
+| served bits | {how} |
 | added | {new_bytes / 1e6:.1f} MB of {quantization["offset_dtype"]} offsets{delta} on {base_bytes / 1e6:.1f} MB |
 {_EXACTNESS}{_UNVERIFIED} |
 
@@ -81,8 +91,15 @@ Means over a sample of each linear's weights: what its offsets move a weight by,
 
     vllm serve {shlex.quote(_plain(name))}
 
-    model = AutoModelForCausalLM.from_pretrained("{_plain(name)}")     # transformers
+    model = {auto_class_name(config)}.from_pretrained("{_plain(name)}")     # transformers
 """
+
+
+def auto_class_name(config: dict[str, Any]) -> str:
+    """The class of transformers with which a model is loaded: not all that see are among those of text alone."""
+    architecture = str((config.get("architectures") or [""])[0])
+    sees = "vision_config" in config and architecture.endswith("ForConditionalGeneration")
+    return "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
 
 
 def add_exactness(folder: Path, report: "VerifyReport") -> None:
@@ -99,7 +116,11 @@ def add_exactness(folder: Path, report: "VerifyReport") -> None:
         f"{report.kl_mean:.2g} nats, top-1 agreement {report.top1_agreement:.2%})"
     )
     card = folder / "README.md"
-    lines = card.read_text(encoding="utf-8").split("\n") if card.is_file() else []
+    try:
+        lines = card.read_text(encoding="utf-8").split("\n") if card.is_file() else []
+    except (OSError, UnicodeDecodeError) as error:
+        logger.warning("the figures cannot be written into %s: %s", card, error)
+        return
     found = [i for i, line in enumerate(lines) if line.startswith(_EXACTNESS)]
     if len(found) != 1:
         logger.warning("%s has no line for the exactness of the merge: it stays as it is", card)

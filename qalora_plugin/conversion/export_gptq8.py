@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qalora_plugin.checkpoint.atomic import new_folder, require_space
 from qalora_plugin.checkpoint.companions import copy_companions
 from qalora_plugin.checkpoint.places import require_place
+from qalora_plugin.conversion.card import auto_class_name
 from qalora_plugin.conversion.gptq_config import gptq_config
 from qalora_plugin.conversion.writer import write_model
 from qalora_plugin.core.errors import os_errors_in_one_line, printable
@@ -113,7 +114,7 @@ def export_gptq8(
     with new_folder(out) as work:
         write_model(work, config, quantization, _tensors(source, size, result, progress))
         copy_companions(source.folder, source.folder, work)
-        (work / "README.md").write_text(_card(str(merged), result), encoding="utf-8")
+        (work / "README.md").write_text(_card(str(merged), config, result), encoding="utf-8")
     if (result.lost_of_offsets or 0) > MOST_LOST:
         logger.warning(
             "%s: %s. Smaller groups lose less, and serving the merged checkpoint itself loses nothing.", out, result
@@ -189,8 +190,8 @@ def add_logit_change(folder: Path, figures: str) -> None:
     card.write_text(text.replace(_UNMEASURED, f"{_LOGITS}{figures} |"), encoding="utf-8")
 
 
-def _card(merged: str, result: Gptq8Export) -> str:
-    share = result.lost_of_offsets
+def _card(merged: str, config: dict[str, Any], result: Gptq8Export) -> str:
+    share, cls = result.lost_of_offsets, auto_class_name(config)
     offsets = "there are none" if share is None else f"{share:.2%}: ‖w8 − w'‖ / ‖offsets‖"
     return f"""---
 library_name: transformers
@@ -212,5 +213,5 @@ tags: [gptq, 8-bit]
 
     vllm serve {shlex.quote(printable(result.folder.name))}
 
-    model = AutoModelForCausalLM.from_pretrained("{printable(result.folder.name)}")     # transformers with GPTQModel
+    model = {cls}.from_pretrained("{printable(result.folder.name)}")     # transformers with GPTQModel
 """

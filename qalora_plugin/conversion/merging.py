@@ -146,7 +146,9 @@ def merge(
         (work / PICTURE_NAME).write_text(picture(strengths(source, opened)), encoding="utf-8")
         factored = sum(specs[name].offset_rank > 0 for name in opened.modules)
         served = served_bits(specs.values(), source.act_order)
-        card = model_card(out.name, quantization, opened, new_bytes, files.nbytes, served, factored)
+        card = model_card(
+            out.name, files.config, quantization, opened, new_bytes, files.nbytes, specs.values(), source.act_order
+        )
         (work / "README.md").write_text(card, encoding="utf-8")
         QuantizedCheckpoint.open(work)  # what could not be opened is no merge
         _require_unchanged(files, shards)

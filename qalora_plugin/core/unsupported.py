@@ -34,11 +34,16 @@ _SPLIT_SEQUENCES = (
     "sequences split over ranks need ring attention, which GPUs alone have, and no run has shown that they train this "
     "adapter as whole ones do"
 )
+_SENT_TO_VLLM = "TRL sends vLLM merged weights or a plain LoRA, and this adapter is neither"
 _TABLE = (
     # what a LoRA would do otherwise
     _Refusal("the fused LoRA kernels would bypass the pooling", _KERNELS),
     _Refusal("it is PEFT's own pooling, scaled differently; this adapter pools already", peft=("use_qalora",)),
     _Refusal("GPTQ linears have one orientation", ("lora_fan_in_fan_out",), ("fan_in_fan_out",)),
+    _Refusal(
+        "it is another form of LoRA, with parts that this adapter does not have",
+        peft=("alora_invocation_tokens", "arrow_config", "monteclora_config", "use_bdlora", "velora_config"),
+    ),
     # what a merged checkpoint could not hold
     _Refusal(
         "DoRA scales whole columns, which no group-wise offset can express", ("peft_use_dora",), ("use_dora",)
@@ -70,9 +75,10 @@ _TABLE = (
         ("peft_init_lora_weights",),
         ("init_lora_weights",),
         allowed=(True, "gaussian"),
-        instead="Use true, false or 'gaussian'.",
+        instead="Use true or 'gaussian'.",
     ),
     _Refusal("LoftQ rewrites the base weight, which stays packed", ("peft",)),
+    _Refusal("it rewrites linears by their dense weights", ("flash_attn_fuse_mlp", "use_onebitllms")),
     _Refusal("it merges into the base while training, which stays packed", ("relora",)),
     _Refusal("random weights have no quantised base to be merged into", ("reinit_weights",)),
     _Refusal(
@@ -112,7 +118,7 @@ _TABLE = (
         instead="Remove layer_offloading; FSDP2 with fsdp_config.offload_params: true keeps packed weights there.",
     ),
     _Refusal(
-        "TRL sends vLLM merged weights or a plain LoRA, and this adapter is neither",
+        _SENT_TO_VLLM,
         ("trl.use_vllm",),
         instead="Set trl.use_vllm: false.",
     ),
@@ -146,6 +152,16 @@ def refuse_optimizer_of_fsdp2(name: str, key: str) -> None:
             f"{key}: {name} cannot be combined with FSDP2: it computes with whole parameters. Use adamw_torch "
             "(adamw_torch_8bit needs less memory), or DeepSpeed instead of FSDP."
         )
+
+
+def refuse_vllm(arguments: object) -> None:
+    """Refuse what TRL's arguments have vLLM generate.
+
+    Raises:
+        QALoraError: why, and what to do.
+    """
+    if getattr(arguments, "use_vllm", False):
+        raise QALoraError(f"use_vllm=True cannot be combined with QA-LoRA: {_SENT_TO_VLLM}. Leave use_vllm out.")
 
 
 def refuse_parallelism(config: object) -> None:

@@ -16,6 +16,7 @@ from qalora_plugin.eval.tokens import ENCODING, parse_line
 
 _PAIRS = (("question", "answer"), ("prompt", "completion"))
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")
+_UNSHOWN = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # of a message
 _OTHER_ANSWER = "\ue000"  # begins and ends as no answer does
 _EXPECTED = '{"messages": […]}, {"question", "answer"}, {"prompt", "completion"} or {"text"}'
 
@@ -79,6 +80,12 @@ class Row:
         before = tokenizer(context, add_special_tokens=False).input_ids  # may end in half a token, as a space
         return Example(ids if end else [*ids, *eos], max(1, _alike(ids, before)))
 
+    def ends(self, tokenizer: Any) -> list[int]:
+        """The special token with which the chat template ends an answer, which need not be the end of text."""
+        end = self._in_parts(tokenizer)[2].strip() if self.messages and tokenizer.chat_template else ""
+        ids = tokenizer(end, add_special_tokens=False).input_ids if end else []
+        return [token for token in ids if token in tokenizer.added_tokens_decoder][:1]
+
     def _in_parts(self, tokenizer: Any) -> tuple[str, str, str]:
         """What the chat template writes before the answer, as the answer and after it: the two ends are what stays
         where another answer is written. Some templates edit answers, or add thoughts.
@@ -130,7 +137,8 @@ def read_rows(path: str | Path, most: int | None = None) -> list[Row]:
     """
     path = expanded(path)
     if not path.is_file():
-        raise QALoraError(f"the file {path} does not exist. Pass a .jsonl file with a row a line: {_EXPECTED}.")
+        found = "is no file" if path.exists() else "does not exist"
+        raise QALoraError(f"{path} {found}. Pass a .jsonl file with a row a line: {_EXPECTED}.")
     rows: list[Row] = []
     with path.open(encoding=ENCODING) as lines:
         try:
@@ -160,7 +168,7 @@ def as_row(row: Any, where: object = "a row") -> Row:
     if row.get("messages") == [] and row.keys() & {"text", *(key for pair in _PAIRS for key in pair)}:
         del row["messages"]
     if "messages" in row:
-        _require_none(row, ("tools",), where)
+        _require_none(row, ("system", "context", "tools"), where)
         return _of_messages(row["messages"], where)
     for before, after in _PAIRS:
         if before in row or after in row:
@@ -178,7 +186,7 @@ def _of_messages(messages: Any, where: object) -> Row:
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise QALoraError(f"{where} holds {short(message)}, expected messages with the texts role and content.")
-        _require_none(message, ("tool_calls",), where)
+        _require_none(message, _UNSHOWN, where)
         if message["role"] not in _ROLES:  # chat templates leave out, in silence, what they do not know
             raise QALoraError(f"{where} has the role {short(message['role'])}, expected one of {', '.join(_ROLES)}.")
     if len(messages) < 2 or messages[-1]["role"] != "assistant":

@@ -6,17 +6,19 @@ give; where answers have no such mark, it is asked for the result alone.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.progress import track
 from qalora_plugin.eval.evaluate import evaluating
 from qalora_plugin.eval.examples import Row, prompt_ids
-from qalora_plugin.eval.limits import positions
+from qalora_plugin.eval.limits import positions, vocabulary
 from qalora_plugin.eval.logits import full_precision
 
 MARK = "####"
@@ -128,7 +130,8 @@ def exact_match(
         rows = [row.asking(_ASK) for row in rows]
     asked = [row.before_answer(tokenizer) + forced if forced else row.prompt(tokenizer) for row in rows]
     prompts = [prompt_ids(tokenizer, prompt) for prompt in asked]
-    texts, unfinished = generate(model, tokenizer, prompts, most, progress, description)
+    ends = rows[0].ends(tokenizer)
+    texts, unfinished = generate(model, tokenizer, prompts, most, progress, description, ends)
     return judge.answers(texts, unfinished, with_reasoning or not judge.reasons)
 
 
@@ -140,26 +143,27 @@ def generate(
     max_new_tokens: int,
     progress: bool = False,
     description: str = "answers",
+    more_ends: Sequence[int] = (),
     at_once: int = AT_ONCE,
 ) -> tuple[list[str], int]:
     """Greedy continuations of token ids, batched, padded on the left; and how many did not come to an end.
 
     None goes beyond the sequence that the model takes: a prompt that fills it has an empty continuation.
+
+    Args:
+        more_ends: tokens that end an answer, beside those that tokenizer and generation config name.
     """
-    ends = _ends(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
-    options = {
-        "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
-        "max_length": None, "eos_token_id": ends or None, "pad_token_id": pad,
-        "temperature": None, "top_p": None, "top_k": None,
-    }  # fmt: skip
+    ends = _ends(model, tokenizer, more_ends)
+    known = vocabulary(model.config)  # a [PAD] that was added to a tokenizer often has no embedding
+    pads = (pad for pad in (tokenizer.pad_token_id, *ends) if pad is not None and (known is None or 0 <= pad < known))
+    pad = next(pads, 0)
     most = positions(model.config)
     texts, unfinished = [""] * len(prompts), 0
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     fitting = [i for i in order if most is None or len(prompts[i]) + max_new_tokens <= most]
     batches = [fitting[start : start + at_once] for start in range(0, len(fitting), at_once)]
     batches += [[i] for i in order[len(fitting) :]]  # each has a room of its own
-    with evaluating(model), full_precision():
+    with evaluating(model), _greedy(model), full_precision():
         for numbers in track(batches, description, shown=progress):
             longest = max(len(prompts[i]) for i in numbers)
             room = max_new_tokens if most is None else min(max_new_tokens, most - longest)
@@ -171,7 +175,9 @@ def generate(
             mask = [[0] * count + [1] * (longest - count) for count in padding]
             given = {"input_ids": ids, "attention_mask": mask}
             tensors = {key: torch.tensor(value, device=model.device) for key, value in given.items()}
-            written = model.generate(**tensors, **options, max_new_tokens=room)[:, longest:].tolist()
+            written = model.generate(
+                **tensors, max_new_tokens=room, do_sample=False, eos_token_id=ends or None, pad_token_id=pad
+            )[:, longest:].tolist()
             for i, new in zip(numbers, written, strict=True):
                 stop = next((at for at, token in enumerate(new) if token in ends), None)
                 unfinished += stop is None
@@ -179,13 +185,25 @@ def generate(
     return texts, unfinished
 
 
-def _ends(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end an answer: the tokenizer's, and those that the model's generation config names."""
+@contextmanager
+def _greedy(model: Any) -> Iterator[None]:
+    """Nothing of the model's own generation config, which fills in whatever is not said: beams, penalties, suppressed
+    tokens, texts to stop at."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _ends(model: Any, tokenizer: Any, more: Sequence[int]) -> list[int]:
+    """Tokens that end an answer: the tokenizer's, those that the model's generation config names, and ``more``."""
     config = getattr(model, "generation_config", None)
     stated = getattr(config, "eos_token_id", None)
     listed: Iterable[int] = stated if isinstance(stated, list) else [] if stated is None else [stated]
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return list(dict.fromkeys([*own, *listed]))
+    return list(dict.fromkeys([*own, *listed, *more]))
 
 
 def _plain(result: str) -> str:

@@ -9,8 +9,8 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from qalora_plugin.checkpoint.adapter_config import naming
-from qalora_plugin.checkpoint.adapter_folder import CONFIG_NAME, AdapterFolder
-from qalora_plugin.checkpoint.folder import INDEX_NAME, SINGLE_NAME, Checkpoint
+from qalora_plugin.checkpoint.adapter_folder import AdapterFolder, is_adapter_folder
+from qalora_plugin.checkpoint.folder import Checkpoint
 from qalora_plugin.checkpoint.hub import expanded, is_local, require_use_of_revision
 from qalora_plugin.core.errors import QALoraError, printable
 from qalora_plugin.eval.limits import model_config, positions, vocabulary
@@ -201,9 +201,7 @@ def _parts(model: str) -> tuple[str | None, str | None]:
     """Base and adapter of what a user names; None for what it does not say."""
     if is_local(model):
         folder = expanded(model)
-        weights = any((folder / name).is_file() for name in (SINGLE_NAME, INDEX_NAME))
-        is_adapter = (folder / CONFIG_NAME).is_file() and not weights  # training runs put config.json beside it
-        return (None, model) if is_adapter else (model, None)
+        return (None, model) if is_adapter_folder(folder) else (model, None)
     base, plus, adapter = model.rpartition("+")
     if plus and base and is_local(adapter):
         return base, adapter

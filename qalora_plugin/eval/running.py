@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -95,8 +96,8 @@ def _results(
             raise _not_finite(made, f"the loss of {subject.label} is {found.loss}", data)
         if found.kl is not None and not isfinite(found.kl):
             raise _not_finite(made, f"the KL of {subject.label} is {found.kl}", data)
-        answers = _answers(made.settings, subject, model, data, progress, about)
-        yield Result(
+        measured = partial(
+            Result,
             **facts,
             data=data.name,
             tokens=found.tokens,
@@ -105,9 +106,13 @@ def _results(
             top1=found.top1,
             kl=found.kl,
             kl_tokens=found.kl_tokens or None,
-            **answers,
-            seconds=round(time.monotonic() - started, 1),
         )
+        try:
+            answers = _answers(made.settings, subject, model, data, progress, about)
+        except BaseException:  # a Ctrl-C, too: the losses are there, and answers take far longer
+            yield measured(seconds=round(time.monotonic() - started, 1))
+            raise
+        yield measured(**answers, seconds=round(time.monotonic() - started, 1))
     if made.tasks is not None:
         started = time.monotonic()
         for score in made.tasks.scores(model, subject.tokenizer):

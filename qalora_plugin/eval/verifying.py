@@ -44,7 +44,7 @@ from qalora_plugin.core.reference import (
 from qalora_plugin.core.weight import GroupwiseWeight
 from qalora_plugin.eval.limits import fitting_length, model_config, positions, vocabulary
 from qalora_plugin.eval.logits import compare_logits
-from qalora_plugin.eval.report import VerifyReport
+from qalora_plugin.eval.report import WEIGHT_BARS, VerifyReport
 from qalora_plugin.eval.tokens import SEQUENCE_LENGTH, default_texts, load_tokenizer, require_ids, tokenize
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 from qalora_plugin.formats.qalora import FACTORS, MERGED_PARTS, OFFSETS, SCALES, WEIGHTS_KEY, QALora
@@ -52,7 +52,10 @@ from qalora_plugin.formats.qalora import FACTORS, MERGED_PARTS, OFFSETS, SCALES,
 logger = logging.getLogger(__name__)
 
 _NOISE = 2.0**-48  # of float64 sums, relative
-_SAVED_ANEW = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", WEIGHTS_KEY)
+_SAVED_ANEW = (
+    "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", WEIGHTS_KEY,
+    "quantization_config",
+)  # fmt: skip
 _COLUMNS = 512  # output columns of a weight that are compared at a time
 
 
@@ -104,6 +107,12 @@ def verify(
     require_ids(sequences, vocabulary(config), str(base))
     identical, sha256 = _compare_tensors(source.files, files, kept, progress)
     weights = _compare_weights(source, result, opened, progress)
+    offset_dtype = str(result.specs[opened.modules[0]].offset_dtype)  # others keep what the base has them in
+    if offset_dtype not in WEIGHT_BARS:
+        raise QALoraError(
+            f"{merged} holds the offsets of {opened.modules[0]} in {offset_dtype}, and a merge writes "
+            f"{' or '.join(WEIGHT_BARS)}. Merge again."
+        )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     logits = compare_logits(source.folder, opened, result.folder, sequences, dtype, device)
     offsets = [info.end - info.start for name, info in files.tensors.items() if name.endswith(MERGED_PARTS)]
@@ -116,7 +125,7 @@ def verify(
         base_sha256=sha256,
         modules=len(opened.modules),
         dtype=str(dtype).removeprefix("torch."),
-        offset_dtype=next(spec.offset_dtype for spec in result.specs.values() if spec.offset_dtype),
+        offset_dtype=offset_dtype,
         base_bytes=source.files.nbytes,
         merged_new_bytes=sum(offsets),
         config_differences=_config_differences(source.files, files),
@@ -126,30 +135,32 @@ def verify(
 
 
 def _config_differences(source: Checkpoint, result: Checkpoint) -> tuple[str, ...]:
-    """Plain values of config.json that both have and that differ, as transformers reads them: a model that it saved has
-    them filled in. (Special tokens are the training run's.)"""
-    base, merged = source.config, result.config
-    differ = [
-        key
-        for key, value in base.items()
-        if key in merged
-        and key not in _SAVED_ANEW
-        and not key.endswith("_token_id")
-        and not isinstance(value, dict)
-        and merged[key] != value
-    ]
-    if differ:
+    """Values of config.json that differ, as transformers reads them: a model that it saved has them filled in. Where it
+    cannot read them, those that both have. (Special tokens are the training run's.)"""
+    base, merged = _values(source.config), _values(result.config)
+    if base != merged:
         try:
             read = [AutoConfig.from_pretrained(one.folder, trust_remote_code=False) for one in (source, result)]
         except Exception as error:  # a class of the checkpoint's own: compared as they are written
             logger.debug("config.json of %s: %s", result.folder, error)
+            base = {key: value for key, value in base.items() if key in merged}
         else:
-            base, merged = (config.to_dict() for config in read)
+            base, merged = (_values(config.to_dict()) for config in read)
     return tuple(
-        f"{key}: {short(merged.get(key))}, the base's {short(base.get(key))}"
-        for key in differ
-        if merged.get(key) != base.get(key)
+        f"{key}: {short(merged.get(key))}, the base's {short(value)}"
+        for key, value in base.items()
+        if merged.get(key) != value
     )
+
+
+def _values(config: dict[str, Any], inside: str = "") -> dict[str, Any]:
+    """Plain values of a config that a save does not write anew, those of its parts as ``part.key``."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in _SAVED_ANEW or str(key).endswith("_token_id"):
+            continue
+        found |= _values(value, f"{inside}{key}.") if isinstance(value, dict) else {f"{inside}{key}": value}
+    return found
 
 
 def _compare_tensors(source: Checkpoint, result: Checkpoint, names: list[str], progress: bool) -> tuple[int, str]:

@@ -1,12 +1,11 @@
 """Which linears vLLM runs as one layer, and whether a checkpoint quantises them alike, as it then must. And what else
 keeps it from serving one, as far as names and sizes tell."""
 
-import re
 from collections.abc import Iterable
 
+from qalora_plugin.checkpoint.module_names import is_expert
 from qalora_plugin.core.weight import GroupwiseSpec
 
-_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 FUSED = (  # by their names in transformers, in vLLM 0.32
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
@@ -30,12 +29,12 @@ def unservable(
         model_type: by config.json.
     """
     dense = set(dense)
-    if biased := next((name for name, spec in modules.items() if spec.bias_dtype and _EXPERT.search(name)), None):
+    if biased := next((name for name, spec in modules.items() if spec.bias_dtype and is_expert(name)), None):
         return (
             f"vLLM cannot serve quantized experts that have biases, as {biased} has. It trains and merges; serve the "
             "result with transformers."
         )
-    if model_type in _OWN_EXPERTS and (expert := next(filter(_EXPERT.search, modules), None)):
+    if model_type in _OWN_EXPERTS and (expert := next(filter(is_expert, modules), None)):
         return (
             f"vLLM computes the experts of {model_type} by a class of its own, which takes none that are quantized as "
             f"{expert} is. It trains and merges; serve the result with transformers."

@@ -7,11 +7,11 @@ bits; ``scales`` and ``biases`` [N, G]. (mlx ``ops.cpp`` ``affine_quantize``, ml
 has groups of 32, 64 and 128: a larger group is written as several that say the same.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from qalora_plugin.checkpoint.module_names import is_expert
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.weight import GroupwiseSpec, GroupwiseWeight
 from qalora_plugin.formats.base import Unsupported
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 GROUP_SIZES = (128, 64, 32)
 DTYPES = ("float32", "float16", "bfloat16")
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 class Mlx:
@@ -42,7 +41,7 @@ class Mlx:
         Raises:
             Unsupported: MLX, or mlx-lm, has no place for this linear.
         """
-        if _EXPERT.search(spec.name):
+        if is_expert(spec.name):
             raise Unsupported(
                 f"{where}: {spec.name} is one expert of many, which mlx-lm wants stacked: that is not written yet.",
                 "Export gguf, or gptq8 for vLLM.",

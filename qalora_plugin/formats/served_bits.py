@@ -6,7 +6,7 @@ has it, too; nor is what is left dense (embeddings, norms, a head), which quanti
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from qalora_plugin.core.weight import GroupwiseSpec
@@ -64,6 +64,12 @@ def served_bits(specs: Iterable[GroupwiseSpec], act_order: bool = False) -> Size
         bits["scales_delta"] += dtype_bits(spec.scales_delta_dtype) * each
         bits["column order"] += INDEX_BITS * spec.in_features if act_order and spec.has_g_idx else 0
     return SizeReport(weights, {part: count for part, count in bits.items() if count})
+
+
+def kinds(specs: Collection[GroupwiseSpec]) -> tuple[str, ...]:
+    """How linears are quantized and how many of each kind there are: ``"6 × 4 bit, g 32"``."""
+    found = Counter(f"{spec.bits} bit, g {spec.group_size}" for spec in specs)
+    return tuple(f"{count} × {kind}" for kind, count in found.items())
 
 
 def offset_bits(spec: GroupwiseSpec) -> int:

@@ -12,7 +12,7 @@ from qalora_plugin.checkpoint.places import absolute, is_inside, require_outside
 from qalora_plugin.conversion.added import merged_spec
 from qalora_plugin.conversion.merging import merge
 from qalora_plugin.core.errors import QALoraError
-from qalora_plugin.core.unsupported import refuse_optimizer_of_fsdp2, refuse_parallelism
+from qalora_plugin.core.unsupported import refuse_optimizer_of_fsdp2, refuse_parallelism, refuse_vllm
 from qalora_plugin.eval.proof import prove
 from qalora_plugin.eval.tokens import sample_dataset
 from qalora_plugin.formats.opened import QuantizedCheckpoint
@@ -128,6 +128,7 @@ class QALoraMergeCallback(AveragedWeights):
         model = kwargs["model"]
         if args.fsdp and isinstance(args.fsdp_config, dict) and str(args.fsdp_config.get("version", 2)) != "2":
             refuse_fsdp1()
+        refuse_vllm(args)
         launched = is_launched_with("ACCELERATE_USE_PARALLELISM_CONFIG")  # then accelerate's own comes from there, too
         refuse_parallelism(args.parallelism_config or (ParallelismConfig() if launched else None))
         if args.fsdp:

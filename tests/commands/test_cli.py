@@ -249,7 +249,10 @@ def test_inspect_says_what_is_there_instead(base, adapter, tmp_path):
     )
     assert "Pass the folder that holds config.json" in run("inspect", base / "config.json", code=1).stderr
     assert "does not exist" in run("inspect", tmp_path / "nope", code=1).stderr
-    assert "is an adapter's folder" in run("inspect", adapter, code=1).stderr
+    beside = shutil.copytree(adapter, tmp_path / "run")  # as training runs leave it
+    shutil.copy(base / "config.json", beside)
+    for folder in (adapter, beside):
+        assert "is an adapter's folder" in run("inspect", folder, code=1).stderr
 
 
 def test_inspect_of_what_does_not_load(tmp_path):

@@ -1,6 +1,7 @@
 """``qalora doctor`` answers with the same questions that choose the kernels."""
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -71,6 +72,15 @@ def test_the_answer_is_what_runs():
                     kernel = training_kernel(asked, dtype).kernel
                     assert kernel.startswith("C++ multiplies") == (cpu.why_not_multiply(asked, dtype) is None)
                     assert kernel.startswith("plain torch") == (cpu.why_not_fill(asked, dtype) is not None)
+
+
+@pytest.mark.parametrize("named", ["", "env g++", "g++"])
+def test_the_compiler_is_the_one_that_compiles(monkeypatch, named):
+    """CXX may hold more than a name, as make takes it, or nothing."""
+    monkeypatch.setenv("CXX", named)
+    assert diagnose().compiler == shutil.which((named or "c++").split()[0])
+    monkeypatch.delenv("CXX")
+    assert diagnose().compiler == shutil.which("c++")
 
 
 def test_of_a_checkpoint(tmp_path):

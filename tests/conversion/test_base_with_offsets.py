@@ -157,6 +157,17 @@ def test_offsets_only_where_the_base_has_some(base, part, tmp_path):
     assert inspect(merged).with_offsets == len(having)
 
 
+@pytest.mark.parametrize(("first", "second"), [("float32", "float16"), ("float16", "float32"), ("bfloat16", "float16")])
+def test_verify_judges_by_what_the_adapter_changed(base, tmp_path, first, second):
+    """Other linears keep their offsets as the base has them."""
+    own = with_offsets(base, tmp_path / "base", getattr(torch, first), only="q_proj")
+    adapter = make_adapter(own, tmp_path / "adapter", std=0.1, **SOME)
+    merged = merge(own, adapter, tmp_path / "out", second, progress=False).folder
+    report = verify(own, adapter, merged, SEQUENCES, device="cpu", progress=False)
+    assert report.passed, report.failures
+    assert report.offset_dtype == second
+
+
 @pytest.mark.parametrize("has_offsets", [False, True])
 def test_inspect_foretells_what_a_merge_adds(base, tmp_path, has_offsets):
     own = with_offsets(base, tmp_path / "base") if has_offsets else base

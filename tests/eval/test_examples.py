@@ -21,6 +21,9 @@ SAME = [
 ]
 
 
+ASKED, ANSWERED = SAME[0]["messages"]
+
+
 @pytest.fixture
 def chat():
     tokenizer = make_tokenizer()
@@ -109,12 +112,13 @@ def test_nor_is_it_a_token_of_its_own_without_a_template():
         ({"system": "Be brief.", **SAME[1]}, "system"),
         ({"context": "1 + 1 = 2", **SAME[1]}, "context"),
         ({"tools": [{"name": "add"}], **SAME[0]}, "tools"),
-        (
-            {"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}, *SAME[0]["messages"]]},
-            "tool_calls",
-        ),
+        ({"system": "Be brief.", **SAME[0]}, "system"),
+        ({"context": "1 + 1 = 2", **SAME[0]}, "context"),
+        ({"messages": [ASKED, {**ANSWERED, "reasoning_content": "1 + 1"}]}, "reasoning_content"),
+        ({"messages": [ASKED, {**ANSWERED, "function_call": {"name": "f"}}]}, "function_call"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}, ASKED, ANSWERED]}, "tool_calls"),
     ],
-    ids=["system", "context", "tools", "tool_calls"],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
 def test_what_would_not_be_shown_to_the_model(more, named):
     with pytest.raises(QALoraError, match=f"line 3 has {named}, which would not be shown to the model"):

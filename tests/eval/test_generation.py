@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.fabricate import make_tokenizer
+from transformers import GenerationConfig
 
 from qalora_plugin import load_base
 from qalora_plugin.core.errors import QALoraError
@@ -13,6 +14,10 @@ GSM8K = [
     as_row({"question": "q", "answer": "2 + 2 = <<2+2=4>>4.\n#### 4"}),
     as_row({"question": "q", "answer": "Much.\n#### 1,200"}),
 ]
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}<|done|>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 PLAIN = [as_row({"question": "q", "answer": "yes"})]
 WRITTEN = {  # by the model, for the first row → right with reasoning, right without
     "It is 4.\n#### 4": (True, False),
@@ -118,6 +123,61 @@ def test_what_ends_an_answer(model, tokenizer):
         assert generate(model, tokenizer, [row], 4) == ([""], 0)
     finally:
         model.generation_config.eos_token_id = before
+
+
+def test_an_answer_ends_as_the_chat_template_ends_it(model):
+    """Many base models have ChatML in their tokenizer, and another end of text."""
+    chat = make_tokenizer()
+    chat.chat_template = TEMPLATE
+    chat.add_tokens(["<|done|>"], special_tokens=True)
+    done = chat.convert_tokens_to_ids("<|done|>")
+    row = as_row({"question": "two?", "answer": "2"})
+    assert row.ends(chat) == [done]
+    assert as_row({"text": "two"}).ends(chat) == []
+    assert as_row({"question": "two?", "answer": "2"}).ends(make_tokenizer()) == []
+    written = chat("2<|done|>user: three?", add_special_tokens=False).input_ids
+
+    class Writes:
+        config, generation_config, device, training = model.config, GenerationConfig(), "cpu", False
+
+        def eval(self): ...
+
+        def train(self, mode): ...
+
+        def generate(self, input_ids, **options):
+            assert done in options["eos_token_id"]
+            return torch.cat([input_ids, torch.tensor([written])], 1)
+
+    found = exact_match(Writes(), chat, [row], Judge([row]))
+    assert (found.right, found.unfinished) == (1, 0), found
+
+
+def test_a_pad_without_an_embedding(model):
+    """``[PAD]`` that was added to a tokenizer, the model left as it was."""
+    tokenizer = make_tokenizer()
+    ids = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    expected = generate(model, tokenizer, ids, 4)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.pad_token_id = model.config.vocab_size + 8
+    assert generate(model, tokenizer, ids, 4) == expected
+
+
+OWN = {
+    "num_return_sequences": 2, "num_beams": 2, "stop_strings": ["a"], "return_dict_in_generate": True,
+    "min_new_tokens": 6, "repetition_penalty": 9.0, "do_sample": True, "temperature": 5.0, "max_length": 3,
+    "begin_suppress_tokens": list(range(0, 100, 2)), "forced_eos_token_id": 5, "use_cache": False, "top_k": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", OWN)
+def test_nothing_of_the_models_own_way_to_write(model, tokenizer, monkeypatch, key):
+    ids = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    expected = generate(model, tokenizer, ids, 6)
+    own = GenerationConfig()
+    setattr(own, key, OWN[key])
+    monkeypatch.setattr(model, "generation_config", own)
+    assert generate(model, tokenizer, ids, 6) == expected
+    assert model.generation_config is own
 
 
 def test_a_model_is_right_about_its_own_answers(model, tokenizer):

@@ -66,6 +66,24 @@ def test_what_was_measured_is_shown_though_a_later_model_fails(base, merged, tmp
         assert "--dtype bfloat16" in failed.stderr
 
 
+@pytest.mark.parametrize("error", [QALoraError("no answers"), KeyboardInterrupt()])
+def test_losses_are_kept_though_answers_fail(base, tmp_path, monkeypatch, error):
+    """Answers take far longer than what was measured before them."""
+    (tmp_path / "qa.jsonl").write_text('{"question": "2?", "answer": "2"}')
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(running, "exact_match", fail)
+    settings = Settings(generate=1)
+    found = running.measure(plan(subjects(base), read_data([], [tmp_path / "qa.jsonl"], settings), settings))
+    result = next(found)
+    assert result.loss > 0
+    assert result.exact is None
+    with pytest.raises(type(error)):
+        next(found)
+
+
 def test_the_shortest_model_sets_the_length_for_all(base, tmp_path, data):
     short = shutil.copytree(base, tmp_path / "short")
     config = json.loads((short / "config.json").read_text())

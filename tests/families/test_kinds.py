@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from axolotl.utils.dict import DictDefault
 from families.architectures import build
 from families.bases import make_base_of
 from peft import LoraConfig, get_peft_model
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import T5Config
 from transformers.pytorch_utils import Conv1D
 
-from qalora_plugin import add_adapter, load_base
+from qalora_plugin import QALoraPlugin, add_adapter, load_base
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.integrations.peft.adapter import QALoraLayer
 from qalora_plugin.integrations.transformers.loading import load_model
@@ -117,6 +118,35 @@ def test_mixers_read_the_weight_that_the_layer_computes_with(tmp_path):
     x = torch.randn(3, mixer.out_proj.in_features)
     torch.testing.assert_close(x @ mixer.out_proj.weight.t(), mixer.out_proj(x), rtol=1e-5, atol=1e-5)
     assert not hasattr(mixer.in_proj, "weight")
+
+
+class ClippableLinear(nn.Module):
+    """As Gemma 4's vision tower has: a linear inside, by the name of those that see no pictures."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
+def test_layers_of_other_kinds_that_are_called_like_quantized_ones(base, caplog, targets):
+    model = load_base(base)
+    model.model.tower = nn.ModuleDict({"q_proj": ClippableLinear()})
+    with caplog.at_level(logging.WARNING):
+        found = adapted(add_adapter(model, r=2, target_modules=targets))
+    assert {f"model.layers.{i}.self_attn.q_proj" for i in range(2)} <= found
+    assert not any("tower" in name for name in found)
+    assert "1 targeted layers are left dense by this base and get no adapter: q_proj" in caplog.text
+
+
+def test_axolotls_all_linears_are_ours(tmp_path):
+    """Axolotl goes by Linear in the names of classes, as in those of this model's layers."""
+    folder = make_base_of(build("olmo_hybrid"), tmp_path).folder
+    options = {"scales": None, "scales_lr_ratio": None, "shared_a": False, "init": None}
+    cfg = {"adapter": "qalora", "lora_r": 2, "lora_alpha": 4, "lora_target_linear": True, "qalora": options}
+    model, _ = QALoraPlugin().load_adapter(load_base(folder), DictDefault(cfg))
+    every = adapted(add_adapter(load_base(folder), r=2, target_modules="all-linear"))
+    assert adapted(model) == every
 
 
 def test_other_layers_that_targets_match_are_left_out_aloud(base, caplog):

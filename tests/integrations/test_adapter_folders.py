@@ -53,6 +53,27 @@ def test_a_folder_inside_of_another(base, adapter, tmp_path):
     shutil.copytree(adapter, tmp_path / "inside")
     model = PeftModel.from_pretrained(load_base(base), tmp_path, subfolder="inside")
     assert any(isinstance(module, QALoraLayer) for module in model.modules())
+    model = load_adapter(load_base(base), tmp_path, subfolder="inside")
+    assert any(isinstance(module, QALoraLayer) for module in model.modules())
+
+
+@pytest.mark.parametrize(("began", "goes_on"), [("calibrated", None), (None, "calibrated")])
+def test_how_an_adapter_began_is_what_it_is_resumed_from(base, tmp_path, began, goes_on):
+    models = []
+    for init in (began, goes_on):
+        models.append(add_adapter(load_base(base), scales=True, **OPTIONS))
+        models[-1].peft_config["default"].qalora |= {"init": init} if init else {}
+    models[0].save_pretrained(tmp_path)
+    models[1].load_adapter(tmp_path, "default", is_trainable=True)
+    assert models[1].peft_config["default"].qalora.get("init") == began
+
+
+def test_a_run_is_not_resumed_with_factors_shared_otherwise(base, tmp_path):
+    folder = make_adapter(base, tmp_path / "checkpoint", **OPTIONS)
+    model = add_adapter(load_base(base), **OPTIONS)
+    model.peft_config["default"].shared_a = True
+    with pytest.raises(QALoraError, match="was trained with shared_a: False, this run has another"):
+        model.load_adapter(folder, "default", is_trainable=True)
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,13 @@ def test_factors_in_8_bits(key):
         refuse_unmergeable(GOOD | {key: True})
 
 
+@pytest.mark.parametrize("key", ["flash_attn_fuse_mlp", "use_onebitllms"])
+def test_what_rewrites_dense_linears(key):
+    """Axolotl itself refuses them of its own adapters alone."""
+    with pytest.raises(QALoraError, match=f"{key} cannot be .* rewrites linears by their dense weights"):
+        refuse_unmergeable(GOOD | {key: True})
+
+
 def test_loftq_and_pissa():
     with pytest.raises(QALoraError, match="LoftQ rewrites the base weight"):
         refuse_unmergeable(GOOD | {"peft": {"loftq_config": {"loftq_bits": 4}}})

@@ -1,7 +1,10 @@
 """What PEFT does to adapters that are loaded: swapped, summed, switched off by their alpha; and wishes for new ones."""
 
+import logging
+
 import pytest
 import torch
+from peft import prepare_model_for_kbit_training
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from support.fabricate import make_adapter, make_base
 from support.steps import IDS
@@ -49,6 +52,29 @@ def test_swapped_for_one_of_its_kind(base, tmp_path, scales, other):
     torch.testing.assert_close(logits(model), wanted, rtol=1e-5, atol=1e-5)
     model.save_pretrained(tmp_path / "saved")  # with the rank and alpha that it has now: what a merge goes by
     torch.testing.assert_close(logits(loaded(base, tmp_path / "saved")), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_swap_for_a_higher_rank_leaves_all_factors_training(base, tmp_path):
+    first, second = (
+        make_adapter(base, tmp_path / str(rank), scales=True, **OPTIONS | {"r": rank, "lora_alpha": 2 * rank})
+        for rank in (2, 4)
+    )
+    model = loaded(base, first, is_trainable=True)
+    names = {name for name, part in model.named_parameters() if part.requires_grad}
+    hotswap_adapter(model, str(second), "default")
+    assert {name for name, part in model.named_parameters() if part.requires_grad} == names
+    assert {name.split(".")[-3] for name in names} == {"lora_A", "lora_B", "lora_C", "lora_D"}
+
+
+def test_a_swap_of_experts_knows_their_rank(mixtral, tmp_path):
+    """Their factors are stacked: the first size is how many there are."""
+    options = {"r": 2, "lora_alpha": 8, "target_modules": ["up_proj"]}
+    first, second = (make_adapter(mixtral, tmp_path / str(i), std=0.1, seed=i, **options) for i in (0, 1))
+    model = loaded(mixtral, first)
+    hotswap_adapter(model, str(second), "default")
+    model.save_pretrained(tmp_path / "saved")
+    wanted = logits(loaded(mixtral, second))
+    torch.testing.assert_close(logits(loaded(mixtral, tmp_path / "saved")), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_swapped_by_patterns_of_the_same_ranks(base, tmp_path):
@@ -103,6 +129,17 @@ def test_not_swapped_for_one_of_another_base(base, tmp_path):
     first, second = (make_adapter(where, tmp_path / where.parent.name, **OPTIONS) for where in (base, other))
     with pytest.raises(QALoraError, match="base_fingerprint is"):
         hotswap_adapter(loaded(base, first), str(second), "default")
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_what_peft_does_to_other_quantized_bases(base, caplog, prepared):
+    """``prepare_model_for_kbit_training`` upcasts all that is not packed: twice the memory, and float32 throughout."""
+    model = load_base(base, dtype=torch.bfloat16)
+    if prepared:
+        model = prepare_model_for_kbit_training(model)
+    with caplog.at_level(logging.WARNING):
+        add_adapter(model, **OPTIONS)
+    assert ("Leave prepare_model_for_kbit_training out" in caplog.text) == prepared
 
 
 def test_sums_of_adapters(base, tmp_path):

@@ -24,6 +24,9 @@ CCE = "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"
         ({"plugins": [CCE]}, "cut_cross_entropy"),  # on by default
         ({"plugins": [CCE], "cut_cross_entropy": False}, None),
         ({"cut_cross_entropy": True}, None),  # without its plugin it does nothing
+        ({"plugins": ["axolotl.integrations.kd.KDPlugin"], "kd_trainer": True}, "kd_trainer"),
+        ({"rl": "dpo", "dpo_use_liger_kernel": True}, "dpo_use_liger_kernel"),
+        ({"rl": "grpo", "trl": {"use_liger_loss": True}}, "trl.use_liger_loss"),
     ],
     ids=str,
 )
@@ -57,3 +60,22 @@ def test_what_an_adapter_that_is_trained_on_keeps(base, adapter, caplog):
     check_axolotl(config | {"lora_r": 32, "lora_alpha": kept["lora_alpha"], "lora_rank_pattern": {"q_proj": 2}})
     assert f"lora_r is 32, but lora_model_dir {adapter} keeps its own: {kept['r']}" in caplog.text
     assert "lora_rank_pattern is {'q_proj': 2}" in caplog.text
+    more = {
+        "lora_dropout": 0.1,
+        "peft_use_rslora": True,
+        "qalora": {"shared_a": True},
+        "lora_exclude_modules": ["q_proj"],
+    }
+    check_axolotl(config | more)
+    for told in ("lora_dropout is 0.1", "peft_use_rslora is True", "qalora.shared_a is True"):
+        assert f"{told}, but lora_model_dir {adapter} keeps its own" in caplog.text
+    assert f"lora_exclude_modules: not looked at, for lora_model_dir {adapter} keeps its own 14 linears" in caplog.text
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "dion"])
+def test_optimizers_of_matrices_and_stacks_of_experts(mixtral, optimizer):
+    config = CONFIG | {"base_model": str(mixtral), "optimizer": optimizer}
+    with pytest.raises(QALoraError, match=f"optimizer: {optimizer} takes matrices alone"):
+        check_axolotl(config)
+    check_axolotl(config | {"lora_exclude_modules": ["gate_proj", "up_proj", "down_proj"]})
+    check_axolotl(config | {"optimizer": "adamw_torch"})

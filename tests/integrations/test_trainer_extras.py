@@ -1,6 +1,7 @@
 """What PEFT, transformers and TRL let happen around an adapter: it is refused before training, or nothing is lost."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from qalora_plugin import QALoraMergeCallback, add_adapter, load_base
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.integrations.peft.adapter import QALoraConfig, QALoraLayer
+from qalora_plugin.integrations.transformers.averaged_weights import AveragedWeights
 
 ROWS = [{"input_ids": list(range(4 + i, 40 + i)), "labels": list(range(4 + i, 40 + i))} for i in range(8)]
 
@@ -103,6 +105,22 @@ def test_what_is_saved_is_what_a_schedule_free_optimizer_evaluates(base, tmp_pat
     run.train()
     saved = PeftModel.from_pretrained(load_base(base, dtype=torch.float32), tmp_path)
     assert all((part == 0.125).all() for part in factors(saved).values())
+
+
+@pytest.mark.parametrize("best", [None, "checkpoint-1"])
+def test_the_best_checkpoints_weights_are_averaged_already(best):
+    """Where a callback stops training, nothing is evaluated between the loading of these and the end."""
+    part = torch.nn.Parameter(torch.zeros(2))
+    arguments = SimpleNamespace(load_best_model_at_end=True)
+    state = SimpleNamespace(best_model_checkpoint=best)
+    AveragedWeights().on_train_end(arguments, state, None, optimizer=Averaging([part], lr=1e-3))
+    assert (part == (0.125 if best is None else 0)).all()
+
+
+def test_vllm_inside_training(base):
+    """TRL starts vLLM, and only then asks for weights that there are not."""
+    with pytest.raises(QALoraError, match=r"use_vllm=True cannot be .* Leave use_vllm out"):
+        QALoraMergeCallback(base).on_init_end(SimpleNamespace(use_vllm=True, fsdp=[]), None, None, model=None)
 
 
 class Stream(IterableDataset):

@@ -1,20 +1,22 @@
 """``qalora: {init: calibrated}``: what can be checked of its inputs before any work, and the start itself."""
 
 import logging
-import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from axolotl.utils.train import determine_last_checkpoint
 
+from qalora_plugin.checkpoint.adapter_folder import CONFIG_NAME
 from qalora_plugin.checkpoint.folder import Checkpoint
 from qalora_plugin.checkpoint.hub import fetch_config, is_hub_id
 from qalora_plugin.checkpoint.json_files import read_json
+from qalora_plugin.checkpoint.module_names import is_expert
 from qalora_plugin.core.errors import QALoraError, printable
 from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.eval.limits import fitting_length, model_config
 from qalora_plugin.eval.tokens import load_tokenizer
-from qalora_plugin.methods.calibrating import CALIBRATED, LENGTH, SAMPLES, calibrate
+from qalora_plugin.methods.calibrating import LENGTH, SAMPLES, calibrate
 from qalora_plugin.methods.calibration_text import read_calibration
 from qalora_plugin.methods.dense_source import require_dense
 
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("axolotl.qalora")
 _AGAINST_THE_BASE = ("dpo", "ipo", "kto")
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def check_init(cfg: dict[str, Any], targets: Iterable[str]) -> None:
@@ -50,7 +51,7 @@ def check_init(cfg: dict[str, Any], targets: Iterable[str]) -> None:
             f"qalora.init: calibrated with rl: {cfg['rl']}, whose reference is the base without an adapter: training "
             "would start away from it. Remove init."
         )
-    if expert := next((name for name in targets if _EXPERT.search(name)), None):
+    if expert := next(filter(is_expert, targets), None):
         raise QALoraError(
             f"qalora.init: calibrated is for linears, but {printable(expert)} is one of a mixture of experts. Remove "
             "init, or exclude the experts (lora_exclude_modules)."
@@ -95,11 +96,13 @@ def _check_sizes(files: Checkpoint, targets: dict[str, GroupwiseSpec], name: str
 
 
 def start_calibrated(model: "PeftModel", cfg: Any) -> None:
-    """Calibrate a new adapter; one that a checkpoint is about to be loaded into only says that it was."""
+    """Calibrate a new adapter; what a checkpoint is about to be loaded into takes over how that began."""
     if checkpoint := determine_last_checkpoint(cfg):
-        LOG.info("qalora.init: not applied again, for training goes on from %s", checkpoint)
-        config: Any = model.peft_config[model.active_adapter]
-        config.qalora["init"] = CALIBRATED
+        begun = (read_json(Path(checkpoint) / CONFIG_NAME).get("qalora") or {}).get("init")
+        again = "not applied again" if begun else "NOT applied, and never was"
+        LOG.log(
+            logging.INFO if begun else logging.WARNING, "qalora.init: %s: training goes on from %s", again, checkpoint
+        )
         return
     options = cfg.qalora
     calibrate(model, options.init_model, options.init_dataset, options.init_samples or SAMPLES, LENGTH, cfg.seed or 0)

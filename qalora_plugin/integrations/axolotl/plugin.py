@@ -91,20 +91,22 @@ class QALoraPlugin(BasePlugin):
 
         quantizer: Any = model.hf_quantizer
         require_one_base(quantizer.base_fingerprint())
+        autocast = cfg.peft_autocast_adapter_dtype
+        dtype = {} if autocast is None else {"autocast_adapter_dtype": autocast}
         if cfg.lora_model_dir and not config_only:
-            peft_model: Any = load_adapter(model, cfg.lora_model_dir, is_trainable=not inference)
+            peft_model: Any = load_adapter(model, cfg.lora_model_dir, is_trainable=not inference, **dtype)
             config = peft_model.peft_config["default"]
             require_one_adapter(config, AdapterFolder.open(cfg.lora_model_dir).digest())
         else:
-            config = bind_config(
-                model, _build_peft_lora_config(model, cfg), cfg.qalora.scales, cfg.qalora.scales_lr_ratio
-            )
+            wanted = _build_peft_lora_config(model, cfg)
+            if cfg.lora_target_linear and not cfg.lora_target_modules:
+                wanted.target_modules = "all-linear"  # Axolotl takes every class with Linear in its name for one
+            config = bind_config(model, wanted, cfg.qalora.scales, cfg.qalora.scales_lr_ratio)
             config.shared_a = cfg.qalora.shared_a
             require_one_adapter(config)
             if config_only:
                 return None, config
-            options = {"autocast_adapter_dtype": cfg.peft_autocast_adapter_dtype}
-            peft_model = get_peft_model(model, config, **{k: v for k, v in options.items() if v is not None})
+            peft_model = get_peft_model(model, config, **dtype)
             if cfg.qalora.init and not inference:
                 from qalora_plugin.integrations.axolotl.calibrated_start import start_calibrated
 

@@ -1,30 +1,27 @@
 """What Axolotl's config can be checked for before any long work: keys, base, and the place where the merge will go."""
 
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 
 from qalora_plugin.checkpoint import autogptq
-from qalora_plugin.checkpoint.adapter_config import check_config_patterns
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
 from qalora_plugin.checkpoint.atomic import require_absent
 from qalora_plugin.checkpoint.folder import stated_quantization
 from qalora_plugin.checkpoint.hub import expanded, fetch_config, is_hub_id, is_local, resolve
 from qalora_plugin.checkpoint.json_files import read_json
-from qalora_plugin.checkpoint.patterns import matching_pattern
+from qalora_plugin.checkpoint.module_names import is_expert
 from qalora_plugin.checkpoint.places import absolute, is_inside, require_outside, require_writable
-from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line, printable
+from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.opened import QuantizedCheckpoint, base_format
 from qalora_plugin.integrations.axolotl.args import QALoraBlock, read_block, refuse_unmergeable
 from qalora_plugin.integrations.axolotl.calibrated_start import check_init, check_inputs
 from qalora_plugin.integrations.axolotl.sharding import check_deepspeed
-from qalora_plugin.integrations.peft.target_names import FIELDS, LinearNames
+from qalora_plugin.integrations.axolotl.targets import NARROWING, check_targets, targeted
+from qalora_plugin.integrations.peft.target_names import LinearNames
 from qalora_plugin.integrations.transformers.loading import config_overrides, trainable
 from qalora_plugin.integrations.transformers.outline import outline
 from qalora_plugin.integrations.transformers.placing_experts import has_experts
@@ -35,9 +32,9 @@ AXOLOTLS_OUTPUT_DIR = "./model-out"
 _EXPERTS_KERNELS = ("expert_backend", "experts_implementation", "use_scattermoe", "use_sonicmoe")
 _KEPT = {  # of an adapter that is trained on: by Axolotl's key what its config has
     "lora_r": "r", "lora_alpha": "lora_alpha", "lora_rank_pattern": "rank_pattern",
-    "lora_alpha_pattern": "alpha_pattern",
+    "lora_alpha_pattern": "alpha_pattern", "lora_dropout": "lora_dropout", "peft_use_rslora": "use_rslora",
 }  # fmt: skip
-_NARROWING = ("lora_exclude_modules", "peft_layers_to_transform", "peft_layers_pattern")
+_OF_MATRICES = ("muon", "dion")
 
 
 @os_errors_in_one_line()
@@ -71,8 +68,14 @@ def check_axolotl(cfg: dict[str, Any], other_adapters: dict[str, list[str]] | No
             adapter.check_fits(modules)
     elif modules is not None:
         check_targets(cfg, modules, in_model)
+    targets = () if modules is None or cfg.get("lora_model_dir") else targeted(cfg, modules, in_model)
     if options.init:
-        check_init(cfg, () if modules is None or cfg.get("lora_model_dir") else targeted(cfg, modules, in_model))
+        check_init(cfg, targets)
+    if cfg.get("optimizer") in _OF_MATRICES and any(map(is_expert, targets)):
+        raise QALoraError(
+            f"optimizer: {cfg['optimizer']} takes matrices alone, and the experts of a layer train as stacks of them. "
+            "Choose another optimizer (adamw_torch), or exclude the experts (lora_exclude_modules)."
+        )
     fused_loss = _fused_loss(cfg)
     if fused_loss and _quantises_head(cfg, modules):
         raise QALoraError(
@@ -123,78 +126,34 @@ def _require_same_scales(adapter: AdapterFolder, options: QALoraBlock) -> None:
 
 
 def _tell_what_is_kept(cfg: dict[str, Any], adapter: AdapterFolder) -> None:
-    """PEFT takes rank and alpha from the adapter's folder, whatever else is asked for."""
-    for key, name in _KEPT.items():
-        wanted, kept = cfg.get(key), adapter.config.get(name)
-        if wanted and wanted != kept:
+    """PEFT takes all that shapes an adapter from its folder, whatever else is asked for."""
+    asked = {key: (cfg.get(key), adapter.config.get(name)) for key, name in _KEPT.items()}
+    asked["qalora.shared_a"] = ((cfg.get("qalora") or {}).get("shared_a"), bool(adapter.config.get("shared_a")))
+    for key, (wanted, kept) in asked.items():
+        if wanted is not None and wanted != kept:
             LOG.warning("%s is %s, but lora_model_dir %s keeps its own: %s", key, wanted, adapter.folder, kept)
-
-
-def check_targets(cfg: dict[str, Any], modules: dict[str, GroupwiseSpec], names: LinearNames | None = None) -> None:
-    """Refuse targets that match no quantised linear of the base, by PEFT's own rules; warn of those of several.
-
-    Args:
-        names: what they are called in the model, where that is known before it is loaded: with quantized experts.
-
-    Raises:
-        QALoraError: with the names that there are.
-    """
-    wanted = cfg.get("lora_target_modules") or []
-    patterns = {field: cfg.get(f"lora_{field}") for field in FIELDS}
-    check_config_patterns(patterns, list(modules), "the config")
-    if names is not None:
-        names.check({field: names.as_in_model(given) for field, given in patterns.items()}, "lora_")
-    if not targeted(cfg, modules, names):
-        if isinstance(wanted, str) and any("language_model" in name.split(".") for name in modules):
-            # A model with vision: names on disk may not be those in the model, which is known once it is loaded.
-            LOG.warning("lora_target_modules: %s matches no name of the base's file", printable(wanted))
-            return
-        narrowed = [key for key in _NARROWING if cfg.get(key)]
-        raise QALoraError(
-            f"lora_target_modules {wanted!r}{' with ' + ', '.join(narrowed) if narrowed else ''} matches no quantised "
-            f"linear of {cfg['base_model']}. Quantised there are: {', '.join(sorted(_leaves(modules)))}. Name some of "
-            "these, or set lora_target_linear: true."
+    if targets := [key for key in ("lora_target_modules", *NARROWING) if cfg.get(key)]:
+        LOG.warning(
+            "%s: not looked at, for lora_model_dir %s keeps its own %d linears",
+            " and ".join(targets),
+            adapter.folder,
+            len(adapter.modules),
         )
-    known = modules if names is None else names.stored
-    for pattern in (wanted if names is None else names.as_in_model(wanted)) if isinstance(wanted, list) else ():
-        if not any(name == pattern or name.endswith(f".{pattern}") for name in known):
-            LOG.warning(
-                "lora_target_modules: %s is no quantised linear of this base and gets no adapter", printable(pattern)
-            )
-    for key in ("lora_rank_pattern", "lora_alpha_pattern"):
-        for pattern in (cfg.get(key) or ()) if names is None else names.as_in_model(cfg.get(key)) or ():
-            if not any(matching_pattern([pattern], name) for name in known):
-                LOG.warning("%s: %s matches no quantised linear of this base", key, printable(pattern))
-
-
-def targeted(
-    cfg: dict[str, Any], modules: dict[str, GroupwiseSpec], names: LinearNames | None = None
-) -> dict[str, GroupwiseSpec]:
-    """Those of the base's quantised linears that get an adapter, by PEFT's own rules; ``names``: in the model."""
-    as_named = (lambda given: given) if names is None else names.as_in_model
-    config = LoraConfig(
-        target_modules=as_named(cfg.get("lora_target_modules") or [])
-        if not (cfg.get("lora_target_linear") or cfg.get("lora_target_modules") == "all-linear")
-        else sorted(_leaves(modules if names is None else names.stored)),
-        exclude_modules=as_named(cfg.get("lora_exclude_modules") or None),
-        layers_to_transform=cfg.get("peft_layers_to_transform"),
-        layers_pattern=cfg.get("peft_layers_pattern"),
-    )
-    stored = {name: [name] for name in modules} if names is None else names.stored
-    found = [on_disk for name, on_disk in stored.items() if check_target_module_exists(config, name)]
-    return {name: modules[name] for on_disk in found for name in on_disk}
-
-
-def _leaves(modules: Iterable[str]) -> set[str]:
-    return {name.rsplit(".", 1)[-1] for name in modules} - {"lm_head"} or {"lm_head"}
 
 
 def _fused_loss(cfg: dict[str, Any]) -> str | None:
-    """The key of a loss that includes lm_head: Axolotl's Liger and CCE plugins have one, CCE's is on unless said."""
+    """The key of a loss that includes lm_head: Axolotl's Liger, CCE and distillation plugins have one, CCE's is on
+    unless said; and TRL has Liger's."""
     plugins = " ".join(cfg.get("plugins") or ())
-    if ".liger." in plugins and cfg.get("liger_fused_linear_cross_entropy"):
-        return "liger_fused_linear_cross_entropy"
-    return "cut_cross_entropy" if ".cut_cross_entropy." in plugins and cfg.get("cut_cross_entropy", True) else None
+    block = cfg.get("trl")
+    asked = {
+        "liger_fused_linear_cross_entropy": ".liger." in plugins and cfg.get("liger_fused_linear_cross_entropy"),
+        "cut_cross_entropy": ".cut_cross_entropy." in plugins and cfg.get("cut_cross_entropy", True),
+        "kd_trainer": ".kd." in plugins and cfg.get("kd_trainer"),
+        "dpo_use_liger_kernel": cfg.get("dpo_use_liger_kernel"),
+        "trl.use_liger_loss": isinstance(block, dict) and block.get("use_liger_loss"),
+    }
+    return next((key for key, value in asked.items() if value), None)
 
 
 def _quantises_head(cfg: dict[str, Any], modules: dict[str, GroupwiseSpec] | None) -> bool:

@@ -170,7 +170,9 @@ def _restrict_to_quantized(
         for name, module in modules.items()
         if name and check_target_module_exists(config, name)
     }
-    if other := next((name for name, can_have_one in matched.items() if not (can_have_one or every)), None):
+    known = {_leaf(name) for name in layers}  # dense layers of other kinds that are called like them are no targets
+    strange = (name for name, can_have_one in matched.items() if not (can_have_one or every or _leaf(name) in known))
+    if other := next(strange, None):
         raise QALoraError(
             f"target_modules match {other}, a {type(modules[other]).__name__}, which can have no adapter. "
             f"Name linears: {_leaves(layers)}."
@@ -207,13 +209,17 @@ def _names_excluded(config: QALoraConfig, modules: dict[str, nn.Module]) -> Iter
     return [name for name, module in modules.items() if isinstance(module, kinds) and pattern.fullmatch(name)]
 
 
+def _leaf(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
 def _leaves(names: Iterable[str]) -> str:
-    return ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
+    return ", ".join(sorted(set(map(_leaf, names))))
 
 
 def _pattern(name: str) -> str:
     """What targets a linear: its last name, unless that is a number, as every layer's is."""
-    leaf = name.rsplit(".", 1)[-1]
+    leaf = _leaf(name)
     return name if leaf.isdigit() else leaf
 
 
@@ -222,7 +228,7 @@ def _is_barred(config: QALoraConfig, model: PreTrainedModel, name: str, layer: Q
     if isinstance(layer, ReadableQuantLinear):
         return True
     try:
-        _check_lora_target_modules_mamba(config, model, name.rsplit(".", 1)[-1])
+        _check_lora_target_modules_mamba(config, model, _leaf(name))
     except ValueError:
         return True
     return False

@@ -54,13 +54,14 @@ def swap(
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
             continue
-        for factor in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
+        parts = (getattr(layer, f"lora_{part}", {}) for part in "ABDC")
+        for factor in (part[adapter_name] for part in parts if adapter_name in part):
             weight: Any = factor.weight
             if not isinstance(weight, nn.Parameter):
                 factor._parameters["weight"] = nn.Parameter(weight, requires_grad=not known.inference_mode)
         scaling = scaling_of(vars(config), name)
         hotswap._update_scaling(layer, adapter_name, scaling)
-        rank = layer.lora_A[adapter_name].get_parameter("weight").shape[0]  # PEFT fills up a lower one with zeros
+        rank = layer.lora_A[adapter_name].get_parameter("weight").shape[-2]  # PEFT fills up a lower one with zeros
         alpha = scaling * (math.sqrt(rank) if config.use_rslora else rank)
         alpha = round(alpha) if math.isclose(alpha, round(alpha)) else alpha
         layer.r[adapter_name], layer.lora_alpha[adapter_name] = rank, alpha

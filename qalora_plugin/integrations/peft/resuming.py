@@ -104,7 +104,7 @@ def require_same_run(model: PeftModel, checkpoint: Path, weights: bool) -> None:
         for name in names
         if check_target_module_exists(config, name)
     }
-    _require_same_adapter(model, adapter_name, checkpoint, saved["qalora"], trained)
+    _require_same_adapter(model, adapter_name, checkpoint, saved, trained)
 
 
 def _require_fitting(model: PeftModel, folder: Path, adapter_name: str) -> None:
@@ -113,7 +113,7 @@ def _require_fitting(model: PeftModel, folder: Path, adapter_name: str) -> None:
         return
     trained = {name: (saved.rank(stored), saved.scaling(stored)) for stored, name in saved.keys.items()}
     if isinstance(model.peft_config.get(adapter_name), QALoraConfig):
-        _require_same_adapter(model, adapter_name, folder, saved.config["qalora"], trained)
+        _require_same_adapter(model, adapter_name, folder, saved.config, trained)
 
 
 def _whole(model: nn.Module, base_model: Any, folder: Path) -> AdapterFolder | None:
@@ -139,22 +139,28 @@ def _require_base(model: nn.Module, saved: dict[str, Any], folder: Path) -> None
 
 
 def _require_same_adapter(
-    model: PeftModel, adapter_name: str, folder: Path, qalora: dict[str, Any], trained: dict[str, tuple[int, float]]
+    model: PeftModel, adapter_name: str, folder: Path, saved: dict[str, Any], trained: dict[str, tuple[int, float]]
 ) -> None:
-    """Refuse a checkpoint of other linears, or of other ranks or alphas, or whose numbers are in other units.
+    """Refuse a checkpoint of other linears, or of other ranks or alphas, or whose numbers are in other units. How it
+    began, calibrated or not, is how the adapter that it is loaded into began.
 
     Args:
-        trained: linear, by its name in the model → rank and alpha/rank.
+        saved: its config. trained: linear, by its name in the model → rank and alpha/rank.
     """
     config: Any = model.peft_config[adapter_name]
     wanted, found = (
         f"with scales, scales_lr_ratio {ratios.scales:g} (offsets' {ratios.offsets:g})"
         if settings.get("scales")
         else "without scales"
-        for settings, ratios in ((one, Ratios.of(one)) for one in (config.qalora or {}, qalora))
+        for settings, ratios in ((one, Ratios.of(one)) for one in (config.qalora or {}, saved["qalora"]))
     )
     if wanted != found:
         raise QALoraError(f"{folder} was trained {found}, this run trains {wanted}. {_END}")
+    shared = (bool(one.get("shared_a")) for one in (vars(config), saved))
+    if len(set(shared)) > 1:
+        raise QALoraError(
+            f"{folder} was trained with shared_a: {bool(saved.get('shared_a'))}, this run has another. {_END}"
+        )
     layers = {
         unwrapped(name): layer
         for name, layer in model.get_base_model().named_modules()
@@ -171,6 +177,9 @@ def _require_same_adapter(
                 f"{folder} trained {name} at rank {rank} and alpha/rank {scaling:g}, this run has rank {here[0]} and "
                 f"{here[1]:g}. {_END}"
             )
+    config.qalora.pop("init", None)
+    if begun := saved["qalora"].get("init"):
+        config.qalora["init"] = begun
 
 
 def _check_whole_first(load: Callable) -> Callable:

@@ -89,7 +89,7 @@ def _shared(folder: Path) -> ctypes.CDLL:
 
 def _kind() -> str:
     """What the compiled file depends on: sources, flags, and this kind of CPU (a shared home serves several)."""
-    digest = hashlib.sha256(repr((_compiler(), _FLAGS, _cpu())).encode())
+    digest = hashlib.sha256(repr((compiler(), _FLAGS, _cpu())).encode())
     for source in _sources("*.cpp", "*.h"):
         digest.update(f"{source.name}\n".encode() + source.read_bytes())
     return digest.hexdigest()[:16]
@@ -110,17 +110,17 @@ def _compile(folder: Path, stem: str) -> Path:
             shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as scratch:
         made = Path(scratch) / "kernels.so"
-        command = [*_compiler(), *_FLAGS, *map(str, _sources("*.cpp")), "-o", str(made)]
+        command = [*compiler(), *_FLAGS, *map(str, _sources("*.cpp")), "-o", str(made)]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=_PATIENCE, cwd=scratch)
         except FileNotFoundError:
-            raise _CannotCompile(f"there is no compiler {shlex.join(_compiler())}") from None
+            raise _CannotCompile(f"there is no compiler {shlex.join(compiler())}") from None
         except subprocess.TimeoutExpired:
-            raise _CannotCompile(f"{shlex.join(_compiler())} did not end within {_PATIENCE} s") from None
+            raise _CannotCompile(f"{shlex.join(compiler())} did not end within {_PATIENCE} s") from None
         except subprocess.CalledProcessError as error:
             lines = error.stderr.strip().splitlines() or [f"exit status {error.returncode}"]
             why = next((line for line in lines if "error" in line), lines[-1])
-            raise _CannotCompile(f"{shlex.join(_compiler())}: {why}") from None
+            raise _CannotCompile(f"{shlex.join(compiler())}: {why}") from None
         path = folder / _file_name(stem, made.read_bytes())
         os.replace(made, path)
     return path
@@ -156,7 +156,7 @@ def _file_name(stem: str, content: bytes) -> str:
     return f"{stem}-{hashlib.sha256(content).hexdigest()[:16]}.so"
 
 
-def _compiler() -> list[str]:
+def compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX", "")) or ["c++"]
 
 
