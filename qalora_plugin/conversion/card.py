@@ -49,7 +49,7 @@ def model_card(
         if len(stored) <= 1
         else ("mixed-bit", "; ".join(stored))
     )
-    factored = sum(specs_of.offset_rank > 0 for specs_of in specs)
+    factored = sum(spec.offset_rank > 0 for spec in specs)
     base = quantization["base_model"]
     metadata = "" if is_local(base) else f"base_model: {_yaml(base)}\n"
     also, scales, delta = "", "scales", ""

@@ -15,6 +15,7 @@ import numpy as np
 
 from qalora_plugin.checkpoint.atomic import new_file, require_space
 from qalora_plugin.checkpoint.places import require_place
+from qalora_plugin.conversion.model_class import idle_biases, read_config
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line, printable
 from qalora_plugin.core.progress import track
 from qalora_plugin.formats.base import Unsupported
@@ -131,7 +132,7 @@ def export_gguf(
     source.check_values()
     architecture = of_config(source.files.config, source.folder)
     _refuse_act_order(source)
-    config = _config(source)
+    config = read_config(source)
     plan = _plan(source, architecture, config, CHOICES[embeddings], CHOICES[eight_bit])
     writer = gguf.GGUFWriter(None, architecture.name)
     extra = _copy_metadata(writer, Path(like), plan) if like else _make_metadata(writer, source, config, architecture)
@@ -156,26 +157,20 @@ def _refuse_act_order(source: QuantizedCheckpoint) -> None:
         )
 
 
-def _config(source: QuantizedCheckpoint) -> "PretrainedConfig":
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever configs of any kind raise
-        raise QALoraError(f"{source.folder}: config.json cannot be read by transformers ({error}).") from error
-
-
 def _plan(
     source: QuantizedCheckpoint, architecture: Architecture, config: "PretrainedConfig", embeddings: str, eight_bit: str
 ) -> list[_Tensor]:
     """Every tensor to write, in the checkpoint's order."""
     sources: dict[str, str | None] = {}  # name of the weight or bias → module, if quantized
+    idle = idle_biases(source)
     parts = {f"{spec.name}.{part}": spec for spec in source.specs.values() for part in source.format.parts(spec)}
     for stored in source.files.tensors:
         if stored in parts and not stored.endswith(".bias"):
             sources.setdefault(f"{parts[stored].name}.weight", parts[stored].name)
-        elif not stored.endswith(_RECOMPUTED) and not (stored == "lm_head.weight" and config.tie_word_embeddings):
+        elif stored not in idle and not stored.endswith(_RECOMPUTED):
             sources[stored] = None
+    if config.tie_word_embeddings:
+        sources.pop("lm_head.weight", None)
     names = tensor_names(architecture, config.num_hidden_layers, sources)
     plan = []
     for stored, module in sources.items():

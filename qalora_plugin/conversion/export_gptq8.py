@@ -97,6 +97,7 @@ def export_gptq8(
     """
     out = require_place(out, merged, "the output")
     source = QuantizedCheckpoint.open(merged, revision)
+    source.require_own_head()
     size = _group_size(source, group_size)
     source.check_values()
     specs = {

@@ -15,6 +15,7 @@ from qalora_plugin.checkpoint.atomic import new_folder, require_space
 from qalora_plugin.checkpoint.companions import copy_companions
 from qalora_plugin.checkpoint.json_files import write_json
 from qalora_plugin.checkpoint.places import require_place
+from qalora_plugin.conversion.model_class import idle_biases
 from qalora_plugin.conversion.writer import ShardWriter, write_index
 from qalora_plugin.core.errors import os_errors_in_one_line, printable
 from qalora_plugin.core.progress import track
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
-
-_BIASED = {"self_attn": "attention_bias", "mlp": "mlp_bias"}  # keys by which mlx-lm's Llama has biases there
 
 
 @dataclass
@@ -108,10 +107,11 @@ def _count(source: QuantizedCheckpoint) -> int:
 
 def _tensors(source: QuantizedCheckpoint, writer: Mlx, result: MlxExport) -> "Iterator[tuple[str, Tensor]]":
     """All tensors, in the checkpoint's order; ``result`` learns of the rounding."""
+    idle = idle_biases(source)
     parts = {name: set(source.format.parts(spec)) - {"bias"} for name, spec in source.specs.items()}
     for tensor in source.files.tensors:
         name, _, part = tensor.rpartition(".")
-        if part == "bias" and name in parts and _is_idle(source, name):
+        if tensor in idle:
             continue
         if part not in parts.get(name, ()):
             yield tensor, source.files.tensor(tensor)
@@ -120,14 +120,6 @@ def _tensors(source: QuantizedCheckpoint, writer: Mlx, result: MlxExport) -> "It
             written = writer.write(name, weight)
             result.largest_error = max(result.largest_error, _error(name, weight, written))
             yield from written.items()
-
-
-def _is_idle(source: QuantizedCheckpoint, name: str) -> bool:
-    """Whether a linear's bias is zero, as tools of 2023 stored one of every linear, and mlx-lm has no place for it."""
-    config, part = source.files.config, name.split(".")[-2]
-    if config.get("model_type") not in ("llama", "mistral") or config.get(_BIASED.get(part, "")):
-        return False
-    return not source.files.array(f"{name}.bias").any()
 
 
 def _error(name: str, weight: GroupwiseWeight, written: "dict[str, Tensor]") -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 from qalora_plugin.checkpoint.json_files import short
 from qalora_plugin.core.words import SUPPORTED_BITS
-from qalora_plugin.formats.base import Unsupported
+from qalora_plugin.formats.base import Unsupported, refuse_changed_activations
 from qalora_plugin.formats.gptq import Gptq
 from qalora_plugin.formats.gptq_zeros import V1, V2
 
@@ -31,11 +31,7 @@ class AutoRound(Gptq):
         Raises:
             Unsupported: activations are quantized or rotated, or the linears are packed in another way.
         """
-        if quantization.get("rotation_config"):
-            raise Unsupported(f"{where} rotates activations (rotation_config).", _OTHERWISE)
-        bits = quantization.get("act_bits")
-        if bits is not None and not (isinstance(bits, int) and bits >= 16):
-            raise Unsupported(f"{where} quantizes activations (act_bits {short(bits)}).", _OTHERWISE)
+        refuse_changed_activations(quantization, where, _OTHERWISE)
         if (bits := quantization.get("bits")) not in (None, *SUPPORTED_BITS):
             raise Unsupported(f"{where} has {short(bits)}-bit codes, expected 2, 3, 4 or 8 bits.", _OTHERWISE)
         extra = quantization.get("extra_config")

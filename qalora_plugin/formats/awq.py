@@ -14,7 +14,7 @@ from qalora_plugin.checkpoint.json_files import short
 from qalora_plugin.checkpoint.tensors import TensorInfo, all_finite
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.weight import GroupwiseSpec, GroupwiseWeight
-from qalora_plugin.formats.base import Headers, Unsupported
+from qalora_plugin.formats.base import Headers, Unsupported, refuse_changed_activations
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,7 @@ class Awq:
     def __init__(self, quantization: dict[str, Any], where: object = "quantization_config"):
         """
         Raises:
-            Unsupported: another of AWQ's layouts, or other than 4 bits.
+            Unsupported: another of AWQ's layouts, other than 4 bits, or activations that are quantized or rotated.
         """
         found = quantization.get("version") or quantization.get("format") or self.reading
         if str(found).lower() != self.reading or quantization.get("backend") == "llm-awq":
@@ -49,6 +49,7 @@ class Awq:
         bits = quantization.get("bits", quantization.get("w_bit", BITS))
         if bits != BITS:
             raise Unsupported(f"{where} is AWQ with bits {short(bits)}: the gemm layout is of 4 bits.", _OTHERWISE)
+        refuse_changed_activations(quantization, where, _OTHERWISE)
         self.quantization = quantization
 
     @classmethod
@@ -60,6 +61,13 @@ class Awq:
         names = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
         if not names:
             raise QALoraError(f"{where} holds no quantized linear (no *.qweight). Is it the right folder?")
+        scaled = (name for name in tensors if name.endswith(".scales") and f"{name[:-6]}qweight" not in tensors)
+        if found := next(scaled, None):
+            raise Unsupported(
+                f"{where}: {found} divides an activation, as AutoAWQ does where no norm comes before a linear, and "
+                "GPTQ has no place for that.",
+                "Make a GPTQ checkpoint of the original 16-bit model: qalora quantize MODEL OUT.",
+            )
         return {name: self._spec(tensors, name, where) for name in names}
 
     def parts(self, spec: GroupwiseSpec) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from qalora_plugin.checkpoint.json_files import short
 from qalora_plugin.checkpoint.tensors import TensorInfo
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.weight import GroupwiseSpec, GroupwiseWeight
@@ -21,6 +22,23 @@ class Unsupported(QALoraError):
     def __init__(self, reason: str, alternatives: str):
         super().__init__(f"{reason} {alternatives}")
         self.reason, self.alternatives = reason, alternatives
+
+
+def refuse_changed_activations(quantization: Mapping[str, Any], where: object, otherwise: str) -> None:
+    """Refuse a checkpoint whose weights are for inputs that are rotated, or quantized: nothing here does that to them.
+
+    Args:
+        otherwise: what to do instead.
+
+    Raises:
+        Unsupported: by GPTQModel's ``rotation``, or AutoRound's ``rotation_config`` or ``act_bits``.
+    """
+    for key in ("rotation", "rotation_config"):
+        if quantization.get(key):
+            raise Unsupported(f"{where} rotates activations ({key} {short(quantization[key])}).", otherwise)
+    bits = quantization.get("act_bits")
+    if bits is not None and not (isinstance(bits, int) and bits >= 16):
+        raise Unsupported(f"{where} quantizes activations (act_bits {short(bits)}).", otherwise)
 
 
 class CheckpointFormat(Protocol):

@@ -14,7 +14,7 @@ from qalora_plugin.checkpoint.tensors import TensorInfo, all_finite
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.weight import GroupwiseSpec, GroupwiseWeight
 from qalora_plugin.core.words import SUPPORTED_BITS, codes_per_period
-from qalora_plugin.formats.base import Headers, Unsupported
+from qalora_plugin.formats.base import Headers, Unsupported, refuse_changed_activations
 from qalora_plugin.formats.gptq_zeros import CHECKPOINT_FORMATS, V1, read_zeros, symmetric_words, write_zeros
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ class Gptq:
     def __init__(self, quantization: dict[str, Any], where: object = "quantization_config"):
         """
         Raises:
-            QALoraError: a field is of another type than it should be, or names a format that is not known.
+            QALoraError: a field is of another type than it should be, or names a format that is not known, or the
+                weights are for rotated activations.
         """
         for name, kind in _FIELDS.items():
             found = quantization.get(name)
@@ -58,6 +59,7 @@ class Gptq:
                     f"{where}: {name} in quantization_config is {short(found)}, expected a JSON {_JSON_NAMES[kind]}. "
                     "The config was edited or belongs to something else: download or copy it again."
                 )
+        refuse_changed_activations(quantization, where, "Quantize the model without (qalora quantize MODEL OUT).")
         self.quantization = quantization
         self.reading = quantization.get("checkpoint_format") or quantization.get("format") or V1
         if self.reading not in CHECKPOINT_FORMATS:

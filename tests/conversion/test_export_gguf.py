@@ -7,14 +7,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from support.fabricate import make_adapter, make_base, quantize
-from support.gguf_files import ARCHITECTURES, in_float32, make_model, make_tokenizer, rewritten, write_gguf
+from support.fabricate import make_adapter, make_base
+from support.gguf_files import ARCHITECTURES, gptq_base, in_float32, make_model, make_tokenizer, rewritten, write_gguf
 from support.llama_cpp import LlamaCpp, log_probabilities
 
 from qalora_plugin import load_base, merge, verify
 from qalora_plugin.conversion.export_gguf import export_gguf
 from qalora_plugin.conversion.import_gguf import import_gguf
-from qalora_plugin.conversion.writer import write_model
 from qalora_plugin.core import reference
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.packing import unpack_rows
@@ -34,27 +33,6 @@ NATIVE = 0.1  # its kernels round activations to 8 bits too
 @pytest.fixture(scope="module")
 def tokenizer():
     return make_tokenizer()
-
-
-def gptq_base(folder, tokenizer, bits=4, group_size=32, sym=False, act_order=False, dtype=None, **settings):
-    """A GPTQ base of the small Llama, whose tokenizer llama.cpp knows."""
-    model = make_model("llama", **settings)
-    config = {**json.loads(model.config.to_json_string()), "architectures": ["LlamaForCausalLM"], "dtype": "float16"}
-    quantization = {
-        "quant_method": "gptq", "bits": bits, "group_size": group_size, "desc_act": act_order, "sym": sym,
-        "checkpoint_format": "gptq_v2",
-    }  # fmt: skip
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        if name.endswith("proj.weight"):
-            stored = quantize(tensor, bits, group_size, sym, "gptq_v2", act_order, torch.Generator().manual_seed(0))
-            tensors |= {f"{name[:-6]}{part}": value for part, value in stored.items()}
-        elif name != "lm_head.weight":
-            tensors[name] = tensor.to(dtype or torch.float16)
-    folder.mkdir()
-    write_model(folder, config, quantization, tensors.items())
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @torch.no_grad()

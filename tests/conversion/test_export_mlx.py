@@ -102,6 +102,33 @@ def test_zero_biases_of_every_linear(tmp_path):
     assert (by_mlx(folder) - by_transformers(base, load_base)).abs().max() <= EXACT
 
 
+def with_biases(base, value=0.0):
+    """One of every quantized linear."""
+    tensors = load_file(base / "model.safetensors")
+    stored = {name.replace("qweight", "bias"): t.shape[1] for name, t in tensors.items() if name.endswith("qweight")}
+    biases = {name: torch.full((size,), value).half() for name, size in stored.items()}
+    save_file(tensors | biases, base / "model.safetensors", metadata={"format": "pt"})
+    return base
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_zero_biases_where_a_model_has_none(model_type, tmp_path):
+    """Some of Qwen2's linears have biases of their own."""
+    base = with_biases(base_of(build(model_type), tmp_path / "base"))
+    folder = export_mlx(base, tmp_path / "mlx", progress=False).folder
+    assert (by_mlx(folder) - by_transformers(base, load_base)).abs().max() <= EXACT
+    refused(with_biases(base, 0.5), tmp_path / "out", "which is not zero, and a .*ForCausalLM has no bias there")
+
+
+def test_zero_biases_of_a_quantized_head(tmp_path):
+    base = make_base(tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    parts = quantize(tensors.pop("lm_head.weight"), 4, 32, False, "gptq")
+    save_file(tensors | {f"lm_head.{part}": t.contiguous() for part, t in parts.items()}, base / "model.safetensors")
+    folder = export_mlx(with_biases(base), tmp_path / "mlx", progress=False).folder
+    assert (by_mlx(folder) - by_transformers(base, load_base)).abs().max() <= EXACT
+
+
 def test_a_quantized_head_that_is_tied(tmp_path):
     base = make_base(tmp_path / "base")
     tensors = load_file(base / "model.safetensors")

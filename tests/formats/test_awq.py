@@ -50,6 +50,13 @@ def test_columns_are_interleaved():
     assert int(awq_words(codes)[0, 0]) & 0xFFFFFFFF == 0x75316420
 
 
+def test_activations_that_are_scaled():
+    """AutoAWQ's, where no norm comes before a linear: ``mlp.act.scales`` of StarCoder 2, Falcon, MPT …"""
+    stored = infos(awq_linear(64, 16, 32, torch.Generator().manual_seed(0)))
+    with pytest.raises(Unsupported, match=r"mlp\.act\.scales divides an activation"):
+        Awq({}).specs(stored | {"mlp.act.scales": TensorInfo("model.safetensors", "F16", (64,))}, "somewhere")
+
+
 def test_symmetric_by_its_zeros():
     spec = GroupwiseSpec("layer", 64, 16, 4, 32)
     generator = torch.Generator().manual_seed(0)

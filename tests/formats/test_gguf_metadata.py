@@ -105,6 +105,54 @@ def test_scaled_positions(scaling, tokenizer, tmp_path):
     assert_same_model(model, file)
 
 
+def edited(file, target, **changes):
+    """Of its keys, without the architecture; None: left out."""
+
+    def change(fields, _tensors):
+        name = next(key for key in fields if key.endswith(".block_count")).partition(".")[0]
+        for key, value in changes.items():
+            kind = gguf.GGUFValueType.UINT32 if isinstance(value, int) else gguf.GGUFValueType.FLOAT32
+            fields[f"{name}.{key.replace('__', '.')}"] = [value, [kind]]
+
+    return rewritten(file, target, change)
+
+
+def read_back(file):
+    opened = GgufFile.open(file)
+    return config_of(opened, of_file(opened.architecture, file))
+
+
+def test_yarn_as_others_set_it(tokenizer, tmp_path):
+    architecture, parameters = SCALED["yarn"]
+    file = with_metadata_of(make_model(architecture, rope_parameters=parameters), tokenizer, tmp_path)
+    usual = {"rope__scaling__yarn_beta_fast": 32.0, "rope__scaling__yarn_attn_factor": 1.0}
+    assert "beta_fast" not in read_back(edited(file, tmp_path / "usual.gguf", **usual)).rope_parameters
+    betas = {"rope__scaling__yarn_beta_fast": 8.0, "rope__scaling__yarn_beta_slow": 2.0}
+    found = read_back(edited(file, tmp_path / "betas.gguf", **betas)).rope_parameters
+    assert (found["beta_fast"], found["beta_slow"]) == (8.0, 2.0)
+    for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor", "yarn_log_multiplier"):
+        other = edited(file, tmp_path / f"{key}.gguf", **{f"rope__scaling__{key}": 0.5})
+        with pytest.raises(QALoraError, match=rf"'yarn' with {key} 0\.5\. Pass the original model's config"):
+            read_back(other)
+
+
+def test_attention_of_long_contexts(tokenizer, tmp_path):
+    architecture, parameters = SCALED["longrope"]
+    for attention in (None, 2.5):
+        asked = parameters | ({"attention_factor": attention} if attention else {})
+        model = make_model(architecture, rope_parameters=asked, original_max_position_embeddings=128)
+        found = read_back(with_metadata_of(model, tokenizer, tmp_path)).rope_parameters
+        assert found.get("attention_factor") == attention
+
+
+def test_phi_4_has_no_window(tokenizer, tmp_path):
+    """Converters write 0 for it, to tell it from Phi-3."""
+    file = with_metadata_of(make_model("phi3"), tokenizer, tmp_path)
+    for window, expected in ((0, None), (64, 64)):
+        found = read_back(edited(file, tmp_path / f"{window}.gguf", attention__sliding_window=window))
+        assert found.sliding_window == expected
+
+
 @pytest.mark.parametrize(
     ("architecture", "settings", "message"),
     [

@@ -13,6 +13,7 @@ from support.fabricate import make_adapter, make_base, quantize
 from support.other_formats import ROOT, make_awq, make_packed, shapes_of
 
 from qalora_plugin import load_base
+from qalora_plugin.conversion.import_packed import import_packed as import_awq
 from qalora_plugin.conversion.merging import merge
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.reference import dequantize
@@ -189,6 +190,15 @@ def test_what_auto_round_has_beyond_gptq(tmp_path, changes, message):
     folder = edit(make_base(tmp_path / "b"), **AUTO_ROUND | changes)
     with pytest.raises(QALoraError, match=message):
         QuantizedCheckpoint.open(folder)
+
+
+@pytest.mark.parametrize("key", ["rotation", "rotation_config"])
+@pytest.mark.parametrize("make", [make_base, make_awq], ids=["gptq", "awq"])
+def test_weights_that_are_for_rotated_activations(tmp_path, make, key):
+    """GPTQModel's ``rotation``: the inverse is applied to what goes into down_proj, which no reader here does."""
+    folder = edit(make(tmp_path / "b"), **{key: "hadamard"})
+    with pytest.raises(QALoraError, match=rf"rotates activations \({key} 'hadamard'\)"):
+        QuantizedCheckpoint.open(folder) if make is make_base else import_awq(folder, tmp_path / "out")
 
 
 def test_who_is_imported_first(tmp_path):

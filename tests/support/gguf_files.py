@@ -10,8 +10,11 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
+from support.fabricate import quantize
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from qalora_plugin.conversion.writer import write_model
 
 TEXT = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 VOCABULARY = 512
@@ -44,6 +47,29 @@ def make_model(architecture: str, seed: int = 0, **settings):
         if name.endswith(("norm.weight", ".bias")):
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model.eval()
+
+
+def gptq_base(
+    folder, tokenizer, bits=4, group_size=32, sym=False, act_order=False, dtype=None, architecture="llama", **settings
+):
+    """A GPTQ base of one of these, whose tokenizer llama.cpp knows."""
+    model = make_model(architecture, **settings)
+    names = {"architectures": [type(model).__name__], "dtype": "float16"}
+    quantization = {
+        "quant_method": "gptq", "bits": bits, "group_size": group_size, "desc_act": act_order, "sym": sym,
+        "checkpoint_format": "gptq_v2",
+    }  # fmt: skip
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name.endswith("proj.weight"):
+            stored = quantize(tensor, bits, group_size, sym, "gptq_v2", act_order, torch.Generator().manual_seed(0))
+            tensors |= {f"{name[:-6]}{part}": value for part, value in stored.items()}
+        elif name != "lm_head.weight" or not model.config.tie_word_embeddings:
+            tensors[name] = tensor.to(dtype or torch.float16)
+    folder.mkdir()
+    write_model(folder, {**json.loads(model.config.to_json_string()), **names}, quantization, tensors.items())
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def make_tokenizer(pretokenizer=None, bos: bool = False, **bpe) -> PreTrainedTokenizerFast:

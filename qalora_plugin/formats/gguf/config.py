@@ -18,6 +18,7 @@ EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 # Layers of the one size whose attention is scaled by hidden size / heads, not by the size of heads (llama.cpp's rule).
 SCALED_BY_HIDDEN = {"gemma2": 46, "gemma3": 62}
 GEMMA3_PATTERN = 6  # every sixth layer attends to everything
+_WINDOW = "attention.sliding_window"
 _GEMMA3_LOCAL_BASE = 10000.0
 
 
@@ -62,7 +63,7 @@ def _settings(file: GgufFile, architecture: Architecture) -> dict[str, Any]:
     for key, setting in known.items():
         if setting and f"{file.architecture}.{key}" in file.keys:
             read = file.real if "epsilon" in key or "freq_base" in key else file.number
-            settings[setting] = read(key)
+            settings[setting] = _window(file) if key == _WINDOW else read(key)
     embedding = file.tensors.get(EMBEDDING)
     if embedding is None:
         raise QALoraError(f"{file.path} has no {EMBEDDING}. Is it a whole language model?")
@@ -103,8 +104,14 @@ def _phi3(file: GgufFile, rope: dict[str, Any], rotary: int, head_dim: int) -> d
     context = file.number("context_length")
     return {
         "original_max_position_embeddings": file.number("rope.scaling.original_context_length", context),
-        "sliding_window": file.number("attention.sliding_window", None),
+        "sliding_window": _window(file),
     }
+
+
+def _window(file: GgufFile) -> int | None:
+    """Of Phi-4, which has none, converters write 0, to tell it from Phi-3."""
+    none = file.value(f"{file.architecture}.{_WINDOW}", int, 0) == 0
+    return None if none else file.number(_WINDOW)
 
 
 def _gemma(file: GgufFile, name: str, rope: dict[str, Any], scalar: int) -> dict[str, Any]:

@@ -29,6 +29,10 @@ _YARN_DEFAULTS = {
     "mscale": None,
     "mscale_all_dim": None,
 }
+_YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
+_YARN_OF_LLAMA_CPP = {  # what transformers has no setting for, or one that means something else
+    "attn_factor": (1.0,), "yarn_attn_factor": (1.0,), "yarn_ext_factor": (-1.0, 1.0), "yarn_log_multiplier": (0.0,),
+}  # fmt: skip
 _CLOSE = 1e-4  # relative; the factors are float32
 _ANOTHER_CONFIG = "Pass the original model's config: model_config=FOLDER."
 
@@ -48,7 +52,11 @@ def parameters_of(file: GgufFile, rotary: int) -> dict[str, Any]:
     context = file.number("rope.scaling.original_context_length", None)
     if LONG_FACTORS in file.tensors:
         long, short = (_factors(file, name, rotary) for name in (LONG_FACTORS, SHORT_FACTORS))
-        return {"rope_type": "longrope", "rope_theta": base, "long_factor": long, "short_factor": short}
+        whole = file.number("context_length")
+        usual = _longrope_attention(whole, context or whole)
+        attention = file.real("rope.scaling.attn_factor", usual)
+        more = {} if math.isclose(attention, usual, rel_tol=_CLOSE) else {"attention_factor": attention}
+        return {"rope_type": "longrope", "rope_theta": base, "long_factor": long, "short_factor": short, **more}
     if LLAMA3_FACTORS in file.tensors:
         return _llama3_of(file, base, rotary)
     if kind == "none" or (kind == "linear" and factor == 1):
@@ -56,9 +64,24 @@ def parameters_of(file: GgufFile, rotary: int) -> dict[str, Any]:
     if kind == "linear" and factor > 0:
         return {"rope_type": "linear", "rope_theta": base, "factor": factor}
     if kind == "yarn" and context and factor >= 1:
+        _require_usual_yarn(file)
+        betas = {key: file.real(f"rope.scaling.yarn_{key}", usual) for key, usual in _YARN_BETAS.items()}
         scaling = {"factor": factor, "original_max_position_embeddings": context}
+        scaling |= {key: beta for key, beta in betas.items() if beta != _YARN_BETAS[key]}
         return {"rope_type": "yarn", "rope_theta": base, **scaling}
     raise QALoraError(f"{file.path} scales its positions by {kind!r}, factor {factor}. {_ANOTHER_CONFIG}")
+
+
+def _longrope_attention(context: int, original: int) -> float:
+    """What transformers multiplies queries and keys by where the config does not say it."""
+    stretch = context / original
+    return math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+
+
+def _require_usual_yarn(file: GgufFile) -> None:
+    for key, usual in _YARN_OF_LLAMA_CPP.items():
+        if (found := file.real(f"rope.scaling.{key}", usual[0])) not in usual:
+            raise QALoraError(f"{file.path} scales its positions by 'yarn' with {key} {found}. {_ANOTHER_CONFIG}")
 
 
 def llama3_factors(parameters: Mapping[str, Any], rotary: int) -> np.ndarray:
@@ -98,10 +121,7 @@ def metadata_of(
         return base, {LLAMA3_FACTORS: llama3_factors(parameters, rotary)}
     if kind == "longrope" and architecture == "phi3":
         original = parameters.get("original_max_position_embeddings") or original_context or context
-        stretch = context / original
-        attention = parameters.get("attention_factor") or (
-            math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
-        )
+        attention = parameters.get("attention_factor") or _longrope_attention(context, original)
         scaling = {
             "rope.scaling.original_context_length": int(original),
             "rope.scaling.attn_factor": float(attention),

@@ -99,10 +99,10 @@ def start_calibrated(model: "PeftModel", cfg: Any) -> None:
     """Calibrate a new adapter; what a checkpoint is about to be loaded into takes over how that began."""
     if checkpoint := determine_last_checkpoint(cfg):
         begun = (read_json(Path(checkpoint) / CONFIG_NAME).get("qalora") or {}).get("init")
-        again = "not applied again" if begun else "NOT applied, and never was"
-        LOG.log(
-            logging.INFO if begun else logging.WARNING, "qalora.init: %s: training goes on from %s", again, checkpoint
-        )
+        if begun:
+            LOG.info("qalora.init: not applied again, for training goes on from %s", checkpoint)
+        else:
+            LOG.warning("qalora.init: not applied, for training goes on from %s, which began without", checkpoint)
         return
     options = cfg.qalora
     calibrate(model, options.init_model, options.init_dataset, options.init_samples or SAMPLES, LENGTH, cfg.seed or 0)
