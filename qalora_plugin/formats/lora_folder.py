@@ -16,7 +16,6 @@ from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.unsupported import peft_refusals
 
 _PICKLE = "adapter_model.bin"
-_OTHER_METHODS = ("alora_invocation_tokens", "arrow_config", "monteclora_config", "use_bdlora", "velora_config")
 _TO_SAFETENSORS = (
     "import sys, torch; from safetensors.torch import save_file; state = torch.load(sys.argv[1], map_location='cpu', "
     "weights_only=True); save_file({name: tensor.clone().contiguous() for name, tensor in state.items()}, sys.argv[2])"
@@ -58,9 +57,6 @@ class PooledLora:
         for name, why in peft_refusals(config):
             if name != "use_qalora":  # self.check has looked at it
                 raise QALoraError(f"{path}: {name} is {short(config[name])}: {why}. Train without it.")
-        for name in _OTHER_METHODS:
-            if config.get(name):
-                raise QALoraError(f"{path}: {name} is set: that is no plain pooled product. Train without it.")
         if not (folder / WEIGHTS_NAME).is_file() and (folder / _PICKLE).exists():
             raise QALoraError(
                 f"{folder} holds its weights as a pickle ({_PICKLE}), which can run code when opened and is never "

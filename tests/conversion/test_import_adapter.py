@@ -90,7 +90,7 @@ REFUSED_CONFIGS = {
     "dora": ({"use_dora": True}, "use_dora is True: DoRA scales whole columns"),
     "biases": ({"bias": "all"}, "bias is .all.: a merged checkpoint keeps the base's biases"),
     "a head": ({"modules_to_save": ["lm_head"]}, "modules_to_save is .*: a dense copy"),
-    "aLoRA": ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens is set: that is no plain pooled product"),
+    "aLoRA": ({"alora_invocation_tokens": [3]}, r"alora_invocation_tokens is \[3\]: it is another form of LoRA"),
     "PiSSA": ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa': it rewrites the base weight"),
     "another rank": ({"r": 8}, r"lora_A of model\.layers\.0\.\S+ is \(4, \d\), lora_B .*expected rank 8"),
     "another group size": ({"qalora_group_size": 64}, "so it pooled 32, but its config says 64"),
