@@ -160,8 +160,8 @@ def test_offsets_only_where_the_base_has_some(base, part, tmp_path):
 @pytest.mark.parametrize(("first", "second"), [("float32", "float16"), ("float16", "float32"), ("bfloat16", "float16")])
 def test_verify_judges_by_what_the_adapter_changed(base, tmp_path, first, second):
     """Other linears keep their offsets as the base has them."""
-    own = with_offsets(base, tmp_path / "base", getattr(torch, first), only="q_proj")
-    adapter = make_adapter(own, tmp_path / "adapter", std=0.1, **SOME)
+    own = with_offsets(base, tmp_path / "base", getattr(torch, first), only="down_proj")
+    adapter = make_adapter(own, tmp_path / "adapter", std=0.1, target_modules=["q_proj"])
     merged = merge(own, adapter, tmp_path / "out", second, progress=False).folder
     report = verify(own, adapter, merged, SEQUENCES, device="cpu", progress=False)
     assert report.passed, report.failures

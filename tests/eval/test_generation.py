@@ -156,9 +156,10 @@ def test_a_pad_without_an_embedding(model):
     """``[PAD]`` that was added to a tokenizer, the model left as it was."""
     tokenizer = make_tokenizer()
     ids = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    tokenizer.add_tokens([f"[{i}]" for i in range(model.config.vocab_size)])
     expected = generate(model, tokenizer, ids, 4)
-    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    tokenizer.pad_token_id = model.config.vocab_size + 8
+    tokenizer.add_special_tokens({"pad_token": "[A NEW PAD]"})
+    assert tokenizer.pad_token_id >= model.config.vocab_size
     assert generate(model, tokenizer, ids, 4) == expected
 
 
