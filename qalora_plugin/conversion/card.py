@@ -14,7 +14,7 @@ from qalora_plugin.conversion.strength import PICTURE_NAME
 from qalora_plugin.core.errors import printable
 from qalora_plugin.core.weight import GroupwiseSpec
 from qalora_plugin.formats.qalora import NEEDS_QALORA
-from qalora_plugin.formats.served_bits import kinds, served_bits
+from qalora_plugin.formats.served_bits import SizeReport, kinds
 
 if TYPE_CHECKING:
     from qalora_plugin.eval.verifying import VerifyReport
@@ -33,7 +33,8 @@ def model_card(
     new_bytes: int,
     base_bytes: int,
     specs: Collection[GroupwiseSpec],
-    act_order: bool,
+    served: SizeReport,
+    factored: int,
 ) -> str:
     """Model card in Hugging Face form: what it was made of, how exact it is, how to use it.
 
@@ -41,15 +42,15 @@ def model_card(
 
     Args:
         config: of the model. quantization: what stands in it, of the merge.
-        specs: all quantized linears of the merge. act_order: see :func:`served_bits`.
+        specs: all quantized linears of the merge. served: what they take. factored: how many of the adapted ones have
+            their offsets as factors.
     """
-    stored, how = kinds(specs), served_bits(specs, act_order)
+    stored = kinds(specs)
     sizes, grid = (
         (f"{quantization['bits']}-bit", f"{quantization['bits']} · {quantization.get('group_size')}")
         if len(stored) <= 1
         else ("mixed-bit", "; ".join(stored))
     )
-    factored = sum(spec.offset_rank > 0 for spec in specs)
     base = quantization["base_model"]
     metadata = "" if is_local(base) else f"base_model: {_yaml(base)}\n"
     also, scales, delta = "", "scales", ""
@@ -78,7 +79,7 @@ tensors are unchanged, byte for byte, and the adapter is {len(adapter.modules)} 
 | base | {_code(base)} (`{quantization["base_fingerprint"]}`) |
 | adapter | rank {adapter.config["r"]}, alpha {adapter.config["lora_alpha"]} (`{quantization["adapter"]}`) |
 | bits · group size · symmetric · act-order | {grid} · {quantization["sym"]} · {quantization["desc_act"]} |
-| served bits | {how} |
+| served bits | {served} |
 | added | {new_bytes / 1e6:.1f} MB of {quantization["offset_dtype"]} offsets{delta} on {base_bytes / 1e6:.1f} MB |
 {_EXACTNESS}{_UNVERIFIED} |
 

@@ -147,7 +147,7 @@ def merge(
         factored = sum(specs[name].offset_rank > 0 for name in opened.modules)
         served = served_bits(specs.values(), source.act_order)
         card = model_card(
-            out.name, files.config, quantization, opened, new_bytes, files.nbytes, specs.values(), source.act_order
+            out.name, files.config, quantization, opened, new_bytes, files.nbytes, specs.values(), served, factored
         )
         (work / "README.md").write_text(card, encoding="utf-8")
         QuantizedCheckpoint.open(work)  # what could not be opened is no merge

@@ -24,6 +24,7 @@ from qalora_plugin.commands.inspecting import inspect
 from qalora_plugin.conversion.card import model_card
 from qalora_plugin.conversion.merging import merge
 from qalora_plugin.core.errors import QALoraError, printable
+from qalora_plugin.formats.served_bits import SizeReport
 from qalora_plugin.integrations.peft.loading import add_adapter, load_adapter
 
 ESCAPES = "\x1b[31mred\x1b]0;title\x07\x9b2J\u202etxt.exe\r\x08"
@@ -95,7 +96,7 @@ def test_nothing_of_a_checkpoint_becomes_yaml(base, adapter):
         "base_model": evil, "base_fingerprint": "f", "adapter": "a", "bits": 4, "group_size": 32, "sym": True,
         "desc_act": False, "offset_dtype": "float16",
     }  # fmt: skip
-    card = model_card(f"out\n---\nx: {evil}", {}, quantization, AdapterFolder.open(adapter), 1, 2, [], False)
+    card = model_card(f"out\n---\nx: {evil}", {}, quantization, AdapterFolder.open(adapter), 1, 2, [], SizeReport(0), 0)
     _, front, body = card.split("---\n", 2)
     assert set(yaml.safe_load(front)) == {"base_model", "library_name", "tags"}
     assert yaml.safe_load(front)["base_model"] == evil

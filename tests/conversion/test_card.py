@@ -9,6 +9,7 @@ from transformers.models.auto import modeling_auto
 from qalora_plugin.checkpoint.adapter_folder import AdapterFolder
 from qalora_plugin.conversion.card import add_exactness, auto_class_name, model_card
 from qalora_plugin.core.weight import GroupwiseSpec
+from qalora_plugin.formats.served_bits import SizeReport
 
 QUANTIZATION = {
     "base_model": "owner/x", "base_fingerprint": "f", "adapter": "a", "bits": 4, "group_size": 32, "sym": True,
@@ -19,7 +20,7 @@ EIGHT = [GroupwiseSpec("model.layers.0.down_proj", 256, 64, 8, 64)]
 
 
 def card(adapter, specs, config=None):
-    return model_card("out", config or {}, QUANTIZATION, AdapterFolder.open(adapter), 1, 2, specs, False)
+    return model_card("out", config or {}, QUANTIZATION, AdapterFolder.open(adapter), 1, 2, specs, SizeReport(0), 0)
 
 
 def test_all_linears_alike(adapter):
