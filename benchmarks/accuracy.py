@@ -37,13 +37,7 @@ def known(args: argparse.Namespace) -> list[dict]:
 
 def run(args: argparse.Namespace) -> None:
     """Workers on all jobs that are left, until there are none."""
-    rows = [row for row in known(args) if not plan.failed(row)]
-    plan.write(args.work / "runs" / "results.jsonl", rows)
-    done = {job_of(row).name for row in rows}
-    taken = args.work / "runs" / "taken"
-    for mark in taken.glob("*") if taken.is_dir() else ():
-        if mark.name not in done:  # somebody was stopped
-            mark.unlink()
+    plan.write(args.work / "runs" / "results.jsonl", [row for row in known(args) if not plan.failed(row)])
     command = [sys.executable, "-m", "tuning.run", "--data", args.work, "--work", args.work / "runs"]
     command += ["--quantizer", args.quantizer.absolute(), "--only", args.only, "--seconds", args.seconds]
     command += ["--limit", args.limit] if args.limit else []

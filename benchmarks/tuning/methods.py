@@ -113,14 +113,12 @@ def build_offsets(job: Job, places: Places) -> nn.Module:
 
 
 def build_scales(job: Job, places: Places) -> nn.Module:
-    scales.GRADIENT_EVERY = USUAL_EVERY
     return _ours(job, places, scales=True)
 
 
 def build_scales_all_tokens(job: Job, places: Places) -> nn.Module:
     """The scales' gradient of every token, not of every fourth."""
-    scales.GRADIENT_EVERY = 1
-    return _ours(job, places, scales=True)
+    return _ours(job, places, every=1, scales=True)
 
 
 def build_calibrated(job: Job, places: Places) -> nn.Module:
@@ -131,13 +129,14 @@ def build_calibrated(job: Job, places: Places) -> nn.Module:
 
 
 def build_peqa(job: Job, places: Places) -> nn.Module:
-    """Every step size free: D is the identity and does not train, nor do offsets."""
+    """Every step size free, by the gradient of all tokens: D is the identity and does not train, nor do offsets."""
     groups = {
         name.rpartition(".")[2]: layer.groups
         for name, layer in load_base(places.base(job)).named_modules()
         if isinstance(layer, QuantLinear)
     }
-    model = _ours(job, places, scales=True, scales_lr_ratio=1.0, r=max(groups.values()), rank_pattern=groups)
+    ranks = {"r": max(groups.values()), "rank_pattern": groups}
+    model = _ours(job, places, every=1, scales=True, scales_lr_ratio=1.0, **ranks)
     model.requires_grad_(False)
     for layer in model.modules():
         if isinstance(layer, QALoraLayer):
@@ -146,7 +145,9 @@ def build_peqa(job: Job, places: Places) -> nn.Module:
     return model
 
 
-def _ours(job: Job, places: Places, **options: Any) -> PeftModel:
+def _ours(job: Job, places: Places, every: int = USUAL_EVERY, **options: Any) -> PeftModel:
+    """``every``: the scales' gradient is of one token in so many."""
+    scales.GRADIENT_EVERY = every
     base = load_base(places.base(job), dtype=torch.bfloat16, device_map=places.device)
     return add_adapter(base, **{**lora_options(job), **options})
 

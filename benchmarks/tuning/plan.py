@@ -5,6 +5,7 @@ Learning rates are tuned on one seed, one task and one base; what a method's tab
 
 import json
 from collections.abc import Iterable
+from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,12 +91,13 @@ def best_rates(results: Iterable[dict]) -> dict[str, float]:
     for row in results:
         on = Base(row["bits"], row["group_size"], row["clip"], row.get("gptaq", False))
         if row["task"] == "gsm8k" and row["seed"] == SEEDS[0] and on in (FOUR, Base(0, 0)):
-            found[row["method"], row["lr"]] = row.get("loss", float("inf"))
-    return {
+            found[row["method"], row["lr"]] = row.get("loss", inf)
+    best = {
         method: min(tried, key=lambda lr: found[method, lr])
         for method, tried in RATES.items()
         if all((method, lr) in found for lr in tried)
     }
+    return {method: lr for method, lr in best.items() if found[method, lr] < inf}
 
 
 def jobs(results: list[dict]) -> list[Job]:

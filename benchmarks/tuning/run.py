@@ -5,12 +5,15 @@ Several such processes may work side by side on one folder.
 
 import argparse
 import dataclasses
+import fcntl
 import gc
 import json
+import math
 import shutil
 import subprocess
 import time
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from report import describe
@@ -40,6 +43,7 @@ class Bench:
         self.data, self.work, self.device, self.quantizer, self.limit = data, work, device, quantizer, limit
         self.results, self.taken = work / "results.jsonl", work / "taken"
         self.taken.mkdir(parents=True, exist_ok=True)
+        self.marks: list[TextIO] = []  # open, and locked
         self.tokenizer = AutoTokenizer.from_pretrained(data / "model")
         self.about = describe("transformers", "peft", "gptqmodel")
 
@@ -55,13 +59,24 @@ class Bench:
             if job.needs and job.needs not in done:
                 waiting = waiting or job.needs not in failed
                 continue
-            try:
-                (self.taken / job.name).touch(exist_ok=False)
-            except FileExistsError:
+            if not self.take(job.name):
                 waiting = True
+                continue
+            if job.name in {job_of(row).name for row in plan.read(self.results)}:  # done since we looked
                 continue
             return job
         return waiting or None
+
+    def take(self, name: str) -> bool:
+        """Whether a job is this process's now, for as long as it lives; else another's, that lives."""
+        mark = (self.taken / name).open("w")
+        try:
+            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            mark.close()
+            return False
+        self.marks.append(mark)
+        return True
 
     def do(self, job: Job) -> dict[str, object]:
         """What a job found."""
@@ -75,9 +90,12 @@ class Bench:
             folder.parent.mkdir(parents=True, exist_ok=True)
         set_seed(job.seed)
         if job.method == REQUANTIZE:
-            if not (self.work / "adapters" / job.needs).is_dir():  # found on another machine
-                self.do(job.lora)
+            with (self.taken / f"{job.needs}.again").open("w") as mark:
+                fcntl.flock(mark, fcntl.LOCK_EX)
+                if not (self.work / "adapters" / job.needs / "adapter_config.json").is_file():  # PEFT writes it last
+                    self.do(job.lora)  # its loss was found on another machine
             made = self.work / "requantized" / job.name
+            shutil.rmtree(made, ignore_errors=True)  # of a run that was stopped
             found = self.quantize(merge_lora(self.work / "adapters" / job.needs, places), made, job)
             found |= self.measure(load_base(made, dtype=torch.float32, device_map=self.device), job)
             shutil.rmtree(made)
@@ -128,6 +146,8 @@ class Bench:
         prose = rows.prose(self.data / "prose.txt", self.tokenizer)[: self.limit]
         found = mean_loss(model, tested, batch=MEASURED_AT_ONCE)
         forgetting = mean_loss(model, prose, batch=MEASURED_AT_ONCE)
+        if not math.isfinite(found.loss) or not math.isfinite(forgetting.loss):
+            raise ArithmeticError(f"the loss is {found.loss} on the task, {forgetting.loss} on prose: it diverged")
         return {"loss": found.loss, "top1": found.top1, "prose": forgetting.loss}
 
     def quantize(self, model: Path, out: Path, job: Job) -> dict[str, object]:

@@ -28,6 +28,7 @@ LABELS = {
     "peft": "PEFT `use_qalora`, not merged",
     "offsets": "QA-LoRA (offsets)",
     "peqa": "PEQA (free step sizes)",
+    "peqa-sampled": "PEQA, gradient of one token in four (trial)",
     "scale-units": "offsets and scales, gradient of all tokens (trial)",
     "weight-units": "offsets in weight units, scales × 3 (trial)",
     "alike": "offsets and scales, one token in four, taken alike (trial)",
@@ -77,7 +78,7 @@ def bits_a_weight(job: Job, model: Path) -> float:
     lora = 16 * job.rank * sum(spec.in_features + spec.out_features for spec in specs) / weights
     if not job.bits:
         return {"qlora": NF4_BITS + lora, "lora": 16 + lora}.get(job.method, 16.0)
-    if job.method in ("base", REQUANTIZE):
+    if job.method in ("base", REQUANTIZE, "peqa", "peqa-sampled"):  # PEQA's scales take the place of the base's
         return served_bits(specs).bits_a_weight
     scales = job.method not in ("offsets", "peft")
     return served_bits(merged_spec(spec, job.rank, "float16", scales=scales) for spec in specs).bits_a_weight

@@ -21,6 +21,8 @@ from qalora_plugin.checkpoint.tensors import all_finite
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 from qalora_plugin.formats.opened import QuantizedCheckpoint
 
+# What vLLM 0.32's --max-lora-rank takes (vllm/config/lora.py).
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _OURS = ("qalora", "qalora_group_size", "use_qalora", "exclude_modules", "linears", "shared_a")
 
 
@@ -29,8 +31,7 @@ class ExportResult:
     """What :func:`export_lora` wrote.
 
     Attributes:
-        folder: the PEFT folder. modules: adapted linears. max_rank: the rank of all of them, for
-            ``vllm serve --max-lora-rank``.
+        folder: the PEFT folder. modules: adapted linears. max_rank: the rank of all of them.
     """
 
     folder: Path
@@ -38,7 +39,13 @@ class ExportResult:
     max_rank: int
 
     def summary(self) -> list[str]:
-        return [f"{self.folder}: {self.modules} linears; serve it with --enable-lora --max-lora-rank {self.max_rank} …"]
+        limit = next((rank for rank in _VLLM_RANKS if rank >= self.max_rank), None)
+        served = f"serve it with --enable-lora --max-lora-rank {limit} …"
+        if limit is None:
+            served = (
+                f"its rank is {self.max_rank}, and vLLM takes {_VLLM_RANKS[-1]} at most: merge it to serve it there"
+            )
+        return [f"{self.folder}: {self.modules} linears; {served}"]
 
 
 @os_errors_in_one_line()

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import chdir, contextmanager
 from importlib.util import find_spec
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from qalora_plugin.checkpoint.atomic import new_folder, require_absent, require_
 from qalora_plugin.checkpoint.companions import GENERATION_CONFIG, copy_companions
 from qalora_plugin.checkpoint.folder import Checkpoint
 from qalora_plugin.checkpoint.places import absolute, require_place
+from qalora_plugin.checkpoint.termination import Termination
 from qalora_plugin.conversion.gptq_config import settings_of
 from qalora_plugin.core.errors import QALoraError, os_errors_in_one_line
 from qalora_plugin.core.progress import track
@@ -98,6 +99,8 @@ def quantize(
     require_absent(out := absolute(out))
     if budget is not None and bits is not None:
         raise QALoraError("a budget chooses bits itself. Leave bits out, or the budget.")
+    if budget is not None and not 0 < budget < inf:
+        raise QALoraError(f"budget is {budget}, expected bits a weight, as 4.25.")
     if budget is not None and group_size not in (None, *GROUP_SIZES):
         raise QALoraError(
             f"group_size is {group_size}, expected one of {GROUP_SIZES} beside a budget. Leave it out, and each layer "
@@ -150,18 +153,25 @@ def quantize(
         plan = plan_for(folder, sequences, budget, fisher is not False, to_be_quantized, act_order, group_sizes)
     fewest = min((choice.bits for choice in plan.values()), default=bits)
     torch.manual_seed(seed)
-    quantize_config = QuantizeConfig(
-        **(settings_of(plan) if plan else {"bits": bits, "group_size": group_size}),
-        gptaq=GPTAQConfig(device="cpu") if gptaq else None,
-        auto_forward_data_parallel=not gptaq,  # 7.6 pairs the inputs of both models by the order they come in
-        mse=_MSE_POWER if (fewest <= 3 if clip is None else clip) else 0.0,
-        sym=sym,
-        desc_act=act_order,
-        act_group_aware=not act_order and group_size != -1,  # an order of groups, of which -1 has one
-        format=checkpoint_format or ("gptq" if sym else "gptq_v2"),
-    )
-    # GPTQModel leaves a folder of logs where it runs.
-    with TemporaryDirectory() as scratch, chdir(scratch), _enough_workers():
+    # GPTQModel leaves logs where it runs, and what it is done with: gone with our folder, after SIGTERM, too.
+    with (
+        Termination() as termination,
+        TemporaryDirectory() as scratch,
+        chdir(scratch),
+        _enough_workers(),
+        termination.interrupts(),
+    ):
+        quantize_config = QuantizeConfig(
+            **(settings_of(plan) if plan else {"bits": bits, "group_size": group_size}),
+            gptaq=GPTAQConfig(device="cpu") if gptaq else None,
+            auto_forward_data_parallel=not gptaq,  # 7.6 pairs the inputs of both models by the order they come in
+            mse=_MSE_POWER if (fewest <= 3 if clip is None else clip) else 0.0,
+            sym=sym,
+            desc_act=act_order,
+            act_group_aware=not act_order and group_size != -1,  # an order of groups, of which -1 has one
+            offload_to_disk_path=str(Path(scratch) / "done"),
+            format=checkpoint_format or ("gptq" if sym else "gptq_v2"),
+        )
         quantized = GPTQModel.load(str(folder), quantize_config)
         _tell_what_is_rounded(empty.config.dtype, quantized.model.dtype)
         rows = [{"input_ids": sequence, "attention_mask": [1] * len(sequence)} for sequence in sequences]
@@ -233,7 +243,7 @@ def _bytes_made(
     """About what the base takes on a disk: 2 bytes for each number that stays; the least, where nobody knows which."""
     numbers = sum(prod(tensor.shape) for tensor in files.tensors.values())
     weights = sum(n * k for n, k in sizes.values()) or numbers
-    a_weight = budget or bits + ((16 + bits) / group_size if group_size > 0 else 0)
+    a_weight = min(budget, 16.0) if budget else bits + ((16 + bits) / group_size if group_size > 0 else 0)
     return int(2 * (numbers - weights) + weights * a_weight / 8)
 
 

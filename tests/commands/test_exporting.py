@@ -23,7 +23,7 @@ def test_every_format_says_what_it_takes():
 
 def test_lora(base, adapter, tmp_path):
     lines = run("lora", adapter, tmp_path / "out", "--base", base).stdout.splitlines()
-    assert lines == [f"{tmp_path}/out: 14 linears; serve it with --enable-lora --max-lora-rank 4 …"]
+    assert lines == [f"{tmp_path}/out: 14 linears; serve it with --enable-lora --max-lora-rank 8 …"]
 
 
 @pytest.mark.parametrize("tokens", [1, -5])

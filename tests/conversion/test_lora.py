@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from qalora_plugin import load_base
 from qalora_plugin.commands.cli import app
-from qalora_plugin.conversion.lora import export_lora
+from qalora_plugin.conversion.lora import ExportResult, export_lora
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.integrations.peft.loading import load_adapter
 
@@ -53,7 +53,7 @@ def test_exported_lora_equals_the_adapter(tmp_path, case):
 
 def test_command_line(base, adapter, tmp_path):
     done = CliRunner().invoke(app, ["export", "lora", str(adapter), str(tmp_path / "out"), "--base", str(base)])
-    assert "14 linears; serve it with --enable-lora --max-lora-rank 4" in done.output
+    assert "14 linears; serve it with --enable-lora --max-lora-rank 8" in done.output
     exported, trained = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "out", adapter))
     key = "base_model.model.model.layers.0.mlp.down_proj.lora_{}.weight"
     assert torch.equal(exported[key.format("A")], trained[key.format("A")].repeat_interleave(32, dim=1))
@@ -61,6 +61,17 @@ def test_command_line(base, adapter, tmp_path):
     again = CliRunner().invoke(app, ["export", "lora", str(adapter), str(tmp_path / "out")])
     assert again.exit_code == 1
     assert "exists" in again.stderr
+
+
+def test_the_flag_is_one_that_vllm_takes(tmp_path):
+    for rank, said in (
+        (1, "rank 1 …"),
+        (12, "rank 16 …"),
+        (64, "rank 64 …"),
+        (257, "rank 320 …"),
+        (1024, "512 at most"),
+    ):
+        assert said in ExportResult(tmp_path, 1, rank).summary()[0]
 
 
 def test_another_base_is_refused(adapter, tmp_path):

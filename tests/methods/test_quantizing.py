@@ -118,6 +118,8 @@ def test_numbers(refused, monkeypatch):
         assert "a budget takes scipy, which is not installed here" in refused(budget=4.0)
     for fisher in (True, False):
         assert "fisher weights the choices that a budget leaves" in refused(fisher=fisher)
+    for budget in (float("nan"), float("inf"), 0.0, -1.0):
+        assert f"budget is {budget}, expected bits a weight" in refused(budget=budget)
     for seed in (2**64, -(2**63) - 1):
         assert f"seed is {seed}, expected a number of 64 bits" in refused(seed=seed)
 
@@ -130,7 +132,12 @@ def test_a_disk_that_is_too_small(refused, saved, monkeypatch):
     asked = []
     monkeypatch.setattr(quantizing, "require_space", lambda place, needed: asked.append((place, needed)))
     monkeypatch.setattr(quantizing, "track", lambda *_: (_ for _ in ()).throw(QALoraError("went on")))
-    for options, a_weight in (({}, 4 + 20 / 32), ({"bits": 3, "group_size": -1}, 3), ({"budget": 3.5}, 3.5)):
+    for options, a_weight in (
+        ({}, 4 + 20 / 32),
+        ({"bits": 3, "group_size": -1}, 3),
+        ({"budget": 3.5}, 3.5),
+        ({"budget": 1e9}, 16),
+    ):
         asked.clear()
         assert "went on" in refused(folder, **options)
         assert {needed for _, needed in asked} == {int(2 * (numbers - weights) + weights * a_weight / 8)}

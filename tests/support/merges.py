@@ -20,7 +20,7 @@ def refuse(match, base, adapter, out, **options):
     with pytest.raises(QALoraError, match=match):
         merge(base, adapter, out, progress=False, **options)
     assert not Path(out).exists() or any(Path(out).iterdir())
-    assert not list(Path(out).parent.glob(".*.partial"))
+    assert not list(Path(out).parent.glob(".*.partial-*"))
 
 
 def edited(adapter, folder, tensors=None, **config):
