@@ -23,13 +23,14 @@ from qalora_plugin.checkpoint.json_files import read_json
 from qalora_plugin.checkpoint.tensors import TensorInfo, read_header
 from qalora_plugin.core.errors import QALoraError
 from qalora_plugin.core.weight import GroupwiseSpec
+from qalora_plugin.formats.fusion import class_problem
 from qalora_plugin.formats.gptq import Gptq
 from qalora_plugin.formats.opened import base_format
 from qalora_plugin.formats.qalora import MERGED_PARTS, QALora
 from vllm_ext.compat import experts_problem, is_experts, load_every_tensor
 from vllm_ext.kernels.select import PATH_KEY, TIMED_KEY, forced_path, timed_path
 from vllm_ext.linear import QALoraLinearMethod
-from vllm_ext.model_classes import REFUSED, RENAMED, USUAL_PACKING
+from vllm_ext.model_classes import RENAMED, USUAL_PACKING
 
 DRAFT_PREFIX = "draft_model."  # what vLLM puts before every name of a model that drafts for another
 
@@ -108,11 +109,8 @@ class QALoraConfig(QuantizationConfig):
         """
         for name in getattr(hf_config, "architectures", None) or ():
             self.renamed |= RENAMED.get(name, {})
-            if name in REFUSED:
-                raise QALoraError(
-                    f"vLLM cannot serve a quantised {name}: {REFUSED[name]}. Serve it with transformers, or serve the "
-                    "16-bit model with the adapter exported by `qalora export lora`."
-                )
+            if reason := class_problem(name):
+                raise QALoraError(reason)
         if next(Path(model_name).glob("model-rank-*.safetensors"), None):
             raise QALoraError(
                 f"{model_name} was saved by vLLM's save_sharded_state: its tensors are in one kernel's layout. Serve "
@@ -152,10 +150,7 @@ class QALoraConfig(QuantizationConfig):
             return
         found = {f"{name}.{part}" for name, module in self.modules.items() for part in self.format.parts(module)}
         found = {name for name in found if name.endswith(MERGED_PARTS)}
-        index = folder / INDEX_NAME
-        listed = read_json(index).get("weight_map") if index.is_file() else None
-        listed = [name for name in listed if isinstance(name, str)] if isinstance(listed, dict) else []
-        missing = [name for name in listed if name.endswith(MERGED_PARTS) and name not in found]
+        missing = [name for name in _index(folder) if name.endswith(MERGED_PARTS) and name not in found]
         if missing or not found:
             what = missing[0] if missing else "every .offsets tensor"
             raise QALoraError(
@@ -274,16 +269,26 @@ def _format(quantization: dict[str, Any]) -> Gptq:
 
 
 def _headers(model: str, revision: str | None) -> dict[str, TensorInfo]:
-    """What every safetensors file of a folder, or of a Hub id, says of its tensors."""
+    """What the safetensors files that vLLM loads, of a folder or of a Hub id, say of their tensors."""
     if (folder := Path(model)).is_dir():
+        listed = _index(folder)
+        files = {file for file in listed.values() if isinstance(file, str)}
         tensors: dict[str, TensorInfo] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            tensors |= read_header(path)
+            if not listed or path.name in files:  # others, left by an older download, vLLM leaves alone
+                tensors |= read_header(path)
         return tensors
     found = get_safetensors_params_metadata(model, revision=revision)
     return {
         name: TensorInfo("", info["dtype"], tuple(info["shape"])) for name, info in found.items() if "dtype" in info
     }
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    """Tensor → file by the folder's index; empty where it has none."""
+    index = folder / INDEX_NAME
+    listed = read_json(index).get("weight_map") if index.is_file() else None
+    return listed if isinstance(listed, dict) else {}
 
 
 @cache

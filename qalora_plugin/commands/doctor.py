@@ -96,7 +96,7 @@ def diagnose(base: str | Path | None = None) -> Diagnosis:
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = accelerator.type if accelerator else "cpu"
-    kinds, notes = _kinds_of(base) if base else (_typical_kinds(), [])
+    kinds, notes, quantization = _kinds_of(base) if base else (_typical_kinds(), [], {})
     diagnosis = Diagnosis(
         versions=dict(_versions()),
         devices=_devices(),
@@ -112,7 +112,7 @@ def diagnose(base: str | Path | None = None) -> Diagnosis:
             weight = example_weight(spec, kind.act_order, device)
             diagnosis.training.append(_row(kind, dtype, *training_kernel(weight, dtype)))
     if find_spec("vllm"):
-        diagnosis.serving = list(_serving(kinds))
+        diagnosis.serving = list(_serving(kinds, quantization))
     else:
         diagnosis.notes.append("vLLM is not installed here: run this in its environment to see what serving will run.")
     if not find_spec("axolotl"):
@@ -127,8 +127,8 @@ def _row(kind: LayerKind, dtype: torch.dtype, kernel: str, why_not_faster: str |
     return {"layers": str(kind), "dtype": name, "kernel": kernel, "why_not_faster": why_not_faster}
 
 
-def _serving(kinds: list[LayerKind]) -> Iterator[dict]:
-    """What vLLM will run for adapted layers of these kinds, on one rank."""
+def _serving(kinds: list[LayerKind], quantization: dict) -> Iterator[dict]:
+    """What vLLM will run for adapted layers of these kinds, on one rank, of a checkpoint with such settings."""
     try:
         import vllm
     except Exception as error:  # whatever a broken installation raises: that it is, is what is asked for
@@ -145,10 +145,11 @@ def _serving(kinds: list[LayerKind]) -> Iterator[dict]:
     for kind in kinds:
         for dtype in (torch.bfloat16, torch.float16):
             shape = (kind.in_features, kind.out_features)
-            yield _row(kind, dtype, *explain(kind.bits, kind.symmetric, kind.group_size, kind.act_order, dtype, shape))
+            settings = (kind.bits, kind.symmetric, kind.group_size, kind.act_order, dtype, shape, quantization)
+            yield _row(kind, dtype, *explain(*settings))
 
 
-def _kinds_of(path: str | Path) -> tuple[list[LayerKind], list[str]]:
+def _kinds_of(path: str | Path) -> tuple[list[LayerKind], list[str], dict]:
     source = QuantizedCheckpoint.open(path)
     largest: dict[tuple[int, int, bool, bool], tuple[int, LayerKind]] = {}
     load = source.files.array
@@ -160,7 +161,7 @@ def _kinds_of(path: str | Path) -> tuple[list[LayerKind], list[str]]:
         if key not in largest or spec.in_features * spec.out_features > largest[key][0]:
             largest[key] = (spec.in_features * spec.out_features, kind)
     reason = source.why_not_servable()
-    return [kind for _, kind in largest.values()], [reason] if reason else []
+    return [kind for _, kind in largest.values()], [reason] if reason else [], source.files.quantization
 
 
 def _typical_kinds() -> list[LayerKind]:

@@ -90,9 +90,9 @@ def inspect(path: str | Path, rank: int = 16) -> InspectReport:
         source = QuantizedCheckpoint.of(checkpoint)
         source.check_values()
         source.check_dense_values()
-        from qalora_plugin.integrations.transformers.outline import outline  # imports transformers: some seconds
+        from qalora_plugin.integrations.transformers.outline import outline, why_not_built  # imports transformers
 
-        outline(source)
+        why_not = why_not_built(source) if outline(source) is None else None
     except QALoraError as error:
         why_not = str(error)
     report: dict[str, Any] = {

@@ -108,15 +108,14 @@ def import_gguf(
     result.unservable = unservable(
         {spec.name: spec for spec in packed},
         [one.module for one in placed if not one.packed and one.name[-7:] == ".weight"],
+        settings := _as_json(config, model_class),
     )
     if result.unservable:
         logger.warning("%s: %s", source, result.unservable)
     quantization = _quantization_config(placed, file) | {"quant_method": result.method}
     with new_folder(out) as work:
         steps = track(placed, "importing", shown=progress)
-        write_model(
-            work, _as_json(config, model_class), quantization, _tensors(steps, file, architecture, config, result)
-        )
+        write_model(work, settings, quantization, _tensors(steps, file, architecture, config, result))
         built.save_pretrained(work)
         write_json(work / "generation_config.json", _generation(file))
     for name, loss in result.losses.items():

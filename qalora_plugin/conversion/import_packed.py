@@ -72,7 +72,7 @@ def import_packed(src: str | Path, out: str | Path, revision: str | None = None,
     for spec in specs.values():
         _require_whole_words(spec, files.folder)
         found.check_values(spec, files.array, files.folder)
-    if reason := unservable(specs, dense_modules(files.tensors), files.config.get("model_type")):
+    if reason := unservable(specs, dense_modules(files.tensors), files.config):
         logger.warning("%s: %s", src, reason)
     symmetric = all(found.is_symmetric(spec, files.array) for spec in specs.values())
     act_order = isinstance(found, CompressedTensors) and any(

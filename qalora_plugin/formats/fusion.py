@@ -2,6 +2,7 @@
 keeps it from serving one, as far as names and sizes tell."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from qalora_plugin.checkpoint.module_names import is_expert
 from qalora_plugin.core.weight import GroupwiseSpec
@@ -18,16 +19,39 @@ FUSED = (  # by their names in transformers, in vLLM 0.32
 _SERVED_AS = {FUSED[0]: "qkv_proj", FUSED[1]: "gate_up_proj"}  # what vLLM calls them, where readers must know
 _OWN_EXPERTS = ("deepseek_v4", "minimax_m3_vl", "minimax_m3_vl_text")  # model types; read in vLLM 0.32
 
+# Classes of vLLM 0.32 whose own loading code cannot take packed weights, quantised by whomever.
+_CLASSES = {
+    "BloomForCausalLM": "vLLM reorders the rows of query_key_value while loading, but packed rows run along the input",
+    "MiniCPM3ForCausalLM": "vLLM builds q_a_proj without a name, so nothing tells that it is quantised",
+    "DeepseekForCausalLM": "vLLM builds its attention's linears without names, so nothing tells what is quantised",
+    "Molmo2ForConditionalGeneration": "vLLM builds its linears without names, so nothing tells what is quantised",
+}
+
+
+def class_problem(name: object) -> str | None:
+    """Why vLLM's class of this name takes no quantised model; None: as far as is known it does."""
+    if not isinstance(name, str) or name not in _CLASSES:
+        return None
+    return (
+        f"vLLM cannot serve a quantised {name}: {_CLASSES[name]}. Serve it with transformers, or serve the "
+        "16-bit model with the adapter exported by `qalora export lora`."
+    )
+
 
 def unservable(
-    modules: dict[str, GroupwiseSpec], dense: Iterable[str] = (), model_type: str | None = None
+    modules: dict[str, GroupwiseSpec], dense: Iterable[str] = (), config: dict[str, Any] | None = None
 ) -> str | None:
     """Why vLLM cannot serve such a checkpoint; None if it can, as far as fused layers and experts go.
 
     Args:
         modules: the quantised linears. dense: names of the modules that have a dense weight.
-        model_type: by config.json.
+        config: the model's.
     """
+    config = config or {}
+    model_type, classes = config.get("model_type"), config.get("architectures")
+    for name in classes if isinstance(classes, list) else ():
+        if reason := class_problem(name):
+            return reason
     dense = set(dense)
     if biased := next((name for name, spec in modules.items() if spec.bias_dtype and is_expert(name)), None):
         return (

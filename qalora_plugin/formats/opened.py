@@ -119,7 +119,7 @@ class QuantizedCheckpoint:
 
     def why_not_servable(self) -> str | None:
         """See :func:`~qalora_plugin.formats.fusion.unservable`."""
-        return unservable(self.specs, dense_modules(self.files.tensors), self.files.config.get("model_type"))
+        return unservable(self.specs, dense_modules(self.files.tensors), self.files.config)
 
     def fingerprint(self, like: str | None = None) -> str:
         """See :func:`~qalora_plugin.checkpoint.fingerprint.fingerprint`.

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.fabricate import make_base
+from support.two_processes import launch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
@@ -156,3 +157,15 @@ def test_code_of_a_models_own_is_asked_for_once(tmp_path):
     model = load_base(folder, trust_remote_code=True, dtype=torch.float32)
     assert type(model).__name__ == "OwnModel"
     assert isinstance(model.model.layers[0].mlp.up_proj, QuantLinear)
+
+
+def test_tensor_parallelism_of_transformers_is_refused(merged, tmp_path):
+    """It left packed linears whole and gave them halves of their inputs."""
+    (tmp_path / "load.py").write_text(
+        "import sys, torch\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "torch.distributed.init_process_group('gloo')\n"
+        "AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, tp_plan='auto')\n"
+    )
+    said = launch(tmp_path / "load.py", merged, code=1)
+    assert "transformers' tensor parallelism cannot split packed linears" in said

@@ -77,6 +77,12 @@ def test_offsets_file_that_is_not_there(merged):
         read(merged)
 
 
+def test_files_that_vllm_does_not_load_are_not_read(merged):
+    """Left by a download of an older revision, or another form of the same weights."""
+    (merged / "consolidated.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert len(read(merged).quant_config.modules) == 14
+
+
 def test_merged_checkpoint_without_any_offsets(tmp_path):
     folder = make_merged(tmp_path, targets=())
     with pytest.raises(ValueError, match=r"every \.offsets tensor is missing"):

@@ -52,6 +52,19 @@ def test_fused_qkv_equals_reference(tmp_path, sym, checkpoint_format, act_order,
     assert (layer.quant_method.kernel is not None) == (path != "dense" and sortable and has_kernel)
 
 
+@pytest.mark.parametrize("compute", COMPUTE, ids=str)
+def test_inputs_of_any_layout(tmp_path, compute):
+    """Columns of another tensor; no row at all."""
+    dtype, path = compute
+    if path == "kernel+offsets" and not HAS_KERNEL:
+        pytest.skip("vLLM has no kernel on this CPU: tested where it has")
+    parts = {part: linear_tensors(size, seed, False, "gptq", 32) for seed, (part, size) in enumerate(SIZES.items())}
+    layer, _, _ = run_qkv(tmp_path, parts, "gptq", dtype, path=path)
+    x = torch.randn(K, 9, generator=torch.Generator().manual_seed(3)).to(dtype).t()
+    assert_close(layer(x)[0], torch.cat([expected(x, part, "gptq") for part in parts.values()], dim=-1))
+    assert layer(x[:0])[0].shape == (0, sum(SIZES.values()))
+
+
 @pytest.mark.parametrize("compute", [COMPUTE[0], COMPUTE[-1]], ids=str)
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_other_bit_widths(tmp_path, bits, compute):

@@ -59,7 +59,7 @@ class Int4PackKernel:
     def apply_weights(self, layer: Layer, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``[..., K] → [..., N]``."""
         y = torch.ops.qalora.int4_linear(x.reshape(-1, x.shape[-1]), layer.qweight, layer.scales, self.group_size)
-        y = y.view(*x.shape[:-1], -1)
+        y = y.view(*x.shape[:-1], y.shape[-1])
         return y if bias is None else y + bias
 
 

@@ -18,7 +18,7 @@ The environment's ``QALORA_PATH``, or ``serving_path`` in ``quantization_config`
 import os
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from vllm import envs
@@ -120,17 +120,28 @@ def choose_path(kind: LayerKind, forced: str | None, timed: str | None = None) -
 
 
 def explain(
-    bits: int, symmetric: bool, group_size: int, act_order: bool, act_dtype: torch.dtype, shape: tuple[int, int]
+    bits: int,
+    symmetric: bool,
+    group_size: int,
+    act_order: bool,
+    act_dtype: torch.dtype,
+    shape: tuple[int, int],
+    quantization: dict[str, Any],
 ) -> tuple[str, str | None]:
-    """For an adapted layer on one rank: its path and kernel, and why not a faster one (None if it is the first)."""
+    """For an adapted layer on one rank: its path and kernel, and why not a faster one (None if it is the first).
+
+    Args:
+        quantization: the checkpoint's ``quantization_config``, which may force a path.
+    """
     kind = LayerKind("a layer", bits, symmetric, group_size, act_dtype, shape, shape, has_offsets=True, sortable=True)
     try:
-        path, kernel, why = _choose(kind, forced_path({}), None)
+        path, kernel, why = _choose(kind, forced_path(quantization), None)
     except QALoraError as error:
         return "refused", str(error)
     name = path if kernel is None else f"{path} ({_name(kernel)})"
-    order = "; act-order reorders x first, and forbids tensor parallelism" if act_order else ""
-    return name, None if path == FUSED and not order else f"{why}{order}"
+    reasons = [] if path == FUSED else [why]
+    reasons += ["act-order reorders x first, and forbids tensor parallelism"] if act_order else []
+    return name, "; ".join(reasons) or None
 
 
 def _choose(kind: LayerKind, forced: str | None, timed: str | None) -> tuple[str, Kernel | None, str]:

@@ -108,6 +108,11 @@ class QALoraHfQuantizer(HfQuantizer):
         return super().update_weight_conversions(weight_conversions)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
+        if getattr(getattr(model.config, "distributed_config", None), "tp_size", 1) > 1:
+            raise QALoraError(
+                "transformers' tensor parallelism cannot split packed linears. Load the model without tp_plan (and "
+                "without tp_size in a distributed_config), or serve it tensor parallel in vLLM."
+            )
         require_shapes(model, self._shapes, self.checkpoint.folder)
         restore_dtypes(model, self._dtypes)
         for name, stored in self._linears.items():

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,14 +32,8 @@ def outline(base: QuantizedCheckpoint) -> "tuple[PreTrainedModel, dict[str, list
         QALoraError: linears or experts are not those of the model (:func:`place_linears`, :func:`place_experts`), or
             the checkpoint has nothing of a module.
     """
-    from transformers import AutoConfig  # not at import: vLLM's environment imports this package, too
-
     try:
-        config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"):
-            model = auto_class(config, None).from_config(config)
+        model = _built(base)
     except Exception as error:  # a class of the checkpoint's own, a config of another version: loading will tell
         logger.debug("no outline of %s: %s", base.folder, error)
         return None
@@ -49,6 +44,31 @@ def outline(base: QuantizedCheckpoint) -> "tuple[PreTrainedModel, dict[str, list
     linears = place_linears(model, base, found, placed)
     rest = {name: [stored] for name, stored in linears.items()}
     return model, rest | {name: [spec.name for spec in one.specs] for name, one in experts.items()}
+
+
+def why_not_built(base: QuantizedCheckpoint) -> str | None:
+    """Why transformers makes no model of this config.json; None if it does, or if code of the folder's own may."""
+    if base.files.config.get("auto_map"):
+        return None
+    try:
+        _built(base)
+    except Exception as error:  # a bad value ends in whatever it leads to
+        return (
+            f"transformers {version('transformers')} makes no model of {base.folder / 'config.json'} "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:300]}). Compare it with the original's, or "
+            "update transformers."
+        )
+    return None
+
+
+def _built(base: QuantizedCheckpoint) -> "PreTrainedModel":
+    from transformers import AutoConfig  # not at import: vLLM's environment imports this package, too
+
+    config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        return auto_class(config, None).from_config(config)
 
 
 def _require_dense_parts(model: "PreTrainedModel", base: QuantizedCheckpoint, found: dict[str, Destination]) -> None:
