@@ -291,8 +291,7 @@ class QALoraLinearMethod(LinearMethodBase):
             return y if bias is None else y + bias
         if layer.input_order is not None:
             x = x[..., layer.input_order[0]]
-        if x.stride(-1) != 1:  # which vLLM's CPU kernel misreads
-            x = x.contiguous()
+        x = x if x.stride(-1) == 1 else x.contiguous()  # vLLM's CPU kernel misreads other layouts
         y = self.kernel.apply_weights(layer, x, bias)
         if layer.offsets is not None:
             add_offsets(y, x, layer.offsets, self.columns_of_group)
