@@ -153,8 +153,8 @@ def test_a_merge_says_beforehand_that_vllm_has_no_place_for_biases(gpt_oss, tmp_
 def test_a_merge_says_beforehand_what_else_vllm_cannot_serve(mixtral, adapter, tmp_path, caplog):
     """Gate and up of other widths, by their older names, too; and classes of vLLM's own."""
     specs = QuantizedCheckpoint.open(mixtral).specs
-    assert unservable(specs, model_type="mixtral") is None
-    assert "experts of deepseek_v4 by a class of its own" in unservable(specs, model_type="deepseek_v4")
+    assert unservable(specs, config={"model_type": "mixtral"}) is None
+    assert "experts of deepseek_v4 by a class of its own" in unservable(specs, config={"model_type": "deepseek_v4"})
     first = "model.layers.0.block_sparse_moe.experts.0.w1"
     wider = {name: replace(spec, bits=8) if name == first else spec for name, spec in specs.items()}
     assert "vLLM runs w1, w3 as one layer" in unservable(wider)
