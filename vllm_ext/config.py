@@ -116,14 +116,15 @@ class QALoraConfig(QuantizationConfig):
                 f"{model_name} was saved by vLLM's save_sharded_state: its tensors are in one kernel's layout. Serve "
                 "the merged folder itself."
             )
-        tensors = _headers(model_name, revision)
+        index = _index(Path(model_name))
+        tensors = _headers(model_name, revision, index)
         if not tensors:
             raise QALoraError(
                 f"no safetensors header can be read in {model_name}; they say which linears are quantised, and how. "
                 "Check that the download is complete; from object storage (s3://, gs://) download the folder first."
             )
         self.modules = self.format.specs(tensors, model_name)
-        self._require_offsets(Path(model_name))
+        self._require_offsets(model_name, index)
         self.modules = {self._rename(name): module for name, module in self.modules.items()}
         self._take_tensors({self._rename(name): len(info.shape) for name, info in tensors.items()})
 
@@ -143,14 +144,14 @@ class QALoraConfig(QuantizationConfig):
             self.holders |= parents
             parents = {name.rpartition(".")[0] for name in parents} - self.holders
 
-    def _require_offsets(self, folder: Path) -> None:
+    def _require_offsets(self, folder: str, index: dict[str, Any]) -> None:
         """Refuse a merged checkpoint whose offsets, or changes of scales, are not there: it would be served as its
         base."""
         if self.quantization["quant_method"] != QALora.method:
             return
         found = {f"{name}.{part}" for name, module in self.modules.items() for part in self.format.parts(module)}
         found = {name for name in found if name.endswith(MERGED_PARTS)}
-        missing = [name for name in _index(folder) if name.endswith(MERGED_PARTS) and name not in found]
+        missing = [name for name in index if name.endswith(MERGED_PARTS) and name not in found]
         if missing or not found:
             what = missing[0] if missing else "every .offsets tensor"
             raise QALoraError(
@@ -268,14 +269,13 @@ def _format(quantization: dict[str, Any]) -> Gptq:
     return (base_format(quantization) or Gptq)(quantization)  # Gptq refuses what is no format's
 
 
-def _headers(model: str, revision: str | None) -> dict[str, TensorInfo]:
+def _headers(model: str, revision: str | None, index: dict[str, Any]) -> dict[str, TensorInfo]:
     """What the safetensors files that vLLM loads, of a folder or of a Hub id, say of their tensors."""
     if (folder := Path(model)).is_dir():
-        listed = _index(folder)
-        files = {file for file in listed.values() if isinstance(file, str)}
+        files = {file for file in index.values() if isinstance(file, str)}
         tensors: dict[str, TensorInfo] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            if not listed or path.name in files:  # others, left by an older download, vLLM leaves alone
+            if not index or path.name in files:  # others, left by an older download, vLLM leaves alone
                 tensors |= read_header(path)
         return tensors
     found = get_safetensors_params_metadata(model, revision=revision)
